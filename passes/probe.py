@@ -1,0 +1,190 @@
+"""What one operator costs: bytes beyond what was live, FLOPs, bytes moved. Each distinct call is run once, on fakes.
+
+Two sources for the bytes: the declared table (`passes.workspace`) where it has an entry for the device, else a run of the
+operator on fake tensors under a dispatch mode that watches storages come and go.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
+
+from passes.fakes import FaithfulFakes
+from passes.program import operator_name, storage_id, tensors_of
+from passes.spec import TensorSpec
+from passes.workspace import OpCall, workspace_bytes
+from runtime.errors import UnknownSize
+
+aten = torch.ops.aten
+_READS_ROWS = {aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor}
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """`output_bytes`: new storages that stay; `workspace_bytes`: the most that exists besides during the operator."""
+
+    output_bytes: tuple[int, ...] = ()
+    workspace_bytes: int = 0
+    flops: int = 0
+    moved_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """A node's call by geometry: tensors as specs with storage ids local to the call; equal keys behave alike."""
+
+    args: Any
+    kwargs: Any
+    outputs: tuple[TensorSpec, ...]
+    fresh_bytes: tuple[int, ...]
+    key: Any
+
+
+def call_of(node: fx.Node) -> Call:
+    """The call of an operator node, from the recorded values.
+
+    Raises:
+        UnknownSize: a size depends on data or on a dynamic dimension.
+    """
+    storages: dict[int, int] = {}
+
+    def spec(value: fx.Node) -> Any:
+        val = value.meta.get("val")
+        return _spec(val, storages, value) if isinstance(val, torch.Tensor) else _static(val, value)
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), spec)
+    known = len(storages)
+    outputs = tuple(_spec(t, storages, node) for t in tensors_of(node))
+    sizes = _storage_sizes(node)
+    fresh = tuple(sizes[s] for s, index in storages.items() if index >= known)
+    return Call(args, kwargs, outputs, fresh, (node.target, _freeze(args), _freeze(kwargs)))
+
+
+class Prober:
+    """Costs of nodes on one device, cached by operator and argument geometry."""
+
+    def __init__(self, device: str, capability: tuple[int, int] | None = None) -> None:
+        self.device, self.capability = device, capability
+        self._cache: dict[Any, OpCost] = {}
+
+    def cost(self, node: fx.Node) -> OpCost:
+        """The cost of a `call_function` node.
+
+        Raises:
+            UnknownSize: a size depends on data, or the operator does not run on fakes and has no declared rule.
+        """
+        if not isinstance(node.target, torch._ops.OpOverload):
+            return OpCost()
+        call = call_of(node)
+        if call.key not in self._cache:
+            self._cache[call.key] = self._probe(node, call.args, call.kwargs, call.outputs, call.fresh_bytes)
+        return self._cache[call.key]
+
+    def _probe(self, node: fx.Node, args: Any, kwargs: Any, outputs: tuple[TensorSpec, ...], fresh: tuple[int, ...]) -> OpCost:
+        target: Any = node.target
+        watch = _Watch()
+        specs = _specs((args, kwargs))
+        sizes = [0] * (1 + max((s.storage for s in specs), default=-1))
+        for spec in specs:
+            sizes[spec.storage] = max(sizes[spec.storage], spec.offset * spec.dtype.itemsize + spec.span_bytes)
+        with FakeTensorMode(), torch.no_grad():
+            bases = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+
+            def fake(spec: TensorSpec) -> torch.Tensor:
+                whole = bases[spec.storage][: sizes[spec.storage] // spec.dtype.itemsize * spec.dtype.itemsize]
+                return whole.view(spec.dtype).as_strided(spec.shape, spec.stride, spec.offset)
+
+            fake_args, fake_kwargs = tree_map_only(TensorSpec, fake, (args, kwargs))
+            watch.ignore(bases)
+            try:
+                with watch:
+                    result = target(*fake_args, **fake_kwargs)
+            except Exception as error:
+                raise UnknownSize(
+                    f"{node.name}: {operator_name(target)} cannot be sized without data ({str(error).splitlines()[0]})"
+                ) from error
+            del result
+        declared = workspace_bytes(self.device, OpCall(target, args, kwargs, outputs, self.capability))
+        workspace = max(0, watch.peak_bytes - sum(fresh)) if declared is None else declared
+        return OpCost(fresh, workspace, watch.flops, _moved(target, args, kwargs, outputs, fresh))
+
+
+class _Watch(FaithfulFakes):
+    """Follows storages made while it is active, and FLOPs of what is dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = self.flops = 0
+        self._known: dict[int, int] = {}
+
+    def ignore(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self._known[storage_id(tensor)] = 0
+
+    def _gone(self, key: int) -> None:
+        self.live_bytes -= self._known.pop(key)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        result = super().run(func, args, kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and storage_id(tensor) not in self._known:
+                storage = tensor.untyped_storage()
+                self._known[storage_id(tensor)] = int(storage.nbytes())
+                self.live_bytes += int(storage.nbytes())
+                weakref.finalize(storage, self._gone, storage_id(tensor)).atexit = False
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.flops += _flops(func, args, kwargs, result)
+        return result
+
+
+def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
+        (b, h, sq, d), sk, dv = args[0].shape, args[1].shape[-2], args[2].shape[-1]
+        return int(2 * b * h * sq * sk * (d + dv))
+    rule = flop_registry.get(getattr(func, "_overloadpacket", None))
+    return int(rule(*args, **kwargs, out_val=result)) if rule else 0
+
+
+def _moved(target: Any, args: Any, kwargs: Any, outputs: tuple[TensorSpec, ...], fresh: tuple[int, ...]) -> int:
+    """Bytes read and written: nothing for a view, arguments and results otherwise (rows only for look-ups)."""
+    written = sum(o.nbytes for o in outputs)
+    if not fresh and not target._schema.is_mutable:
+        return 0
+    if target in _READS_ROWS:
+        return 2 * written
+    return written + sum(s.nbytes for s in dict.fromkeys(_specs((args, kwargs))))
+
+
+def _specs(tree: Any) -> list[TensorSpec]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, TensorSpec)]
+
+
+def _spec(tensor: torch.Tensor, storages: dict[int, int], node: fx.Node) -> TensorSpec:
+    for size in (*tensor.shape, *tensor.stride(), tensor.storage_offset()):
+        _static(size, node)
+    return TensorSpec.of(tensor, storages.setdefault(storage_id(tensor), len(storages)))
+
+
+def _static(value: Any, node: fx.Node) -> Any:
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        raise UnknownSize(f"{node.name}: the size {value} depends on data or on a dynamic dimension; plan with fixed shapes")
+    return value
+
+
+def _storage_sizes(node: fx.Node) -> dict[int, int]:
+    return {storage_id(t): int(t.untyped_storage().nbytes()) for t in tensors_of(node)}
+
+
+def _freeze(tree: Any) -> Any:
+    if isinstance(tree, (list, tuple)):
+        return tuple(_freeze(v) for v in tree)
+    if isinstance(tree, dict):
+        return tuple((k, _freeze(v)) for k, v in tree.items())
+    return (type(tree), tree) if isinstance(tree, (bool, int, float)) else tree

@@ -1,0 +1,105 @@
+"""`Program`: the unit that passes take and return, and the `Layout` that an emitted one carries.
+
+A program is an fx graph whose placeholders are first the weights, then the leaves of the call's inputs, and whose output is
+a flat list of leaves. Every tensor-valued node has `meta["val"]`, a fake tensor on the CPU whose storage identity is the
+aliasing that the capture saw. Passes copy the graph: a program is never changed once it is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import fx
+from torch.utils._pytree import TreeSpec
+
+from passes.spec import TensorSpec
+from runtime.layout import Layout
+
+WeightKind = Literal["parameter", "buffer", "constant"]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that belongs to the module: parameter, buffer or constant.
+
+    `name` is the module's own dotted name, `aliases` the other names of the same tensor (tied weights), `node` the name of
+    its placeholder. `state` says that the program writes it (I6).
+    """
+
+    name: str
+    node: str
+    kind: WeightKind
+    spec: TensorSpec
+    aliases: tuple[str, ...] = ()
+    persistent: bool = True
+    state: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in an arena: its span, so that strides are kept as they are."""
+        return self.spec.span_bytes
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured computation. `weights` and `constants` are keyed by placeholder name."""
+
+    name: str
+    graph: fx.Graph
+    weights: Mapping[str, Weight]
+    constants: Mapping[str, torch.Tensor]
+    inputs: tuple[str, ...]
+    in_spec: TreeSpec
+    out_spec: TreeSpec
+    layout: Layout | None = None
+    header: tuple[str, ...] = field(default=(), compare=False)
+
+    def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
+        return replace(self, graph=graph, **changes)
+
+    def copy_graph(self) -> fx.Graph:
+        """A private copy for a pass to change; names and meta are kept."""
+        graph = fx.Graph()
+        memo: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            new = graph.node_copy(node, lambda n: memo[n])
+            if new.name != node.name:
+                new._rename(node.name)
+            memo[node] = new
+        return graph
+
+    def ops(self) -> Iterator[fx.Node]:
+        """The nodes that run, in order."""
+        return (n for n in self.graph.nodes if n.op == "call_function")
+
+    def node(self, name: str) -> fx.Node:
+        return next(n for n in self.graph.nodes if n.name == name)
+
+    @property
+    def output(self) -> fx.Node:
+        return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+
+
+def tensors_of(node: fx.Node) -> list[torch.Tensor]:
+    """The fake tensors a node gives: none, one, or the members of a tuple or list."""
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor):
+        return [val]
+    if isinstance(val, (tuple, list)):
+        return [v for v in val if isinstance(v, torch.Tensor)]
+    return []
+
+
+def storage_id(tensor: torch.Tensor) -> int:
+    """Identity of the untyped storage behind a (fake) tensor: the unit of aliasing."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def operator_name(target: Callable[..., Any] | str) -> str:
+    """`aten.linear.default` for an operator overload, the function's own name otherwise."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return getattr(target, "__name__", str(target))

@@ -1,0 +1,77 @@
+"""Corrects what the capture recorded of values where the operator by itself does otherwise.
+
+While a program is traced, composite operators see tracing modes and may take another branch: `dropout(x, 0.0, False)` is
+recorded as a new tensor and gives `x` back when run. Bytes are counted by what runs.
+
+before:  d = dropout(x, 0.0, False)      meta: d in storage 7, x in storage 3
+after:   the same graph                  meta: both in storage 3
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from passes.fakes import FaithfulFakes
+from passes.probe import call_of
+from passes.program import Program, storage_id, tensors_of
+
+
+@dataclass(frozen=True)
+class RefreshValues:
+    """Ensures: `meta["val"]` of every operator has the geometry and aliasing of a run without tracing modes."""
+
+    name: str = "refresh_values"
+
+    def apply(self, program: Program) -> Program:
+        graph = program.copy_graph()
+        agrees: dict[Any, bool] = {}
+        stale: set[fx.Node] = set()
+        for node in graph.nodes:
+            if node.op != "call_function":
+                continue
+            touched = any(n in stale for n in node.all_input_nodes)
+            if not isinstance(node.target, torch._ops.OpOverload):
+                if touched:
+                    node.meta["val"] = node.args[0].meta["val"][node.args[1]]
+                    stale.add(node)
+                continue
+            key = call_of(node).key
+            if not touched and agrees.get(key):
+                continue
+            fresh = _run(node)
+            if not touched:
+                agrees[key] = _pattern(node, fresh) == _pattern(node, node.meta.get("val"))
+            if touched or not agrees[key]:
+                node.meta["val"] = fresh
+                stale.add(node)
+        return program.with_graph(graph)
+
+
+def _run(node: fx.Node) -> Any:
+    """The operator on the recorded values of its arguments; a failure leaves what was recorded."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    modes = [t.fake_mode for n in node.all_input_nodes for t in tensors_of(n) if hasattr(t, "fake_mode")]
+    target: Any = node.target
+    if not modes:
+        return node.meta.get("val")
+    with modes[0], FaithfulFakes(), torch.no_grad():
+        return target(*args, **kwargs)
+
+
+def _pattern(node: fx.Node, val: Any) -> list[Any]:
+    """Geometry of each output and which argument's storage it is in."""
+    arguments = [storage_id(t) for n in node.all_input_nodes for t in tensors_of(n)]
+    result = []
+    for tensor in val if isinstance(val, (tuple, list)) else [val]:
+        if not isinstance(tensor, torch.Tensor):
+            result.append(None)
+            continue
+        storage = storage_id(tensor)
+        where = arguments.index(storage) if storage in arguments else -1
+        nbytes = int(tensor.untyped_storage().nbytes())
+        result.append((tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), where, nbytes))
+    return result

@@ -1,0 +1,35 @@
+"""vramplan: PyTorch programs within a byte budget, proved, enforced and measured."""
+
+from __future__ import annotations
+
+from planner.api import plan
+from planner.budget import Budget
+from planner.machine import Machine
+from planner.plan import Plan
+from runtime.errors import (
+    BudgetError,
+    CaptureError,
+    CheckError,
+    InfeasibleBudget,
+    InputError,
+    ModuleUnusable,
+    PlanFileError,
+    PlannerError,
+    UnknownSize,
+)
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "CaptureError",
+    "CheckError",
+    "InfeasibleBudget",
+    "InputError",
+    "Machine",
+    "ModuleUnusable",
+    "Plan",
+    "PlanFileError",
+    "PlannerError",
+    "UnknownSize",
+    "plan",
+]

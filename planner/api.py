@@ -1,0 +1,112 @@
+"""`plan()`: the one function that users call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from planner.budget import Budget
+from planner.machine import Machine
+from planner.options import Options, check_allow, check_keep
+from planner.plan import Plan, prepare
+from runtime.errors import BudgetError, PlannerError
+
+BudgetLike = int | str | Mapping[str | int, int | str] | Budget
+
+
+def plan(
+    target: nn.Module,
+    budget: BudgetLike | None,
+    *,
+    inputs: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    method: str = "forward",
+    call: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    machine: str | Machine | None = None,
+    allow: tuple[str, ...] = ("offload", "tile", "layout"),
+    allow_cast: str | None = None,
+    max_error: float | None = None,
+    keep: Mapping[str, Mapping[str, Any]] | None = None,
+    repeats: int = 1,
+    dynamic: Any = None,
+    profile: bool = False,
+) -> Plan:
+    """Plans `target.method(*inputs, **kwargs)` so that its device memory stays within `budget`.
+
+    Args:
+        target: a module in eval mode; real, fake or meta weights, wherever they are. It is not changed before `build()`.
+        budget: bytes, a size such as "6GB" (6e9) or "6GiB", a mapping such as {"cuda": "6GB"}; None for what is free now.
+        inputs, kwargs: an example call; real, fake or meta tensors, of which only shapes, strides and dtypes are read.
+        method: which method to plan.
+        device: "cuda", "cuda:1" or "accounting" (CPU kernels, every byte counted). Default: CUDA where it is or where
+            `machine` is one, else accounting.
+        machine: a preset's name, a `Machine`, or None for this one.
+        allow: transforms that may be used; without "offload" every weight stays on the device.
+        keep: patterns of weight names to pin, such as {"embeddings.*": {"resident": True}}.
+
+    Returns:
+        The plan: printable, and `build()` makes the module that runs it.
+
+    Raises:
+        BudgetError: the budget cannot be read, or names a device that is not here.
+        InfeasibleBudget: no plan fits; says the minimum, where it is and what would help.
+        CaptureError: the call cannot be captured; names the operator or line.
+        PlannerError: anything else that was asked and cannot be done.
+    """
+    if not isinstance(target, nn.Module):
+        raise PlannerError(f"plan() takes an nn.Module, got {type(target).__name__}: plan(model, budget='6GB', inputs=(x,))")
+    for name, value, default in (
+        ("call", call, None), ("allow_cast", allow_cast, None), ("max_error", max_error, None),
+        ("repeats", repeats, 1), ("dynamic", dynamic, None), ("profile", profile, False),
+    ):  # fmt: skip
+        if value != default:
+            raise PlannerError(f"{name}={value!r} is not supported for a module yet; leave it at {default!r}")
+    chosen = _device(device, budget, machine)
+    described = _machine(machine, chosen)
+    options = Options(
+        budget=Budget.parse(_free_bytes(chosen) if budget is None else budget, chosen),
+        machine=described,
+        device=chosen,
+        method=method,
+        args=tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,),
+        kwargs=dict(kwargs or {}),
+        keep=check_keep(keep),
+        offload="offload" in check_allow(allow),
+    )
+    return Plan(target, options, prepare(target, options))
+
+
+def _device(device: str | None, budget: BudgetLike | None, machine: str | Machine | None) -> str:
+    if device is None and isinstance(budget, (Mapping, Budget)):
+        device = Budget.parse(budget).device
+    if device is None:
+        foreign = machine is not None and _machine(machine, "accounting").capability is not None
+        device = "cuda" if foreign or torch.cuda.is_available() else "accounting"
+    kind, _, index = device.partition(":")
+    if kind not in ("cuda", "accounting") or (index and not index.isdigit()) or (index and kind != "cuda"):
+        raise BudgetError(f"no device {device!r}; write device='cuda', 'cuda:1' or 'accounting'")
+    if kind == "cuda" and machine is None and int(index or 0) >= torch.cuda.device_count():
+        raise BudgetError(
+            f"device {device!r} does not exist here ({torch.cuda.device_count()} CUDA devices); to plan for one that is "
+            "elsewhere, name it: machine='rtx-4090'"
+        )
+    return device
+
+
+def _machine(machine: str | Machine | None, device: str) -> Machine:
+    if machine is None:
+        return Machine.detect(device)
+    return Machine.preset(machine) if isinstance(machine, str) else machine
+
+
+def _free_bytes(device: str) -> int:
+    if device == "accounting":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not torch.cuda.is_available():
+        raise BudgetError("budget=None means what is free now, and there is no CUDA device here: write budget='6GB'")
+    return int(torch.cuda.mem_get_info(torch.device(device))[0])

@@ -1,0 +1,227 @@
+"""Capture: a module and example inputs become a `Program`, without touching weights or the user's module.
+
+The call is exported by `torch.export.export(strict=False)` without decompositions, on fake CPU tensors that stand in for
+parameters, buffers and inputs wherever those really are (CPU, CUDA or meta), so that device constants in the graph are
+uniformly the CPU and the executing device is put in at emission.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.graph_signature import InputKind
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._pytree import tree_flatten_with_path, tree_map
+
+from passes.inline_regions import InlineRegions
+from passes.program import Program, Weight, WeightKind, storage_id
+from passes.spec import TensorSpec
+from planner.refuse import refuse_unplannable
+from runtime.errors import CaptureError
+from runtime.signature import bind_call
+
+_KINDS: dict[InputKind, WeightKind] = {
+    InputKind.PARAMETER: "parameter",
+    InputKind.BUFFER: "buffer",
+    InputKind.CONSTANT_TENSOR: "constant",
+}
+
+
+class _Call(nn.Module):
+    """Gives `torch.export` any method of a module as a `forward`, past the root's own hooks (they stay Python)."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.target = module
+        self._method = method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.target, self._method)(*args, **kwargs)
+
+
+def capture(
+    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, method: str = "forward"
+) -> Program:
+    """The program of `module.method(*args, **kwargs)` in inference.
+
+    Inputs may be real, fake or meta: only shapes, strides, dtypes and Python values are read.
+
+    Raises:
+        PlannerError: the module is in training mode, compiled, hooked by accelerate or quantised.
+        CaptureError: `torch.export` cannot follow it; names the operator and the line.
+    """
+    refuse_unplannable(module, method)
+    args, kwargs = bind_call(getattr(module, method), args, dict(kwargs or {}))
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    fake_args, fake_kwargs = fake_inputs((args, kwargs), mode)
+    with _fake_weights(module, mode), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            exported = torch.export.export(_Call(module, method), fake_args, fake_kwargs, strict=False)
+        except Exception as error:
+            raise _explain(module, method, error) from error
+    return _program(module, method, exported, (fake_args, fake_kwargs))
+
+
+def fake_inputs(tree: Any, mode: FakeTensorMode) -> Any:
+    """The same pytree with fake CPU tensors; inputs that share memory share it in the fakes too."""
+    bases: dict[int, torch.Tensor] = {}
+    memo: dict[int, torch.Tensor] = {}
+
+    def fake(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) in memo:
+            return memo[id(leaf)]
+        key, nbytes = storage_id(leaf), int(leaf.untyped_storage().nbytes())
+        with mode:
+            if key not in bases:
+                bases[key] = torch.empty(nbytes, dtype=torch.uint8)
+            whole = bases[key][: nbytes - nbytes % leaf.dtype.itemsize].view(leaf.dtype)
+            memo[id(leaf)] = whole.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
+        return memo[id(leaf)]
+
+    return tree_map(fake, tree)
+
+
+@contextlib.contextmanager
+def _fake_weights(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
+    """Within it, fake CPU tensors stand in for parameters, buffers and foreign constants.
+
+    Afterwards every attribute of every submodule is what it was, also those that tracing wrote.
+    """
+    memo: dict[int, torch.Tensor] = {}
+    saved: list[tuple[Any, Any]] = []  # containers and shallow copies of what they held
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in memo:
+            with mode:
+                shadow: torch.Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            memo[id(tensor)] = nn.Parameter(shadow, requires_grad=False) if isinstance(tensor, nn.Parameter) else shadow
+        return memo[id(tensor)]
+
+    for owner in module.modules():
+        lists = [v for v in owner.__dict__.values() if isinstance(v, list)]
+        for container in (owner.__dict__, owner._parameters, owner._buffers, *lists):
+            saved.append((container, container.copy()))
+    try:
+        for owner in module.modules():
+            for key, value in list(owner.__dict__.items()):
+                if isinstance(value, list):
+                    value[:] = [fake(v) if isinstance(v, nn.Parameter) else v for v in value]
+                elif isinstance(value, torch.Tensor) and value.device.type != "cpu":
+                    owner.__dict__[key] = fake(value)
+            for slots in (owner._parameters, owner._buffers):
+                for key, tensor in list(slots.items()):
+                    if tensor is not None:
+                        slots[key] = fake(tensor)
+        yield
+    finally:
+        for container, content in saved:
+            if isinstance(container, list):
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)
+
+
+def _explain(module: nn.Module, method: str, error: Exception) -> CaptureError:
+    """Names the innermost line outside torch, which is where a person can do something."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
+    frames = [f for f in frames if not f.filename.endswith("planner/capture.py")]
+    where = f" at {frames[-1].filename}:{frames[-1].lineno} (`{frames[-1].line}`)" if frames else ""
+    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return CaptureError(
+        f"{type(module).__name__}.{method} cannot be captured{where}: {reason}. "
+        "Plan a submodule or another method of it (method=...), or pass inputs for which that line does not depend on data."
+    )
+
+
+def _program(module: nn.Module, method: str, exported: Any, call: tuple[Any, Any]) -> Program:
+    graph: fx.Graph = exported.graph
+    leaves, in_spec = tree_flatten_with_path(call)
+    paths = [_leaf_name(path) for path, _ in leaves]
+    weights: dict[str, Weight] = {}
+    constants: dict[str, torch.Tensor] = {}
+    inputs: list[str] = []
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    ties = _ties(module)
+    for node, spec in zip(placeholders, exported.graph_signature.input_specs, strict=True):
+        if spec.kind == InputKind.USER_INPUT:
+            _rename(graph, node, paths[len(inputs)])
+            inputs.append(node.name)
+            continue
+        if spec.kind not in _KINDS:
+            raise CaptureError(
+                f"{type(module).__name__}.{method} takes a {spec.kind.name} input ({spec.target}), unsupported"
+            )
+        if not node.users:
+            graph.erase_node(node)
+            continue
+        name = spec.target.removeprefix("target.")
+        _rename(graph, node, "w_" + _identifier(name))
+        weight = Weight(
+            name=name,
+            node=node.name,
+            kind=_KINDS[spec.kind],
+            spec=TensorSpec.of(node.meta["val"]),
+            aliases=tuple(n for n in ties.get(name, ()) if n != name),
+            persistent=spec.persistent is not False,
+        )
+        weights[node.name] = weight
+        if weight.kind == "constant":
+            value = exported.constants[spec.target]
+            constants[node.name] = _attribute(module, name) if isinstance(value, FakeTensor) else value.detach()
+    program = Program(
+        name=f"{type(module).__name__}.{method}",
+        graph=graph,
+        weights=weights,
+        constants=constants,
+        inputs=tuple(inputs),
+        in_spec=in_spec,
+        out_spec=exported.call_spec.out_spec,
+    )
+    return InlineRegions().apply(program)  # while the graph module that holds the regions is at hand
+
+
+def _ties(module: nn.Module) -> dict[str, tuple[str, ...]]:
+    """For every weight name, all names of the same tensor object."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in (
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ):
+        groups.setdefault(id(tensor), []).append(name)
+    return {name: tuple(names) for names in groups.values() for name in names}
+
+
+def _attribute(module: nn.Module, path: str) -> torch.Tensor:
+    owner: Any = module
+    for part in path.split("."):
+        owner = owner[int(part)] if part.isdigit() and isinstance(owner, (list, tuple)) else getattr(owner, part)
+    if not isinstance(owner, torch.Tensor):
+        raise CaptureError(f"the constant {path!r} is a {type(owner).__name__}, not a tensor")
+    return owner.detach()
+
+
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    """`args[0]` -> `arg_0`; `kwargs["mask"]["a"]` -> `mask_a`."""
+    keys = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", "")))) for k in path]
+    return _identifier("_".join(["arg", *keys[1:]] if keys[0] == "0" else keys[1:]))
+
+
+def _identifier(text: str) -> str:
+    name = "".join(c if c.isalnum() and c.isascii() else "_" for c in text)
+    return name if not name[:1].isdigit() else "_" + name
+
+
+def _rename(graph: fx.Graph, node: fx.Node, name: str) -> None:
+    node._rename(name)
+    node.target = node.name

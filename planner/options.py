@@ -1,0 +1,50 @@
+"""What the user declared to `plan()`, validated: the part of a plan that is not found but given."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from planner.budget import Budget
+from planner.machine import Machine
+from runtime.errors import PlannerError
+
+TRANSFORMS = ("offload", "tile", "cast", "layout")
+
+
+@dataclass(frozen=True)
+class Options:
+    """A target's call and constraints. `keep` maps name patterns to what is pinned: `{"vae.*": {"resident": True}}`."""
+
+    budget: Budget
+    machine: Machine
+    device: str
+    method: str = "forward"
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    keep: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    offload: bool = True
+
+    def keeps_resident(self, name: str) -> bool:
+        """Whether a weight may not leave the device."""
+        if not self.offload:
+            return True
+        return any(fnmatch.fnmatchcase(name, pattern) and rule.get("resident") for pattern, rule in self.keep.items())
+
+
+def check_keep(keep: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]]:
+    """Raises PlannerError for a rule that pins something we do not know."""
+    for pattern, rule in (keep or {}).items():
+        if not isinstance(rule, Mapping) or set(rule) - {"resident"}:
+            raise PlannerError(f"keep={{{pattern!r}: {rule!r}}}: write what is pinned as {{{pattern!r}: {{'resident': True}}}}")
+    return dict(keep or {})
+
+
+def check_allow(allow: tuple[str, ...]) -> tuple[str, ...]:
+    """Raises PlannerError for a transform that does not exist."""
+    unknown = [name for name in ((allow,) if isinstance(allow, str) else allow) if name not in TRANSFORMS]
+    if unknown:
+        raise PlannerError(f"allow={allow!r}: {unknown[0]!r} is none of {', '.join(TRANSFORMS)}; write allow={TRANSFORMS!r}")
+    return (allow,) if isinstance(allow, str) else tuple(allow)

@@ -1,0 +1,117 @@
+"""From decisions to an executable: the table of contents of what happens after the solver has chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import fx
+
+from passes.base import run_passes
+from passes.check_plan import Proof, check_plan
+from passes.insert_frees import InsertFrees
+from passes.program import Program
+from passes.spec import TensorSpec
+from passes.stream_weights import StreamWeights
+from planner.schedule import Placement, make_layout, order_refills
+from planner.sizes import format_bytes
+from planner.solve.bundles import BundleSpan
+from planner.solve.decisions import Decisions
+from planner.solve.problem import Problem
+from runtime import ops
+from runtime.emit import attribute_names, emit_source
+from runtime.errors import PlanFileError
+from runtime.executable import Executable, WeightView
+
+
+def placements_of(problem: Problem, decisions: Decisions) -> tuple[Placement, ...]:
+    """Decisions by node name as placements by position.
+
+    Raises:
+        PlanFileError: a decision names a node or weight that this program does not have.
+    """
+    position = {name: i for i, name in enumerate(problem.names)}
+    placements = []
+    for stream in decisions.streams:
+        for name in (stream.prefetch, stream.first, stream.last):
+            if name not in position:
+                raise PlanFileError(f"the plan names the operator {name!r}, which this program does not have; plan the model again")
+        for name in stream.weights:
+            if name not in problem.weight_bytes:
+                raise PlanFileError(f"the plan names the weight {name!r}, which this program does not have; plan the model again")
+        nbytes = sum(problem.weight_bytes[w] for w in stream.weights)
+        span = BundleSpan(stream.weights, nbytes, position[stream.first], position[stream.last])
+        placements.append(Placement(span, position[stream.prefetch]))
+    return tuple(placements)
+
+
+def emit_program(problem: Problem, decisions: Decisions, budget_bytes: int) -> tuple[Program, Proof]:
+    """Rewrites, schedules and checks; what comes back is proved to fit.
+
+    Raises:
+        CheckError: the checker objects; nothing is returned that it did not accept.
+    """
+    layout = make_layout(problem, placements_of(problem, decisions), decisions.staging == "arena")
+    program = run_passes(
+        problem.program,
+        (
+            StreamWeights(decisions.streams),  # prefetch, onload, evict where decided
+            InsertFrees(),  # last: it looks at everybody's last use
+        ),
+    )
+    program = order_refills(replace(program, layout=layout))  # needs the offsets
+    _annotate_workspace(problem, program.graph)
+    memory = problem.memory
+    proof = check_plan(program, budget_bytes, rounding_bytes=memory.activation_rounding, fixed_bytes=memory.fixed_bytes)
+    return program, proof
+
+
+def _annotate_workspace(problem: Problem, graph: fx.Graph) -> None:
+    workspace = {n.name: c.workspace_bytes for n, c in zip(problem.liveness.nodes, problem.liveness.costs, strict=True)}
+    for node in graph.nodes:
+        if workspace.get(node.name):
+            node.meta["workspace_bytes"] = workspace[node.name]
+
+
+def make_executable(
+    program: Program, proof: Proof, header: tuple[str, ...], device: str, predicted: Mapping[str, float]
+) -> Executable:
+    """The emitted program as source and plain data, which is all that the runtime takes."""
+    assert program.layout is not None
+    layout = program.layout
+
+    def comment(node: fx.Node) -> str:
+        if node.target in (ops.prefetch, ops.onload):
+            bundle = layout.bundles[node.args[0]]  # type: ignore[index]
+            return f"{len(bundle.slots)} weights, {format_bytes(bundle.nbytes)}"
+        if node.op != "call_function" or node.target in ops.ALL:
+            return ""
+        live = proof.live_bytes.get(node.name)
+        kind = _type(node)
+        return f"{kind}  {device}" + (f"  live {format_bytes(live)}" if live is not None and kind else "")
+
+    resident = [s.weight for s in (*layout.resident, *layout.state)]
+    weights = {
+        node: WeightView(w.name, w.aliases, w.spec.shape, w.spec.stride, w.spec.dtype, w.nbytes, w.state)
+        for node, w in program.weights.items()
+    }
+    return Executable(
+        name=program.name,
+        source=emit_source(program.graph, attribute_names(resident), header, comment),
+        layout=layout,
+        weights=weights,
+        constants=program.constants,
+        inputs=program.inputs,
+        out_spec=program.out_spec,
+        predicted=dict(predicted),
+    )
+
+
+def _type(node: fx.Node) -> str:
+    val = node.meta.get("val")
+    if isinstance(val, torch.Tensor):
+        return str(TensorSpec.of(val))
+    if isinstance(val, (tuple, list)):
+        return "(" + ", ".join(str(TensorSpec.of(v)) if isinstance(v, torch.Tensor) else "_" for v in val) + ")"
+    return type(val).__name__ if val is not None else ""

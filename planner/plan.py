@@ -1,0 +1,296 @@
+"""`Plan`: what was decided for one target and budget, proved, printable, and buildable."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from passes.check_plan import Proof
+from passes.program import Program
+from planner.bounds import Bound, physical_bound
+from planner.budget import Budget
+from planner.capture import capture
+from planner.machine import Machine, machine_from_mapping
+from planner.memory import MemoryModel
+from planner.options import Options
+from planner.pipeline import emit_program, make_executable
+from planner.plan_file import check_fingerprint, load_call, read_plan, write_plan
+from planner.show import describe, where
+from planner.sizes import format_bytes
+from planner.solve.decide import Schedule, Solver
+from planner.solve.decisions import Decisions
+from planner.solve.problem import Problem, build_problem
+from planner.solve.simulate import StepTime, simulate
+from planner.pipeline import placements_of
+from planner.weights import open_weights
+from passes.base import run_passes
+from passes.canonicalise import CANONICALISE
+from runtime.devices import open_device
+from runtime.errors import InfeasibleBudget, PlannerError
+from runtime.executable import Executable
+from runtime.layout import Layout
+from runtime.module import PlannedModule, Runner, planned
+from runtime.report import Report
+from runtime.signature import CallSignature, bind_call
+
+
+class Plan:
+    """The plan of one module's method for one budget. Made by `plan()`, `Plan.load` or `replan`; immutable but for `build`.
+
+    Attributes:
+        budget: what was declared; machine: what it was planned for; device: where `build` runs it.
+        program: the canonical program; emitted: the one with streaming operators and layout that the checker proved.
+        decisions: what was decided, as data. layout: where every byte lives.
+    """
+
+    def __init__(self, target: nn.Module, options: Options, solver: Solver, decisions: Decisions | None = None) -> None:
+        self._target, self._options, self._solver = target, options, solver
+        self._runner: Runner | None = None
+        if options.budget.device_bytes < solver.minimum.peak_bytes:
+            raise _infeasible(solver, options.budget.device_bytes)
+        schedule: Schedule | None = None
+        if decisions is None:
+            schedule = solver.solve(options.budget.device_bytes)
+            decisions = schedule.decisions(solver.problem)
+        self.decisions = decisions
+        self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes)
+        self._schedule = schedule
+
+    # What was asked.
+
+    @property
+    def budget(self) -> Budget:
+        return self._options.budget
+
+    @property
+    def machine(self) -> Machine:
+        return self._options.machine
+
+    @property
+    def device(self) -> str:
+        return self._options.device
+
+    @property
+    def problem(self) -> Problem:
+        return self._solver.problem
+
+    @property
+    def program(self) -> Program:
+        return self.problem.program
+
+    @property
+    def layout(self) -> Layout:
+        assert self.emitted.layout is not None
+        return self.emitted.layout
+
+    # What was found.
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.budget.device_bytes
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Predicted: live bytes on `accounting`, what the allocator reserves on CUDA."""
+        return self._schedule.peak_bytes if self._schedule is not None else self.proof.peak_bytes
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The least budget that is feasible."""
+        return self._solver.minimum.peak_bytes
+
+    @property
+    def unplanned_bytes(self) -> int:
+        """Predicted peak with everything resident."""
+        return self._solver.resident.peak_bytes
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Simulated on `machine`."""
+        return simulate(self.problem.seconds, placements_of(self.problem, self.decisions), self.machine)
+
+    @property
+    def step_seconds(self) -> float:
+        return self.time.step_seconds
+
+    @cached_property
+    def bound(self) -> Bound:
+        return physical_bound(self.problem, self.budget_bytes)
+
+    @property
+    def bound_seconds(self) -> float:
+        return self.bound.seconds
+
+    @property
+    def peak_parts(self) -> dict[str, int]:
+        """What the peak is made of, in bytes, at the operator where it is."""
+        node = self.proof.peak_node
+        workspace = next((int(n.meta.get("workspace_bytes", 0)) for n in self.emitted.graph.nodes if n.name == node), 0)
+        resident = self.layout.resident_bytes + self.layout.state_bytes
+        fixed = self.problem.memory.fixed_bytes
+        names = self.problem.names
+        activations = int(self.problem.activation_bytes[names.index(node)]) - workspace if node in names else 0
+        staging = self.proof.peak_bytes - resident - fixed - activations - workspace
+        if node not in names:  # an input or a copy: whatever is not weights
+            staging, activations = self.layout.staging_bytes, staging - self.layout.staging_bytes
+        parts = {"resident weights": resident, "staging": staging, "activations": activations, "workspace": workspace}
+        return {**parts, "libraries": fixed, "allocator": self.peak_bytes - self.proof.peak_bytes}
+
+    @cached_property
+    def executable(self) -> Executable:
+        header = (
+            f"{self.program.name}: budget {format_bytes(self.budget_bytes)}, predicted peak {format_bytes(self.peak_bytes)}"
+            f" at {where(self)}",
+            f"on {self.device}, planned for {self.machine.name}; passes: canonicalise, stream_weights, insert_frees",
+        )
+        predicted = {"peak_bytes": float(self.peak_bytes), "step_seconds": self.step_seconds}
+        return make_executable(self.emitted, self.proof, header, self.device, predicted)
+
+    @property
+    def code(self) -> str:
+        """The emitted program as Python: what is printed is what runs."""
+        return self.executable.source
+
+    def __str__(self) -> str:
+        return describe(self)
+
+    def __repr__(self) -> str:
+        return f"<Plan of {self.program.name}: {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}>"
+
+    def __eq__(self, other: object) -> bool:
+        """Equal plans decide the same for the same program, budget, machine and device."""
+        if not isinstance(other, Plan):
+            return NotImplemented
+        mine = (self.decisions, self.budget, self.machine, self.device, self.code)
+        return mine == (other.decisions, other.budget, other.machine, other.device, other.code)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # What can be done with it.
+
+    def replan(self, budget: int | str | Mapping[str | int, int | str] | Budget) -> Plan:
+        """The same captured call under another budget; capture and analyses are reused.
+
+        Raises:
+            BudgetError, InfeasibleBudget: as `plan()`.
+        """
+        parsed = Budget.parse(budget, self.device)
+        return Plan(self._target, dataclasses.replace(self._options, budget=parsed), self._solver)
+
+    def save(self, path: str | Path) -> None:
+        """Writes decisions and fingerprint as JSON, atomically. No weights."""
+        write_plan(
+            path,
+            program=self.program,
+            decisions=self.decisions,
+            budget=self.budget,
+            machine=self.machine,
+            device=self.device,
+            method=self._options.method,
+            call=(self._options.args, self._options.kwargs),
+        )
+
+    @classmethod
+    def load(
+        cls, path: str | Path, model: nn.Module, *, inputs: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None
+    ) -> Plan:
+        """A saved plan for this model: captured again, decisions applied again, checked again.
+
+        Raises:
+            PlanFileError: truncated, of another version, or made for another model (names the differing node).
+        """
+        data = read_plan(path)
+        args, named = (inputs or (), kwargs or {}) if inputs is not None or kwargs else load_call(data["call"])
+        machine = machine_from_mapping(data["machine"], origin=str(path))
+        options = Options(Budget(**data["budget"]), machine, data["device"], data["method"], args, named)
+        solver = prepare(model, options)
+        check_fingerprint(data["fingerprint"], solver.problem.program)
+        return cls(model, options, solver, Decisions.from_json(data["decisions"]))
+
+    def build(self, weights: Any = None, *, concurrent: Literal["wait", "raise"] = "wait") -> PlannedModule:
+        """The module that runs the plan. Its weights move, one at a time, into one host arena that the original then shares.
+
+        Args:
+            weights: for a model on the meta device: a module, a state dict or a folder of safetensors files.
+            concurrent: what a call does while another thread is inside: wait or raise.
+
+        Raises:
+            PlannerError: no such device here, or weights are missing.
+        """
+        if self._runner is not None and not self._runner.closed:
+            raise PlannerError("this plan is built already; close() the planned module, or p.restore(), before building again")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise PlannerError(
+                f"this plan is for {self.device}, and there is no CUDA device here; build it where there is one, "
+                "or plan with device='accounting'"
+            )
+        lookup = open_weights(weights) if weights is not None else None
+        signature, _ = CallSignature.of(*bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs))
+        runner = Runner(
+            self._target,
+            self._options.method,
+            open_device(self.device),
+            self.budget_bytes,
+            self.machine.link_bandwidth,
+            self._replan_call,
+            concurrent,
+        )
+        runner.attach(signature, self.executable, lookup)
+        self._runner = runner
+        return planned(self._target, runner)
+
+    def _replan_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
+        options = dataclasses.replace(self._options, args=args, kwargs=kwargs)
+        return Plan(self._target, options, prepare(self._target, options)).executable
+
+    def report(self) -> Report:
+        """What the last call of the built module measured."""
+        if self._runner is None:
+            raise PlannerError("nothing was measured yet: m = p.build(), call m, then p.report()")
+        return self._runner.report()
+
+    def restore(self) -> nn.Module:
+        """Closes the built module and gives the original back, its weights where they were."""
+        if self._runner is not None:
+            self._runner.close()
+        return self._target
+
+
+def prepare(model: nn.Module, options: Options) -> Solver:
+    """Captures, canonicalises and analyses: all that does not depend on the budget."""
+    program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
+    kind = options.device.partition(":")[0]
+    memory = MemoryModel.of(kind, options.machine.capability)
+    return Solver(build_problem(program, options.machine, memory, options.keeps_resident))
+
+
+def _infeasible(solver: Solver, budget_bytes: int) -> InfeasibleBudget:
+    problem, least = solver.problem, solver.minimum
+    i = least.peak_position
+    node = problem.liveness.nodes[i]
+    activations = int(problem.activation_bytes[i]) - problem.liveness.costs[i].workspace_bytes
+    weights = sum(p.span.nbytes for p in least.placements if p.prefetch <= i <= p.span.last) or (
+        problem.total_weight_bytes if not least.placements else sum(problem.weight_bytes[w] for w in problem.pinned)
+    )
+    parts = [f"activations {format_bytes(activations)}", f"weights {format_bytes(weights)}"]
+    if problem.liveness.costs[i].workspace_bytes:
+        parts.append(f"workspace {format_bytes(problem.liveness.costs[i].workspace_bytes)}")
+    if problem.memory.fixed_bytes:
+        parts.append(f"libraries {format_bytes(problem.memory.fixed_bytes)}")
+    from planner.show import module_path
+
+    place = f"{node.name} in {module_path(node)}" if module_path(node) else node.name
+    help_ = "smaller inputs (batch, tokens, height)" if activations >= weights else "a model in a smaller dtype"
+    return InfeasibleBudget(
+        f"budget {format_bytes(budget_bytes)} ({budget_bytes} B); the least possible is {format_bytes(least.peak_bytes)} "
+        f"({least.peak_bytes} B), at {place} ({' + '.join(parts)}); what would help: {help_}",
+        budget_bytes=budget_bytes,
+        minimum_bytes=least.peak_bytes,
+        node=node.name,
+    )

@@ -1,0 +1,140 @@
+"""Plan files: decisions, what they were made for, and a fingerprint of the program that they belong to. JSON, nothing pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+
+from passes.program import Program, operator_name, tensors_of
+from passes.spec import TensorSpec
+from planner.budget import Budget
+from planner.machine import Machine
+from planner.solve.decisions import Decisions
+from runtime.errors import PlanFileError
+
+FORMAT, VERSION = "vramplan plan", 1
+_SCALARS = (bool, int, float, str, type(None))
+
+
+def fingerprint(program: Program) -> list[str]:
+    """One entry per node, `name:checksum` over operator, arguments and types: what makes two programs the same."""
+    entries = []
+    for node in program.graph.nodes:
+        types = [str(TensorSpec.of(t)) + str(t.stride()) for t in tensors_of(node)]
+        text = f"{node.op}|{operator_name(node.target)}|{node.args}|{node.kwargs}|{types}"
+        entries.append(f"{node.name}:{zlib.crc32(text.encode()):08x}")
+    return entries
+
+
+def check_fingerprint(saved: list[str], program: Program) -> None:
+    """Raises PlanFileError that names the first node in which the saved plan's program and this one differ."""
+    own = fingerprint(program)
+    for before, now in zip(saved, own, strict=False):
+        if before != now:
+            name, other = before.rpartition(":")[0], now.rpartition(":")[0]
+            what = f"{name!r} differs" if name == other else f"the plan has {name!r} where this model has {other!r}"
+            raise PlanFileError(f"the plan was made for another model: {what}. Plan this model anew: plan(model, budget=...)")
+    if len(saved) != len(own):
+        raise PlanFileError(
+            f"the plan was made for another model: it has {len(saved)} nodes, this one {len(own)}. "
+            "Plan this model anew: plan(model, budget=...)"
+        )
+
+
+def write_plan(
+    path: str | Path,
+    *,
+    program: Program,
+    decisions: Decisions,
+    budget: Budget,
+    machine: Machine,
+    device: str,
+    method: str,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+) -> None:
+    """Writes atomically: a crash leaves the old file or none."""
+    data = {
+        "format": FORMAT,
+        "version": VERSION,
+        "program": program.name,
+        "method": method,
+        "device": device,
+        "budget": asdict(budget),
+        "machine": asdict(machine),
+        "call": _dump_call(call),
+        "decisions": decisions.to_json(),
+        "fingerprint": fingerprint(program),
+    }
+    target = Path(path)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        scratch.write_text(json.dumps(data, indent=1))
+        os.replace(scratch, target)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def read_plan(path: str | Path) -> dict[str, Any]:
+    """The contents of a plan file.
+
+    Raises:
+        PlanFileError: no such file, not a plan, truncated, or of another version.
+    """
+    try:
+        data = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise PlanFileError(f"cannot read the plan {str(path)!r}: {error.strerror}; check the path given to Plan.load") from error
+    except ValueError as error:
+        raise PlanFileError(f"{str(path)!r} is damaged or no plan file ({error}); save it again with p.save(...)") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise PlanFileError(f"{str(path)!r} is no plan file; Plan.load takes what p.save(...) wrote")
+    if data.get("version") != VERSION:
+        raise PlanFileError(
+            f"{str(path)!r} has plan version {data.get('version')}, this library reads version {VERSION}; plan the model again"
+        )
+    missing = {"method", "device", "budget", "machine", "call", "decisions", "fingerprint"} - data.keys()
+    if missing:
+        raise PlanFileError(f"{str(path)!r} lacks {', '.join(sorted(missing))}; save it again with p.save(...)")
+    return data
+
+
+def _dump_call(call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any] | None:
+    leaves, spec = tree_flatten(call)
+    saved: list[Any] = []
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor):
+            dtype = str(leaf.dtype).removeprefix("torch.")
+            saved.append({"shape": list(leaf.shape), "stride": list(leaf.stride()), "dtype": dtype})
+        elif isinstance(leaf, _SCALARS):
+            saved.append(leaf)
+        else:
+            return None
+    try:
+        return {"leaves": saved, "spec": treespec_dumps(spec)}
+    except Exception:  # a container type that pytree cannot write: the caller passes the inputs at load instead
+        return None
+
+
+def load_call(saved: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs on the meta device, as saved.
+
+    Raises:
+        PlanFileError: the inputs could not be written, so they have to be passed.
+    """
+    if saved is None:
+        raise PlanFileError("the plan's inputs have a type that JSON cannot hold; pass them: Plan.load(path, model, inputs=(...,))")
+    leaves = [
+        torch.empty_strided(leaf["shape"], leaf["stride"], dtype=getattr(torch, leaf["dtype"]), device="meta")
+        if isinstance(leaf, dict)
+        else leaf
+        for leaf in saved["leaves"]
+    ]
+    args, kwargs = tree_unflatten(leaves, treespec_loads(saved["spec"]))
+    return args, kwargs

@@ -1,0 +1,121 @@
+"""What `print(plan)` says: budget, peak and what it is made of, seconds against the bound, decisions by module."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import fx
+
+from planner.sizes import format_bytes
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
+
+WIDTH = 100
+MAX_GROUPS = 14
+
+
+@dataclass
+class _Group:
+    count: int = 0
+    nbytes: int = 0
+    streamed_bytes: int = 0
+
+
+def format_seconds(seconds: float) -> str:
+    """`1.23 s`, `45.6 ms` or `7.89 us`."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1 or unit == "us":
+            return f"{seconds * factor:.3g} {unit}"
+    raise AssertionError
+
+
+def describe(plan: Plan) -> str:
+    """The plan as text of at most 100 columns; the same plan always gives the same text."""
+    rows = [
+        ("budget", f"{format_bytes(plan.budget_bytes)} on {plan.device}, planned for {plan.machine.name}"),
+        ("peak", f"{format_bytes(plan.peak_bytes)} (the least possible is {format_bytes(plan.minimum_bytes)})"),
+        ("at", where(plan)),
+        ("made of", " + ".join(f"{name} {format_bytes(n)}" for name, n in plan.peak_parts.items() if n)),
+        ("step", f"{format_seconds(plan.step_seconds)} predicted, {_ratio(plan)}"),
+        ("weights", _weights(plan)),
+    ]
+    lines = [f"{plan.program.name}: {len(plan.problem.names)} operators, {len(plan.program.weights)} weights"]
+    for label, text in rows:
+        lines += _wrap(label, text)
+    lines.append("  decisions")
+    lines += _decisions(plan)
+    return "\n".join(lines)
+
+
+def where(plan: Plan) -> str:
+    """The operator at which the peak is, with its module."""
+    node = next((n for n in plan.program.graph.nodes if n.name == plan.proof.peak_node), None)
+    name = plan.proof.peak_node
+    owner = module_path(node) if node is not None else ""
+    return f"{name} in {owner}" if owner else name
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted name of the innermost module that a node came from; empty for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return re.sub(r"^.*?target\.?", "", path, count=1)
+
+
+def _ratio(plan: Plan) -> str:
+    ratio = plan.step_seconds / plan.bound_seconds if plan.bound_seconds else 1.0
+    return f"{ratio:.2f} x the bound of {format_seconds(plan.bound_seconds)} set by the {plan.bound.limited_by}"
+
+
+def _weights(plan: Plan) -> str:
+    streamed = plan.layout.streamed_bytes
+    total = sum(w.nbytes for w in plan.program.weights.values())
+    again = "" if not plan.layout.bundles else f" in {len(plan.layout.bundles)} bundles"
+    kept = plan.layout.resident_bytes + plan.layout.state_bytes
+    staging = {"arena": "a static arena", "allocator": "the allocator's blocks"}[plan.decisions.staging]
+    via = f" through {staging}" if streamed else ""
+    return f"{format_bytes(total)}: {format_bytes(kept)} resident, {format_bytes(streamed)} streamed per step{again}{via}"
+
+
+def _decisions(plan: Plan) -> list[str]:
+    streamed = {s.weight for b in plan.layout.bundles for s in b.slots}
+    depth = 4
+    groups = _groups(plan, streamed, depth)
+    while len(groups) > MAX_GROUPS and depth > 1:
+        depth -= 1
+        groups = _groups(plan, streamed, depth)
+    width = max((len(name) for name in groups), default=0)
+    lines = []
+    for name, group in groups.items():
+        share = f"{format_bytes(group.streamed_bytes)} streamed" if group.streamed_bytes else "resident"
+        if 0 < group.streamed_bytes < group.nbytes:
+            share += f", {format_bytes(group.nbytes - group.streamed_bytes)} resident"
+        label = name if len(name) <= 48 else name[:45] + "..."
+        lines.append(f"    {label:<{min(width, 48)}}  {group.count:>4} weights  {format_bytes(group.nbytes):>8}  {share}"[:WIDTH])
+    return lines
+
+
+def _groups(plan: Plan, streamed: set[str], depth: int) -> dict[str, _Group]:
+    groups: dict[str, _Group] = {}
+    for node, weight in plan.program.weights.items():
+        parts = ["*" if part.isdigit() else part for part in weight.name.split(".")[:-1][:depth]]
+        group = groups.setdefault(".".join(parts) or "(root)", _Group())
+        group.count += 1
+        group.nbytes += weight.nbytes
+        group.streamed_bytes += weight.nbytes if node in streamed else 0
+    return groups
+
+
+def _wrap(label: str, text: str) -> list[str]:
+    lines, line = [], f"  {label:<9} "
+    for word in text.split(" "):
+        if len(line) + len(word) > WIDTH and line.strip():
+            lines.append(line.rstrip())
+            line = " " * 12
+        line += word + " "
+    return [*lines, line.rstrip()]

@@ -1,0 +1,84 @@
+"""Bundles: which weights travel together. Candidates for the solver, none of which depends on the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from planner.solve.problem import Problem
+
+# Small copies reach a fraction of the link; what is this small costs more to move than to keep.
+TINY_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class BundleSpan:
+    """Weights needed by operators in [first, last]; `nbytes` as they are packed."""
+
+    weights: tuple[str, ...]
+    nbytes: int
+    first: int
+    last: int
+
+
+def make_bundles(problem: Problem, target_bytes: int, tiny_bytes: int) -> tuple[BundleSpan, ...]:
+    """Neighbouring visits joined up to `target_bytes`; 0 keeps each visit apart (the finest there is).
+
+    Weights of at most `tiny_bytes` and pinned ones are left out: they are resident.
+    """
+    spans: list[BundleSpan] = []
+    names: list[str] = []
+    nbytes, first, last = 0, 0, -1
+
+    def close() -> None:
+        if names:
+            spans.append(BundleSpan(tuple(names), nbytes, first, last))
+
+    for visit in problem.visits:
+        size = problem.weight_bytes[visit.weight]
+        if visit.weight in problem.pinned or size <= tiny_bytes:
+            continue
+        same = (visit.first, visit.last) == (first, last)
+        if names and visit.weight not in names and (same or (nbytes + size <= target_bytes)):
+            names.append(visit.weight)
+            nbytes, last = nbytes + size, max(last, visit.last)
+            continue
+        close()
+        names, nbytes, first, last = [visit.weight], size, visit.first, visit.last
+    close()
+    return tuple(spans)
+
+
+def spread(problem: Problem, spans: Sequence[BundleSpan], rate: float) -> tuple[BundleSpan, ...]:
+    """Chooses bundles evenly by compute time (error diffusion); the rest stays resident.
+
+    `rate` is streamed bytes per second of compute, in units of all bytes over all seconds. Where the program has fewer bytes
+    than that they are all chosen and the debt is carried on, so 1.0 need not choose everything; infinity does.
+    A weight with several visits is streamed in all of them or in none.
+    """
+    elapsed = np.concatenate([[0.0], np.cumsum(problem.seconds)])
+    due = rate * sum(s.nbytes for s in spans) * elapsed / max(elapsed[-1], 1e-30)
+    chosen: list[BundleSpan] = []
+    sent = 0.0
+    for span in spans:
+        if due[span.last + 1] - sent >= span.nbytes / 2:
+            chosen.append(span)
+            sent += span.nbytes
+    return _whole_weights(problem, spans, chosen)
+
+
+def _whole_weights(
+    problem: Problem, spans: Sequence[BundleSpan], chosen: Sequence[BundleSpan]
+) -> tuple[BundleSpan, ...]:
+    """Takes weights out of the chosen bundles that some bundle left behind needs too."""
+    picked = set(map(id, chosen))
+    resident = {w for span in spans if id(span) not in picked for w in span.weights}
+    result = []
+    for span in chosen:
+        weights = tuple(w for w in span.weights if w not in resident)
+        if weights:
+            nbytes = sum(problem.weight_bytes[w] for w in weights)
+            result.append(BundleSpan(weights, nbytes, span.first, span.last))
+    return tuple(result)

@@ -1,0 +1,190 @@
+"""Decide: of all candidate schedules that fit the budget, the fastest under the simulator.
+
+A candidate is a bundling, a rate at which to stream (evenly by compute time) and a staging policy. None of
+these depends on the budget, and a schedule that starts copies as early as the budget leaves room only gets faster with more
+room; so a larger budget is never slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from passes.stream_weights import Stream
+from planner.memory import AllocationEvent
+from planner.schedule import (
+    Placement, arena_offsets, prefetch_into_arena, prefetch_into_headroom, staged_bytes,
+)  # fmt: skip
+from planner.solve.bundles import TINY_BYTES, BundleSpan, make_bundles, spread
+from planner.solve.decisions import Decisions, StagingMode
+from planner.solve.problem import Problem
+from planner.solve.simulate import StepTime, simulate
+
+MIB = 1024 * 1024
+# (bundle target, what is too small to stream). The finest comes last: it sets the minimum budget.
+GRANULARITIES = ((64 * MIB, TINY_BYTES), (16 * MIB, TINY_BYTES), (0, TINY_BYTES), (0, 0))
+# Bytes streamed per second of compute, in units of all weights over the whole step; the last streams everything.
+RATES = (*(i / 48 for i in range(1, 48)), *(1.05**i for i in range(80)), 1e30)
+# Staging arena sizes, in multiples of the largest bundle: 2 is double buffering.
+ARENA_SLOTS = (1, 2, 3, 4, 6, 8, 12)
+# Shrinking limits for schedules in the headroom, for allocators that reserve more than is live.
+HEADROOM_SHARES = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A feasible candidate with what the memory model and the simulator say of it."""
+
+    placements: tuple[Placement, ...]
+    staging: StagingMode
+    peak_bytes: int
+    peak_position: int
+    time: StepTime
+
+    @property
+    def streamed_bytes(self) -> int:
+        return sum(p.span.nbytes for p in self.placements)
+
+    def decisions(self, problem: Problem) -> Decisions:
+        names = problem.names
+        return Decisions(
+            tuple(
+                Stream(p.span.weights, names[p.prefetch], names[p.span.first], names[p.span.last])
+                for p in self.placements
+            ),
+            self.staging,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Solver:
+    """Solves one problem for any number of budgets; what does not depend on the budget is computed once."""
+
+    problem: Problem
+
+    @cached_property
+    def minimum(self) -> Schedule:
+        """The schedule of least memory: every visit its own bundle, copied when it is needed, not before."""
+        spans = make_bundles(self.problem, 0, 0)
+        placements = tuple(Placement(s, s.first) for s in spans)
+        tight = self._evaluate(placements, "allocator")
+        resident = self._evaluate((), "arena")
+        return min(tight, resident, key=lambda s: s.peak_bytes)
+
+    @cached_property
+    def resident(self) -> Schedule:
+        """Everything stays on the device: the unplanned way."""
+        return self._evaluate((), "arena")
+
+    def solve(self, budget_bytes: int) -> Schedule:
+        """The fastest schedule within the budget; requires `budget_bytes >= minimum.peak_bytes`."""
+        assert budget_bytes >= self.minimum.peak_bytes
+        best = self.resident if self.resident.peak_bytes <= budget_bytes else self.minimum
+        for spans, least in sorted(self._selections, key=lambda item: item[1]):
+            if least >= best.time.step_seconds:
+                break
+            for placements, staging in self._candidates(spans, budget_bytes):
+                # The simulator is cheap and the memory model is not: ask it second.
+                time = simulate(self.problem.seconds, placements, self.problem.machine)
+                if time.step_seconds <= best.time.step_seconds:
+                    schedule = self._evaluate(placements, staging, time)
+                    if schedule.peak_bytes <= budget_bytes and _rank(schedule) < _rank(best):
+                        best = schedule
+        return best
+
+    @cached_property
+    def _selections(self) -> list[tuple[tuple[BundleSpan, ...], float]]:
+        """Every choice of streamed bundles, with the least seconds that it can take."""
+        problem, chosen = self.problem, {}
+        for target, tiny in GRANULARITIES:
+            spans = make_bundles(problem, target, tiny)
+            for rate in RATES:
+                selection = spread(problem, spans, rate)
+                least = problem.machine.link_latency_seconds * len(selection)
+                least += sum(s.nbytes for s in selection) / problem.machine.link_bandwidth
+                if selection:
+                    chosen[selection] = max(problem.compute_seconds, least)
+        return list(chosen.items())
+
+    def _candidates(
+        self, spans: tuple[BundleSpan, ...], budget_bytes: int
+    ) -> Iterator[tuple[tuple[Placement, ...], StagingMode]]:
+        """Placements of a selection that may fit: static arenas of several sizes, then the headroom that the budget leaves."""
+        problem = self.problem
+        largest = max(s.nbytes for s in spans)
+        resident = self._resident_bytes(spans)
+        floor = resident + int(problem.activation_bytes.max()) + problem.memory.fixed_bytes
+        for slots in ARENA_SLOTS:
+            placements = prefetch_into_arena(spans, slots * largest)
+            if floor + int(staged_bytes(placements, len(problem.seconds)).max()) > budget_bytes:
+                break
+            yield placements, "arena"
+        for share in HEADROOM_SHARES if problem.memory.device == "cuda" else (1.0,):
+            limit = int(budget_bytes * share) - problem.memory.fixed_bytes
+            early = prefetch_into_headroom(spans, problem.activation_bytes, resident, limit)
+            if early is None:
+                break
+            yield early, "allocator"
+
+    def _resident_bytes(self, spans: Sequence[BundleSpan]) -> int:
+        streamed = {w for s in spans for w in s.weights}
+        return self.problem.total_weight_bytes - self.problem.arena_bytes(streamed)
+
+    def _evaluate(
+        self, placements: tuple[Placement, ...], staging: StagingMode, time: StepTime | None = None
+    ) -> Schedule:
+        problem, memory = self.problem, self.problem.memory
+        resident = self._resident_bytes([p.span for p in placements])
+        staged = staged_bytes(placements, len(problem.seconds))
+        arena = arena_offsets(placements)[1] if staging == "arena" and placements else 0
+        total = problem.activation_bytes + resident + (arena if staging == "arena" else staged)
+        position = int(np.argmax(total))
+        if memory.device != "cuda":
+            peak = int(total[position])
+        elif staging == "arena":
+            peak = self._reserved_activations + memory.reserved_alone(resident) + memory.reserved_alone(arena)
+        else:
+            peak = memory.reserved_alone(resident) + memory.reserved_bytes(self._events(placements))
+        time = time or simulate(problem.seconds, placements, problem.machine)
+        return Schedule(placements, staging, peak + memory.fixed_bytes, position, time)
+
+    @cached_property
+    def _reserved_activations(self) -> int:
+        return self.problem.memory.reserved_bytes(self._events(()))
+
+    def _events(self, own: tuple[Placement, ...]) -> Iterator[AllocationEvent]:
+        """What the device's allocator is asked for in program order, besides the arenas; `own` bundles come from it too."""
+        live = self.problem.liveness
+        keys: dict[int, int] = {}
+        fresh = iter(range(1, 1 << 62))
+        for nbytes in live.input_storages:
+            yield next(fresh), nbytes
+        starts: dict[int, list[int]] = {}
+        ends: dict[int, list[int]] = {}
+        for index, placed in enumerate(own):
+            starts.setdefault(placed.prefetch, []).append(index)
+            ends.setdefault(placed.span.last, []).append(index)
+        bundles: dict[int, int] = {}
+        for i, cost in enumerate(live.costs):
+            for index in starts.get(i, ()):
+                bundles[index] = next(fresh)
+                yield bundles[index], own[index].span.nbytes
+            for storage, nbytes in live.born[i]:
+                keys[storage] = next(fresh)
+                yield keys[storage], nbytes
+            if cost.workspace_bytes:
+                workspace = next(fresh)
+                yield workspace, cost.workspace_bytes
+                yield -workspace, 0
+            for storage in live.dies[i]:
+                yield -keys.pop(storage), 0
+            for index in ends.get(i, ()):
+                yield -bundles.pop(index), 0
+
+
+def _rank(schedule: Schedule) -> tuple[float, int, int]:
+    """Faster first; then fewer bytes over the link, then less memory."""
+    return schedule.time.step_seconds, schedule.streamed_bytes, schedule.peak_bytes

@@ -1,0 +1,83 @@
+"""The planning problem of one program on one machine, as plain arrays: what the solver sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from passes.liveness import Liveness, analyse_liveness, is_view
+from passes.probe import Prober
+from passes.program import Program
+from passes.spec import align
+from passes.visits import Visit, weight_visits
+from planner.costs import node_seconds
+from planner.machine import Machine
+from planner.memory import MemoryModel
+from runtime.errors import CaptureError
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Operators 0..n-1 in order; per operator its seconds and activation bytes; weights with sizes and visits."""
+
+    program: Program
+    machine: Machine
+    memory: MemoryModel
+    liveness: Liveness
+    seconds: np.ndarray
+    weight_bytes: dict[str, int]
+    pinned: frozenset[str]
+    visits: tuple[Visit, ...]
+
+    @cached_property
+    def activation_bytes(self) -> np.ndarray:
+        """Bytes at the worst moment of each operator, without weights; int64[n]."""
+        return np.asarray(self.liveness.bytes_at, dtype=np.int64)
+
+    @cached_property
+    def compute_seconds(self) -> float:
+        return float(self.seconds.sum())
+
+    @cached_property
+    def total_weight_bytes(self) -> int:
+        return sum(self.weight_bytes.values())
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(node.name for node in self.liveness.nodes)
+
+    def arena_bytes(self, weights: set[str] | frozenset[str]) -> int:
+        return sum(self.weight_bytes[w] for w in weights)
+
+
+def build_problem(
+    program: Program, machine: Machine, memory: MemoryModel, keep: Callable[[str], bool] = lambda name: False
+) -> Problem:
+    """Analyses a canonical program. Weights for which `keep(module name)` holds are pinned on the device, as is state.
+
+    Raises:
+        CaptureError: the program has no operator.
+        UnknownSize: an operator's bytes cannot be known.
+    """
+    prober = Prober(memory.device, machine.capability)
+    liveness = analyse_liveness(program, prober, memory.round_activation)
+    if not liveness.nodes:
+        raise CaptureError(f"{program.name} computes nothing: there is no operator to plan")
+    seconds = np.empty(len(liveness.nodes))
+    for i, (node, cost) in enumerate(zip(liveness.nodes, liveness.costs, strict=True)):
+        val = node.meta.get("val")
+        dtype = str(getattr(val, "dtype", "torch.float32")).removeprefix("torch.")
+        seconds[i] = 0.0 if is_view(node, cost) else node_seconds(cost.flops, cost.moved_bytes, dtype, machine)
+    return Problem(
+        program=program,
+        machine=machine,
+        memory=memory,
+        liveness=liveness,
+        seconds=seconds,
+        weight_bytes={k: align(w.nbytes, memory.weight_alignment) for k, w in program.weights.items()},
+        pinned=frozenset(k for k, w in program.weights.items() if w.state or w.nbytes == 0 or keep(w.name)),
+        visits=weight_visits(program),
+    )

@@ -1,0 +1,62 @@
+"""Where a build takes weights from when the plan was made on the meta device: a module, a state dict or a checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from runtime.errors import PlannerError
+
+Lookup = Callable[[str], "torch.Tensor | None"]
+
+
+def open_weights(weights: nn.Module | Mapping[str, torch.Tensor] | str | Path) -> Lookup:
+    """A look-up by weight name; tensors of a folder are read one at a time, when asked for.
+
+    Raises:
+        PlannerError: not a module, a state dict or a folder with safetensors files.
+    """
+    if isinstance(weights, nn.Module):
+        tensors: dict[str, torch.Tensor] = {**dict(weights.named_parameters()), **dict(weights.named_buffers())}
+        return tensors.get
+    if isinstance(weights, Mapping):
+        return weights.get
+    folder = Path(weights)
+    files = _shards(folder)
+
+    def read(name: str) -> torch.Tensor | None:
+        path = files.get(name)
+        if path is None:
+            return None
+        try:
+            with safe_open(path, framework="pt") as shard:
+                return shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise PlannerError(f"{path} cannot give the tensor {name!r} ({error}); download or copy the file again") from error
+
+    return read
+
+
+def _shards(folder: Path) -> dict[str, Path]:
+    """Tensor name to file, from an index file where there is one, else from every file's header."""
+    if not folder.is_dir():
+        raise PlannerError(f"weights={str(folder)!r} is no folder; pass a module, a state dict or a checkpoint folder")
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        mapping: Any = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in mapping.items()}
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                files.update(dict.fromkeys(shard.keys(), path))
+        except (SafetensorError, OSError) as error:
+            raise PlannerError(f"{path} is no readable safetensors file ({error}); download or copy it again") from error
+    if not files:
+        raise PlannerError(f"no safetensors file in {folder}; pass the folder that holds model.safetensors")
+    return files

@@ -1,0 +1,131 @@
+"""The `accounting` device: CPU kernels, every storage counted by a dispatch mode. Budgets and peaks without a GPU.
+
+It is the unfriendly kind of device: evicted bytes are overwritten with ones, so a program that reads what it has given back
+gives NaN instead of being right by luck.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from runtime.devices.base import Measurement
+
+_POISON = 0xFF
+
+
+class AccountingDevice:
+    """See the module. `peak_bytes` counts arenas, inputs, staged bundles and every storage the dispatcher makes."""
+
+    kind = "accounting"
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+        self._counter: StorageCounter | None = None
+        self._last: Measurement | None = None
+        self._copied_bytes = 0
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.full((nbytes,), _POISON, dtype=torch.uint8)
+
+    def pin(self, buffer: torch.Tensor) -> bool:
+        return True
+
+    def unpin(self, buffer: torch.Tensor) -> None:
+        return None
+
+    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: list[Any]) -> None:
+        for target, source in pairs:
+            target.copy_(source)
+            self._copied_bytes += source.numel()
+
+    def allocated(self) -> None:
+        return None
+
+    def evict(self, buffer: torch.Tensor) -> None:
+        buffer.fill_(_POISON)
+
+    def wait(self, event: Any) -> None:
+        return None
+
+    @contextlib.contextmanager
+    def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
+        counter = StorageCounter()
+        for tensor in (*inputs, *arenas):
+            counter.count(tensor)
+        self._copied_bytes, started = 0, time.perf_counter()
+        try:
+            with counter, _LinearIsOneKernel(counter):
+                yield
+        finally:
+            counter.detach()
+        seconds = time.perf_counter() - started
+        self._last = Measurement(counter.peak_bytes, None, seconds, self._copied_bytes, None)
+
+    def measurement(self) -> Measurement | None:
+        return self._last
+
+    def enforce(self, budget_bytes: int) -> None:
+        return None
+
+    def close(self) -> None:
+        return None
+
+
+class StorageCounter(TorchDispatchMode):
+    """Bytes of all untyped storages that are alive: counted when first seen, until their true death."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live_bytes = self.peak_bytes = 0
+        self._sizes: dict[int, int] = {}
+        self._deaths: dict[int, weakref.finalize[Any, Any]] = {}
+
+    def detach(self) -> None:
+        """Stops watching what is still alive: arenas, inputs, outputs."""
+        for death in self._deaths.values():
+            death.detach()
+
+    def count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._sizes:
+            return
+        self._sizes[storage._cdata] = storage.nbytes()
+        self.live_bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self._deaths[storage._cdata] = weakref.finalize(storage, self._forget, storage._cdata)
+
+    def _forget(self, key: int) -> None:
+        del self._deaths[key]
+        self.live_bytes -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.count(leaf)
+        return result
+
+
+class _LinearIsOneKernel(TorchFunctionMode):
+    """Keeps `linear` whole: under a dispatch mode it would decompose otherwise than it runs, and round otherwise."""
+
+    def __init__(self, counter: StorageCounter) -> None:
+        super().__init__()
+        self._counter = counter
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.linear.default:
+            return func(*args, **(kwargs or {}))
+        with _disable_current_modes():
+            result = func(*args, **(kwargs or {}))
+        self._counter.count(result)
+        return result

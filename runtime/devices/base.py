@@ -1,0 +1,85 @@
+"""What the executor needs of a device; one implementation a file."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Counters of one call, by means the planner does not share (I7).
+
+    `peak_bytes`: most bytes live (accounting) or allocated (cuda) by the program, inputs included. `reserved_bytes`: most that
+    the allocator held, where there is one. `copied_bytes` went from host to device, in `copy_seconds` of copy-engine time where
+    the device can tell.
+    """
+
+    peak_bytes: int
+    reserved_bytes: int | None
+    seconds: float
+    copied_bytes: int
+    copy_seconds: float | None
+
+
+class Device(Protocol):
+    """A place to run. Events are opaque; compute runs on the caller's current stream, in program order."""
+
+    kind: str
+    torch_device: torch.device
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """A byte buffer (uint8, 1-d) on the device, aligned for any dtype."""
+        ...
+
+    def pin(self, buffer: torch.Tensor) -> bool:
+        """Page-locks a host buffer; False where that fails and copies go through a bounded ring."""
+        ...
+
+    def unpin(self, buffer: torch.Tensor) -> None: ...
+
+    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: list[Any]) -> Any:
+        """Copies host to device on the copy engine, after the given events; returns the event of its end."""
+        ...
+
+    def allocated(self) -> Any:
+        """The event after which memory that was just allocated may be written by the copy engine."""
+        ...
+
+    def evict(self, buffer: torch.Tensor) -> Any:
+        """Records that everything before this point in program order has read the buffer; returns the event."""
+        ...
+
+    def wait(self, event: Any) -> None:
+        """Makes compute wait for an event of the copy engine."""
+        ...
+
+    def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
+        """Surrounds one call: orders it behind the last one, and measures."""
+        ...
+
+    def measurement(self) -> Measurement | None:
+        """Of the last call; None before the first."""
+        ...
+
+    def enforce(self, budget_bytes: int) -> None:
+        """Has the device's allocator refuse what passes the budget, where it can."""
+        ...
+
+    def close(self) -> None:
+        """Undoes `enforce` and gives back what is cached."""
+        ...
+
+
+def open_device(name: str) -> Device:
+    """`accounting`, `cuda` or `cuda:1`."""
+    if name == "accounting":
+        from runtime.devices.accounting import AccountingDevice
+
+        return AccountingDevice()
+    from runtime.devices.cuda import CudaDevice
+
+    return CudaDevice(torch.device(name))

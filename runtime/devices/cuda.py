@@ -1,0 +1,155 @@
+"""The `cuda` device: a copy stream, events both ways, page-locked host memory, a cap on the caching allocator."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from runtime.devices.base import Measurement
+
+RING_BYTES = 64 * 1024 * 1024
+# What the planner assumes a convolution plan may take at most (passes/workspace.py); read by cuDNN when it is first used.
+_CONV_CAP_MIB = "64"
+
+
+class CudaDevice:
+    """Compute runs on the caller's current stream; copies on a stream of our own."""
+
+    kind = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        os.environ.setdefault("CUDNN_CONV_WSCAP_DBG", _CONV_CAP_MIB)
+        self.torch_device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self._copies = torch.cuda.Stream(self.torch_device)
+        self._pinned: set[int] = set()
+        self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
+        self._ring_next = 0
+        self._done: torch.cuda.Event | None = None
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._times: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._copied_bytes = 0
+        self._baseline_bytes = 0
+        self._reserved_baseline = 0
+        self._enforced = False
+        self._last: Measurement | None = None
+        self._seconds = 0.0
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
+
+    def pin(self, buffer: torch.Tensor) -> bool:
+        if buffer.numel() == 0:
+            return True
+        code = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
+        if int(code) != 0:
+            return False
+        self._pinned.add(buffer.data_ptr())
+        return True
+
+    def unpin(self, buffer: torch.Tensor) -> None:
+        if buffer.data_ptr() in self._pinned:
+            torch.cuda.synchronize(self.torch_device)
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+            self._pinned.discard(buffer.data_ptr())
+
+    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: list[Any]) -> torch.cuda.Event:
+        for event in after:
+            self._copies.wait_event(event)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(self._copies):
+            begin.record(self._copies)
+            for target, source in pairs:
+                self._copied_bytes += source.numel()
+                if source.is_pinned():
+                    target.copy_(source, non_blocking=True)
+                else:
+                    self._copy_through_ring(target, source)
+            end.record(self._copies)
+        self._spans.append((begin, end))
+        return end
+
+    def _copy_through_ring(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Through two page-locked slots: the host fills one while the other is on its way."""
+        if not self._ring:
+            for _ in range(2):
+                slot = torch.empty(RING_BYTES // 2, dtype=torch.uint8, pin_memory=True)
+                self._ring.append((slot, torch.cuda.Event()))
+        for start in range(0, source.numel(), RING_BYTES // 2):
+            piece = source[start : start + RING_BYTES // 2]
+            slot, sent = self._ring[self._ring_next]
+            self._ring_next = 1 - self._ring_next
+            sent.synchronize()
+            slot[: piece.numel()].copy_(piece)
+            target[start : start + piece.numel()].copy_(slot[: piece.numel()], non_blocking=True)
+            sent.record(self._copies)
+
+    def allocated(self) -> torch.cuda.Event:
+        return self._mark()  # the memory's last owner was freed before this point of the stream that allocates
+
+    def evict(self, buffer: torch.Tensor) -> torch.cuda.Event:
+        return self._mark()
+
+    def _mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.torch_device))
+        return event
+
+    def wait(self, event: Any) -> None:
+        torch.cuda.current_stream(self.torch_device).wait_event(event)
+
+    @contextlib.contextmanager
+    def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
+        stream = torch.cuda.current_stream(self.torch_device)
+        if self._done is not None:
+            stream.wait_event(self._done)  # the last call may have run on another stream
+        self._copies.wait_stream(stream)  # no copy before the last call's readers are through (I4)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        self._spans, self._copied_bytes = [], 0
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(stream)
+        started = time.perf_counter()
+        try:
+            with torch.cuda.device(self.torch_device):
+                yield
+        finally:
+            end.record(stream)
+            self._done = end
+            self._times = (begin, end)
+            self._seconds = time.perf_counter() - started
+
+    def measurement(self) -> Measurement | None:
+        if self._times is None:
+            return None
+        torch.cuda.synchronize(self.torch_device)
+        copy_seconds = sum(a.elapsed_time(b) for a, b in self._spans) / 1e3
+        return Measurement(
+            torch.cuda.max_memory_allocated(self.torch_device) - self._baseline_bytes,
+            torch.cuda.max_memory_reserved(self.torch_device) - self._reserved_baseline,
+            self._times[0].elapsed_time(self._times[1]) / 1e3,
+            self._copied_bytes,
+            copy_seconds,
+        )
+
+    def enforce(self, budget_bytes: int) -> None:
+        """Caps what this process's allocator may reserve: what others in it hold now, plus the budget."""
+        torch.cuda.synchronize(self.torch_device)
+        torch.cuda.empty_cache()
+        self._baseline_bytes = torch.cuda.memory_allocated(self.torch_device)
+        self._reserved_baseline = torch.cuda.memory_reserved(self.torch_device)
+        total = torch.cuda.get_device_properties(self.torch_device).total_memory
+        share = min(1.0, (self._reserved_baseline + budget_bytes) / total)
+        torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
+        self._enforced = True
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+        if self._enforced:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+            self._enforced = False
+        self._ring.clear()
+        torch.cuda.empty_cache()

@@ -1,0 +1,111 @@
+"""Emission: an fx graph becomes Python source. What `plan.code` prints is what runs.
+
+One line per operator, with the type of its result and the bytes live while it runs; frees are `del`. Streamed weights come
+from `rt.onload`, resident ones are attributes of `w`, device constants are the argument `device`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import linecache
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from runtime import ops
+
+_RESERVED = {"rt", "w", "device", "torch", "aten", "program", "inf", "nan"} | set(keyword.kwlist) | set(dir(builtins))
+
+
+def emit_source(
+    graph: fx.Graph, weights: Mapping[str, str], header: Sequence[str], comment: Callable[[fx.Node], str]
+) -> str:
+    """Python source of a function `program(rt, w, device, *inputs)` that returns the flat list of output leaves.
+
+    Args:
+        graph: emitted: placeholders, operators, streaming operators, one output.
+        weights: for resident weights, placeholder name to attribute of `w`.
+        header: comment lines for the top.
+        comment: text behind an operator's line; empty for none.
+    """
+    names = _Names(weights)
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name not in weights]
+    lines = [f"# {line}".rstrip() for line in header]
+    lines.append(f"def program({', '.join(['rt', 'w', 'device', *map(names, inputs)])}):")
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            continue
+        for text in _statement(node, names):
+            note = comment(node)
+            lines.append(f"    {text:<90}  # {note}".rstrip() if note else f"    {text}")
+    return "\n".join(lines) + "\n"
+
+
+def attribute_names(weights: Sequence[str]) -> dict[str, str]:
+    """Attributes of `w` for placeholder names: without the `w_` prefix where that leaves an identifier."""
+    short = {name: name.removeprefix("w_") for name in weights}
+    return {name: s if s.isidentifier() and not keyword.iskeyword(s) else name for name, s in short.items()}
+
+
+def compile_source(source: str, name: str) -> Callable[..., list[Any]]:
+    """The function that the source defines; tracebacks show its lines."""
+    filename = f"<vramplan {name}>"
+    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
+    scope: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "inf": float("inf"), "nan": float("nan")}
+    exec(compile(source, filename, "exec"), scope)
+    return scope["program"]
+
+
+class _Names:
+    """Node to Python expression."""
+
+    def __init__(self, weights: Mapping[str, str]) -> None:
+        self._weights = weights
+
+    def __call__(self, node: fx.Node) -> str:
+        if node.name in self._weights:
+            return f"w.{self._weights[node.name]}"
+        return node.name + "_" if node.name in _RESERVED else node.name
+
+
+def _statement(node: fx.Node, names: _Names) -> Iterator[str]:
+    if node.op == "output":
+        yield f"return {_value(list(node.args[0]), names)}"  # type: ignore[arg-type]
+    elif node.target is ops.free:
+        yield f"del {', '.join(names(n) for n in node.args)}"  # type: ignore[arg-type]
+    elif node.target is ops.prefetch:
+        yield f"rt.prefetch({node.args[0]}, after={node.args[1]})" if node.args[1] else f"rt.prefetch({node.args[0]})"
+    elif node.target is ops.onload:
+        yield f"{names(node)} = rt.onload({node.args[0]})"
+    elif node.target is ops.evict:
+        yield f"rt.evict({node.args[0]})"
+    elif node.target is operator.getitem:
+        yield f"{names(node)} = {_value(node.args[0], names)}[{node.args[1]}]"
+    else:
+        arguments = [_value(a, names) for a in node.args]
+        arguments += [f"{key}={_value(value, names)}" for key, value in node.kwargs.items()]
+        yield f"{names(node)} = {_callee(node.target)}({', '.join(arguments)})"
+
+
+def _callee(target: Any) -> str:
+    text = str(target)
+    return text if text.startswith("aten.") else f"torch.ops.{text}"
+
+
+def _value(value: Any, names: _Names) -> str:
+    if isinstance(value, fx.Node):
+        return names(value)
+    if isinstance(value, (list, tuple)):
+        inner = ", ".join(_value(v, names) for v in value)
+        if isinstance(value, list):
+            return f"[{inner}]"
+        return f"({inner},)" if len(value) == 1 else f"({inner})"
+    if isinstance(value, torch.device):
+        return "device"
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format, bool, int, float, complex, str, type(None))):
+        return repr(value)
+    raise AssertionError(f"no source form for an argument of type {type(value).__name__}")

@@ -1,0 +1,55 @@
+"""Every error that vramplan raises on purpose; all of them derive from :class:`PlannerError`.
+
+They live in the lowest layer so that `passes` and `runtime` can raise them; users import them from `planner`.
+A message says what was asked, what is possible, where, and the corrected call.
+"""
+
+from __future__ import annotations
+
+
+class PlannerError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class BudgetError(PlannerError, ValueError):
+    """A budget that cannot be read: unknown unit, not positive, no such device, several devices."""
+
+
+class CaptureError(PlannerError):
+    """The module cannot be captured as it is; names the operator or the module that stands in the way."""
+
+
+class InputError(PlannerError, ValueError):
+    """A planned module was called with inputs that its device cannot take."""
+
+
+class InfeasibleBudget(PlannerError):
+    """No plan fits the budget.
+
+    Attributes:
+        budget_bytes: what was asked.
+        minimum_bytes: the least budget that is feasible.
+        node: name of the operator that sets the minimum.
+    """
+
+    def __init__(self, message: str, *, budget_bytes: int, minimum_bytes: int, node: str) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.minimum_bytes = minimum_bytes
+        self.node = node
+
+
+class UnknownSize(PlannerError):
+    """A size or operator that the analyses cannot know; never guessed."""
+
+
+class CheckError(PlannerError):
+    """The checker refuses an emitted program; the message cites the violated invariant (I1 to I7) and the node."""
+
+
+class PlanFileError(PlannerError):
+    """A saved plan that is damaged, of another version, or made for another model."""
+
+
+class ModuleUnusable(PlannerError):
+    """A planned module was used after `close()`, trained, moved, or entered twice at once."""

@@ -1,0 +1,60 @@
+"""A cheap fingerprint of a module: what a capture took for granted and a caller may have changed since.
+
+Tree, hooks, scalar attributes and the identity of parameters and buffers, compared by identity first: the usual call costs one
+pass over the modules' attributes in C.
+"""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import Any
+
+import torch
+from torch import nn
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
+_SCALARS = (int, float, bool, str, complex, type(None), torch.dtype)
+
+
+class Fingerprint:
+    """Taken once of a module; `changed()` names what differs now, or gives None."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._modules = list(module.named_modules())
+        self._attributes = [list(child.__dict__.values()) for _, child in self._modules]
+        self._scalars = [_scalars(child) for _, child in self._modules]
+        self._tensors = [_tensors(child) for _, child in self._modules]
+        self._children = [tuple(child._modules.items()) for _, child in self._modules]
+        self._hooks = [_hooks(child, child is module) for _, child in self._modules]
+
+    def changed(self) -> str | None:
+        for index, (name, child) in enumerate(self._modules):
+            attributes = self._attributes[index]
+            now = child.__dict__
+            same = len(now) == len(attributes) and all(map(is_, now.values(), attributes))
+            if not same and _scalars(child) != self._scalars[index]:
+                return f"an attribute of {name or 'the module'} changed"
+            if tuple(child._modules.items()) != self._children[index]:
+                return f"the children of {name or 'the module'} changed"
+            tensors = _tensors(child)
+            if len(tensors) != len(self._tensors[index]) or not all(map(is_, tensors, self._tensors[index])):
+                return f"a parameter or buffer of {name or 'the module'} was replaced"
+            if _hooks(child, child is self._module) != self._hooks[index]:
+                return f"the hooks of {name or 'the module'} changed"
+        return None
+
+
+def _scalars(child: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in child.__dict__.items() if isinstance(v, _SCALARS)}
+
+
+def _tensors(child: nn.Module) -> list[Any]:
+    return [*child._parameters.values(), *child._buffers.values()]
+
+
+def _hooks(child: nn.Module, root: bool) -> tuple[int, ...]:
+    """Which hooks a child has; the root's own run around the program as Python and may change."""
+    if root:
+        return ()
+    return tuple(id(hook) for key in _HOOKS for hook in child.__dict__.get(key, {}).values())

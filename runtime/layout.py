@@ -1,0 +1,59 @@
+"""Where every byte of an emitted program's weights lives: plain data that planner, checker and runtime all read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One weight at a byte offset: within the resident arena, or within its bundle."""
+
+    weight: str
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """Weights that travel together. `offset` is its place in the staging arena, None when the allocator gives it one."""
+
+    index: int
+    slots: tuple[Slot, ...]
+    nbytes: int
+    offset: int | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Static memory of one emitted program, in bytes. Every offset is a multiple of `alignment`.
+
+    `state` are the weights that the program writes (I6): resident too, but each in an allocation of its own that programs share
+    and the module sees, so their offsets are all 0.
+    """
+
+    alignment: int
+    resident: tuple[Slot, ...] = ()
+    resident_bytes: int = 0
+    state: tuple[Slot, ...] = ()
+    staging_bytes: int = 0
+    bundles: tuple[Bundle, ...] = ()
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state, each rounded up to the alignment."""
+        return sum(-(-slot.nbytes // self.alignment) * self.alignment for slot in self.state)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes copied from the host per call."""
+        return sum(slot.nbytes for bundle in self.bundles for slot in bundle.slots)
+
+
+def pack(weights: list[tuple[str, int]], alignment: int) -> tuple[tuple[Slot, ...], int]:
+    """Places (name, nbytes) one after the other; returns the slots and the aligned total."""
+    slots, cursor = [], 0
+    for name, nbytes in weights:
+        slots.append(Slot(name, cursor, nbytes))
+        cursor += -(-nbytes // alignment) * alignment
+    return tuple(slots), cursor

@@ -1,0 +1,29 @@
+"""The operators that emitted programs contain besides PyTorch's own.
+
+They mark positions in an fx graph; `runtime.emit` prints each as a call on the running executor. All of them act in program
+order on the caller's stream, except that the copy a `prefetch` starts runs on the copy engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def prefetch(bundle: int, after: tuple[int, ...] = ()) -> None:
+    """Starts copying a bundle to the device, once the evictions of the bundles in `after` have happened (I4)."""
+
+
+def onload(bundle: int) -> tuple[Any, ...]:
+    """Waits until the bundle has arrived (I3); gives its weights in slot order."""
+    raise AssertionError("a marker, executed by the runtime only")
+
+
+def evict(bundle: int) -> None:
+    """Forgets a bundle: its bytes may be refilled once everything before this point has run (I4, I6)."""
+
+
+def free(*values: Any) -> None:
+    """Drops values after their last use; storage goes when its last value does."""
+
+
+ALL = frozenset({prefetch, onload, evict, free})

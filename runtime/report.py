@@ -1,0 +1,38 @@
+"""What was measured of the last call of a planned module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Report:
+    """Measured on the device by counters of its own (I7); field names are the plan's.
+
+    Attributes:
+        device: where it ran.
+        calls: calls so far, of all programs of the module.
+        peak_bytes: most bytes that the last call had on the device, arenas and inputs included.
+        predicted_peak_bytes: what the plan said.
+        budget_bytes: what the user said.
+        reserved_bytes: most that the allocator held, or None where there is none.
+        step_seconds: wall time of the last call.
+        copied_bytes: host to device in the last call.
+        copy_seconds: time the copy engine was busy, or None where the device cannot tell.
+        link_fraction: achieved share of the machine's link bandwidth while copying, or None.
+        host_bytes: the host arena, which holds every weight once.
+        host_pinned: whether it is page-locked.
+    """
+
+    device: str
+    calls: int
+    peak_bytes: int
+    predicted_peak_bytes: int
+    budget_bytes: int
+    reserved_bytes: int | None
+    step_seconds: float
+    copied_bytes: int
+    copy_seconds: float | None
+    link_fraction: float | None
+    host_bytes: int
+    host_pinned: bool

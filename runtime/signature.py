@@ -1,0 +1,79 @@
+"""What makes two calls the same program: the guard of a planned module (design, "Capture is guarded" (b))."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import TreeSpec, tree_flatten
+
+from runtime.errors import InputError
+
+_SCALARS = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+def bind_call(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One spelling for equal calls: what can be positional is positional.
+
+    Raises:
+        InputError: the arguments do not fit the function.
+    """
+    try:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        wanted = f"{getattr(function, '__name__', 'forward')}{inspect.signature(function)}"
+        raise InputError(f"the inputs do not fit {wanted}: {error}; pass inputs=(...) and kwargs={{...}}") from error
+    return bound.args, bound.kwargs
+
+
+@dataclass(frozen=True)
+class TensorKey:
+    """A tensor leaf: its geometry and which leaves before it share its storage."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    offset: int
+    group: int
+    storage_bytes: int
+
+
+@dataclass(frozen=True)
+class CallSignature:
+    """Pytree and leaves of a call; equal signatures run the same program."""
+
+    leaves: tuple[Any, ...]
+    in_spec: TreeSpec
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CallSignature, list[Any]]:
+        """The signature and the flat leaves.
+
+        Raises:
+            InputError: a leaf is neither a tensor nor a plain Python value.
+        """
+        flat, spec = tree_flatten((args, kwargs))
+        groups: dict[int, int] = {}
+        keys: list[Any] = []
+        for leaf in flat:
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                group = groups.setdefault(storage._cdata, len(groups))
+                keys.append(
+                    TensorKey(
+                        tuple(leaf.shape), leaf.stride(), leaf.dtype, int(leaf.storage_offset()), group, storage.nbytes()
+                    )
+                )
+            elif isinstance(leaf, _SCALARS):
+                keys.append((type(leaf), leaf))
+            else:
+                raise InputError(
+                    f"an input is a {type(leaf).__name__}; programs take tensors, Python scalars, strings and containers of "
+                    "them. Register the type with torch.utils._pytree.register_pytree_node, or pass its tensors"
+                )
+        return cls(tuple(keys), spec), flat

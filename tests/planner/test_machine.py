@@ -1,0 +1,278 @@
+"""Machines: presets are complete and plausible, files round trip, and everything impossible names its field."""
+
+import json
+import math
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.machine import Machine, MachineError
+from runtime.errors import PlannerError
+
+DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
+RTX_4090 = Machine.preset("rtx-4090")
+
+
+def test_names() -> None:
+    assert Machine.names() == (
+        *("rtx-3060", "rtx-4060-ti", "rtx-4070", "rtx-4090", "rtx-5090"),
+        *("t4", "l4", "a10g", "a100-80gb", "h100", "h200", "cpu"),
+    )
+
+
+@pytest.mark.parametrize("name", Machine.names())
+def test_presets_are_complete_and_plausible(name: str) -> None:
+    machine = Machine.preset(name)
+    assert machine.name == name
+    assert machine.description
+    assert set(machine.flops) == set(DTYPES)
+    assert machine.flops["float32"] <= machine.flops["bfloat16"] <= machine.flops["int8"]
+    assert 10**9 < machine.capacity_bytes < 10**12
+    assert machine.pageable_bandwidth <= machine.link_bandwidth < machine.memory_bandwidth < machine.flops["float32"]
+    assert 0 < machine.launch_seconds < 1e-4
+    assert (machine.capability is None) == (name == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "link", "bfloat16"),
+    [
+        ("t4", 11.3e9, 8.1e12),
+        ("rtx-4060-ti", 12.5e9, 44e12),
+        ("rtx-4090", 25e9, 165e12),
+        ("rtx-5090", 55e9, 210e12),
+        ("a100-80gb", 25e9, 312e12),
+    ],
+)
+def test_preset_values(name: str, link: float, bfloat16: float) -> None:
+    machine = Machine.preset(name)
+    assert (machine.link_bandwidth, machine.flops["bfloat16"]) == (link, bfloat16)
+
+
+def test_unknown_preset_lists_close_names() -> None:
+    with pytest.raises(MachineError) as caught:
+        Machine.preset("RTX 4091")
+    message = str(caught.value)
+    assert message.startswith("no machine is called 'RTX 4091'; did you mean 'rtx-4090' or ")
+    assert "Write Machine.preset('rtx-4090'), or Machine.load(path) for one of your own." in message
+    assert isinstance(caught.value, PlannerError)
+
+
+def test_unknown_preset_without_a_close_name_lists_all() -> None:
+    with pytest.raises(MachineError, match=r"no machine is called 'zzz'; known are rtx-3060, .*, h200, cpu\. Write"):
+        Machine.preset("zzz")
+
+
+def test_copy_seconds() -> None:
+    machine = replace(RTX_4090, link_bandwidth=10.0, link_latency_seconds=3.0)
+    assert machine.copy_seconds(40) == 7.0
+    assert machine.copy_seconds(0) == 3.0
+
+
+def test_a_machine_is_a_value() -> None:
+    rates = {"float32": 1.0}
+    machine = replace(RTX_4090, flops=rates)
+    rates["float32"] = 2.0
+    assert machine.flops["float32"] == 1.0
+    assert hash(RTX_4090) == hash(Machine.preset("rtx-4090"))
+    assert pickle.loads(pickle.dumps(machine)) == machine
+
+
+@pytest.mark.parametrize("field", ["memory_bandwidth", "link_bandwidth", "pageable_bandwidth", "disk_bandwidth"])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, True, "fast", None])
+def test_rates_are_positive(field: str, value: Any) -> None:
+    with pytest.raises(MachineError) as caught:
+        replace(RTX_4090, **{field: value})
+    assert str(caught.value) == f"machine 'rtx-4090': {field} must be a positive number, not {value!r}."
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("launch_seconds", -1.0, "launch_seconds must be zero or a positive number, not -1.0."),
+        ("link_latency_seconds", math.nan, "link_latency_seconds must be zero or a positive number, not nan."),
+        ("capacity_bytes", 0, "capacity_bytes must be a positive number, not 0."),
+        ("capacity_bytes", 1.5, "capacity_bytes must be an integer, not 1.5."),
+        ("capacity_bytes", True, "capacity_bytes must be a positive number, not True."),
+        ("flops", {"float32": 1.0, "int8": 0.0}, "flops['int8'] must be a positive number, not 0.0."),
+        (
+            "flops",
+            {"int8": 1.0},
+            "flops must map dtype names to FLOP/s and have 'float32', not {'int8': 1.0}. "
+            'Write for example flops={"float32": 12.7e12, "bfloat16": 25.6e12}.',
+        ),
+        (
+            "flops",
+            7,
+            "flops must map dtype names to FLOP/s and have 'float32', not 7. "
+            'Write for example flops={"float32": 12.7e12, "bfloat16": 25.6e12}.',
+        ),
+        ("capability", (8,), "capability must be two integers such as (8, 9), not (8,)."),
+        ("capability", "8.9", "capability must be two integers such as (8, 9), not '8.9'."),
+    ],
+)
+def test_other_fields_are_checked(field: str, value: Any, message: str) -> None:
+    with pytest.raises(MachineError) as caught:
+        replace(RTX_4090, **{field: value})
+    assert str(caught.value) == f"machine 'rtx-4090': {message}"
+
+
+def test_names_are_text() -> None:
+    with pytest.raises(MachineError, match=r"^machine: name must be text, not 7\.$"):
+        replace(RTX_4090, name=7)  # type: ignore[arg-type]
+
+
+def test_no_launch_cost_is_allowed() -> None:
+    assert replace(RTX_4090, launch_seconds=0, link_latency_seconds=0).copy_seconds(0) == 0
+
+
+POSITIVE = st.floats(min_value=1e-300, max_value=1e300)
+
+
+@given(
+    numbers=st.tuples(*[POSITIVE] * 6),
+    capacity=st.integers(1, 2**62),
+    flops=st.dictionaries(st.sampled_from(DTYPES), POSITIVE).flatmap(
+        lambda rates: POSITIVE.map(lambda rate: {**rates, "float32": rate})
+    ),
+    name=st.text(max_size=10).filter(str.isprintable),
+    capability=st.none() | st.tuples(st.integers(0, 12), st.integers(0, 9)),
+)
+def test_files_round_trip(
+    tmp_path_factory: pytest.TempPathFactory,
+    numbers: tuple[float, ...],
+    capacity: int,
+    flops: dict[str, float],
+    name: str,
+    capability: tuple[int, int] | None,
+) -> None:
+    bandwidth, launch, link, latency, pageable, disk = numbers
+    machine = Machine(name, "", capacity, bandwidth, flops, launch, link, latency, pageable, disk, capability)
+    path = tmp_path_factory.mktemp("machine") / "machine.json"
+    machine.save(path)
+    assert Machine.load(path) == machine
+
+
+def _edited(tmp_path: Path, **changes: Any) -> Path:
+    """The file of a good machine with some of its entries replaced."""
+    path = tmp_path / "machine.json"
+    RTX_4090.save(path)
+    document = {**json.loads(path.read_text(encoding="utf-8")), **changes}
+    path.write_text(json.dumps(document), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, "version 2; this release reads version 1. Write it again with Machine.save(path)."),
+        ({"format": "other"}, "not a machine file. Write it with Machine.save(path)."),
+        ({"machine": [1]}, "the machine must be a table of fields, not [1]."),
+        (
+            {"machine": {"name": "x", "colour": 1}},
+            "the machine lacks capacity_bytes, description, disk_bandwidth, flops, launch_seconds, link_bandwidth, "
+            "link_latency_seconds, memory_bandwidth, pageable_bandwidth and has the unknown colour; the fields are "
+            "capability, capacity_bytes, description, disk_bandwidth, flops, launch_seconds, link_bandwidth, "
+            "link_latency_seconds, memory_bandwidth, name, pageable_bandwidth.",
+        ),
+    ],
+)
+def test_load_refuses(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = _edited(tmp_path, **changes)
+    with pytest.raises(MachineError) as caught:
+        Machine.load(path)
+    assert str(caught.value) == f"{path}: {message}"
+
+
+def test_load_refuses_what_is_not_json(tmp_path: Path) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text("name = 3", encoding="utf-8")
+    with pytest.raises(MachineError, match=r"machine\.json: not JSON \(.*\)\. Write it with Machine\.save\(path\)\."):
+        Machine.load(path)
+
+
+@pytest.mark.parametrize("device", ["cpu", "accounting"])
+def test_detect_cpu_takes_the_physical_ram(device: str) -> None:
+    machine = Machine.detect(device)
+    assert machine.capacity_bytes > 2**28
+    assert replace(machine, capacity_bytes=1) == replace(Machine.preset("cpu"), capacity_bytes=1)
+
+
+def test_detect_refuses_an_unknown_device() -> None:
+    with pytest.raises(MachineError, match=r"""^unknown device 'tpu'; known are "cuda", "cuda:1", "cpu" and "acc"""):
+        Machine.detect("tpu")
+
+
+def test_detect_without_cuda_points_at_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError) as caught:
+        Machine.detect("cuda")
+    assert str(caught.value) == (
+        "this machine has no CUDA device that PyTorch can use. "
+        'To plan for one that is elsewhere, name it: machine="rtx-4090" (see Machine.names()).'
+    )
+
+
+def _pretend(monkeypatch: pytest.MonkeyPatch, **properties: Any) -> None:
+    """Let PyTorch report one CUDA device with these properties."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: SimpleNamespace(**properties))
+
+
+@pytest.mark.parametrize(
+    ("reported", "preset"),
+    [("NVIDIA GeForce RTX 4090", "rtx-4090"), ("Tesla T4", "t4"), ("NVIDIA H200", "h200")],
+)
+def test_detect_takes_the_preset_that_names_the_device(
+    monkeypatch: pytest.MonkeyPatch, reported: str, preset: str
+) -> None:
+    _pretend(monkeypatch, name=reported, total_memory=12345)
+    assert Machine.detect("cuda") == replace(Machine.preset(preset), capacity_bytes=12345)
+
+
+def test_detect_builds_an_unknown_device_from_its_properties(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(
+        monkeypatch,
+        name="NVIDIA GeForce RTX 4070 Ti",
+        total_memory=12 * 2**30,
+        major=8,
+        minor=9,
+        multi_processor_count=60,
+        clock_rate=2_610_000,
+        memory_clock_rate=10_501_000,
+        memory_bus_width=192,
+    )
+    machine = Machine.detect("cuda:0")
+    assert machine.name == "nvidia-geforce-rtx-4070-ti"
+    assert machine.capability == (8, 9)
+    assert machine.memory_bandwidth == pytest.approx(504e9, rel=1e-3)
+    assert machine.flops["float32"] == pytest.approx(40.1e12, rel=1e-2)
+    assert machine.flops["bfloat16"] == 2 * machine.flops["float32"]
+    assert machine.description == (
+        "NVIDIA GeForce RTX 4070 Ti, built from the driver's properties; "
+        "assumed: half precision at 2 times the float32 rate, a PCIe gen4 x16 link"
+    )
+
+
+def test_detect_states_what_it_assumes_where_the_driver_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch, name="Quadro X", total_memory=2**33, major=6, minor=1, multi_processor_count=10)
+    machine = Machine.detect("cuda")
+    assert machine.flops["bfloat16"] == machine.flops["float16"] == machine.flops["float32"]
+    assert machine.description.endswith(
+        "assumed: a clock of 1.5 GHz, a memory bandwidth of 300 GB/s, "
+        "half precision at 1 times the float32 rate, a PCIe gen3 x16 link"
+    )
+
+
+def test_detect_refuses_an_index_beyond_the_last_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    _pretend(monkeypatch)
+    with pytest.raises(MachineError, match=r"^there is no device 'cuda:3': this machine has 1\.$"):
+        Machine.detect("cuda:3")

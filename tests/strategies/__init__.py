@@ -1,0 +1,1 @@
+"""Hypothesis strategies: generators that only ever build valid inputs."""
