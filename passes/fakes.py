@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 aten = torch.ops.aten
 
 
+_VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
 _BINARY = {
     f"aten::{name}"
     for name in (
@@ -41,6 +42,11 @@ class FaithfulFakes(TorchDispatchMode):
         if func is aten.native_layer_norm.default:
             # ATen/native/layer_norm.cpp: the output is made contiguous
             return (_restride(result[0], torch.contiguous_format), *result[1:])
+        if func in _VIEWS and isinstance(args[0], FakeTensor):
+            # ATen/TensorUtils.cpp, computeStride: the Python reference that fakes use differs where a size is 1
+            with _disable_current_modes():
+                stride = _meta(args[0]).view(args[1]).stride()
+            return result if stride == result.stride() else args[0].as_strided(result.shape, stride, result.storage_offset())
         if torch.Tag.pointwise in func.tags and isinstance(result, FakeTensor) and not func._schema.is_mutable:
             return _iterate(func, args, kwargs, result)
         return result
@@ -52,19 +58,22 @@ def _iterate(func: Any, args: Any, kwargs: Any, result: FakeTensor) -> torch.Ten
     if not any(1 in fake.shape and not fake.is_contiguous() or _odd(fake) for fake in fakes):
         return result
 
-    def meta(fake: FakeTensor) -> torch.Tensor:
-        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device="meta")
-
-    with torch.utils._python_dispatch._disable_current_modes():
+    with _disable_current_modes():
         if func._schema.name in _BINARY and len([f for f in fakes if f.dim()]) == 1:
             # A number or 0-d operand broadcasts; the meta kernels shortcut that case, the real iterator does not.
             func, args, kwargs = aten.add.Tensor, (next(f for f in fakes if f.dim()), torch.empty(1, device="meta")), {}
-        metas, named = tree_map_only(FakeTensor, meta, (args, kwargs))
+        metas, named = tree_map_only(FakeTensor, _meta, (args, kwargs))
         named = {key: torch.device("meta") if isinstance(value, torch.device) else value for key, value in named.items()}
         stride = func(*metas, **named).stride()
     if stride == result.stride():
         return result
     return torch.empty_strided(result.shape, stride, dtype=result.dtype, device=result.device)
+
+
+def _meta(fake: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same geometry on the meta device, where PyTorch's own C++ computes strides."""
+    with _disable_current_modes():
+        return torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device="meta")
 
 
 def _odd(fake: torch.Tensor) -> bool:
