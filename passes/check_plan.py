@@ -119,7 +119,11 @@ class _Replay:
     def _check_layout(self) -> None:
         layout, weights = self.layout, self.program.weights
         self._check_slots(layout.resident, layout.resident_bytes, "the resident arena")
-        for bundle in layout.bundles:
+        for slot in layout.state:
+            self._check_slots((slot,), slot.offset + slot.nbytes, "its own memory")
+        for index, bundle in enumerate(layout.bundles):
+            if bundle.index != index:
+                raise self._error("I3", f"bundle {bundle.index} is listed as number {index}")
             self._check_slots(bundle.slots, bundle.nbytes, f"bundle {bundle.index}")
             if bundle.offset is not None and not 0 <= bundle.offset <= layout.staging_bytes - bundle.nbytes:
                 raise self._error("I2", f"bundle {bundle.index} ends outside the staging arena")
@@ -174,6 +178,8 @@ class _Replay:
         return TensorSpec(spec.shape, spec.stride, spec.dtype), key
 
     def _prefetch(self, index: int, after: tuple[int, ...] = ()) -> None:
+        if not 0 <= index < len(self.layout.bundles):
+            raise self._error("I3", f"bundle {index} is copied, and the layout has no such bundle")
         bundle = self.layout.bundles[index]
         if index in self.staged:
             raise self._error("I4", f"bundle {index} is copied twice")
@@ -213,10 +219,11 @@ class _Replay:
         held = any(s.bundle == index and s.values for s in self.storages.values())
         staged = self.staged[index]
         if staged.bundle.offset is None and staged.evicted_at is not None and not held:
-            self.live -= staged.bundle.nbytes
+            self.live -= self._round(staged.bundle.nbytes)
 
     def _free(self, node: fx.Node) -> None:
-        for value in node.all_input_nodes:
+        for value in node.args:  # not all_input_nodes, which names a value once that is freed twice
+            assert isinstance(value, fx.Node)
             if value.name in self.freed or value.name not in self.values:
                 raise self._error("I4", f"{value.name} is freed twice or before it exists")
             if value.op == "placeholder":
@@ -239,7 +246,10 @@ class _Replay:
             self._readable(value)
         if node.target is operator.getitem:
             source, index = node.args
-            self._name(node, [self.values[source.name][index]])  # type: ignore[union-attr,index]
+            members = self.values[source.name]  # type: ignore[union-attr,index]
+            if not 0 <= index < len(members):  # type: ignore[operator]
+                raise self._error("I3", f"{node.name} is member {index} of {source}, which has {len(members)}")
+            self._name(node, [members[index]])  # type: ignore[index]
             return
         outputs, written = self.kernels.run(node, self.values)
         for key in written:

@@ -16,10 +16,10 @@ from passes.program import Program, storage_id
 
 aten = torch.ops.aten
 _ASSERTS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg, aten._assert_async.default}
+_DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 _MAYBE_SAME = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.contiguous.default, aten.type_as.default,
-    aten.detach.default, aten.detach_.default, aten.alias.default, aten.dropout.default, aten.dropout_.default,
-    aten.feature_dropout.default, aten.alpha_dropout.default, aten.lift_fresh.default, aten.expand_as.default,
+    aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh.default, aten.expand_as.default,
     aten.expand.default, aten.view.default, aten.reshape.default,
 }  # fmt: skip
 
@@ -35,6 +35,8 @@ def is_effectful(node: fx.Node) -> bool:
 
 def _same(node: fx.Node) -> fx.Node | None:
     """The argument that the node gives back unchanged, if it does."""
+    if node.target in _DROPOUTS and node.args[2] is False:
+        return node.args[0]  # type: ignore[return-value]
     if node.target not in _MAYBE_SAME or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     before, after = node.args[0].meta.get("val"), node.meta.get("val")

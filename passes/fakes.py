@@ -18,6 +18,16 @@ aten = torch.ops.aten
 
 
 _VIEWS = {aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default}
+_UPSAMPLES = {
+    aten.upsample_nearest2d.default, aten._upsample_nearest_exact2d.default, aten.upsample_bilinear2d.default,
+    aten.upsample_bicubic2d.default, aten.upsample_nearest3d.default, aten.upsample_trilinear3d.default,
+}  # fmt: skip
+_LIKE = {
+    aten.empty_like.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default,
+    aten.rand_like.default, aten.randn_like.default,
+}  # fmt: skip
+# Tagged pointwise, but their results do not come from a TensorIterator.
+_COPIES = {aten.clone.default, aten._to_copy.default, aten.copy.default}
 _BINARY = {
     f"aten::{name}"
     for name in (
@@ -25,6 +35,7 @@ _BINARY = {
         "minimum", "bitwise_and", "bitwise_or", "bitwise_xor", "atan2", "hypot",
     )
 }  # fmt: skip
+_MASKED_FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 
 
 class FaithfulFakes(TorchDispatchMode):
@@ -36,12 +47,22 @@ class FaithfulFakes(TorchDispatchMode):
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One operator; subclasses watch what comes out."""
         result = func(*args, **kwargs)
+        if _is_symbolic(args):
+            return result  # asking a symbol for its value would fix it; a size of 1 is never a symbol
         if func is aten.native_group_norm.default:
             # ATen/native/group_norm.cpp: empty_like of input.contiguous(suggested format)
             return (_restride(result[0], _suggested_format(args[0])), *result[1:])
         if func is aten.native_layer_norm.default:
             # ATen/native/layer_norm.cpp: the output is made contiguous
             return (_restride(result[0], torch.contiguous_format), *result[1:])
+        if func in _LIKE and kwargs.get("memory_format") is None and kwargs.get("layout") is None:
+            return _like(result, args[0])
+        if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
+            # ATen/native/transformers/attention.cpp: the output is made by empty_like of the query
+            return (_like(result[0], args[0]), *result[1:])
+        if func in _UPSAMPLES:
+            # ATen/native/UpSample*.cpp: the output has the suggested format of the input
+            return _restride(result, _suggested_format(args[0]))
         if func in _VIEWS and isinstance(args[0], FakeTensor):
             # ATen/TensorUtils.cpp, computeStride: the Python reference that fakes use differs where a size is 1
             with _disable_current_modes():
@@ -52,22 +73,91 @@ class FaithfulFakes(TorchDispatchMode):
         return result
 
 
-def _iterate(func: Any, args: Any, kwargs: Any, result: FakeTensor) -> torch.Tensor:
-    """The strides that TensorIterator gives, by its own structured kernel on the meta device where a size of 1 leaves doubt."""
-    fakes = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
-    if not any(1 in fake.shape and not fake.is_contiguous() or _odd(fake) for fake in fakes):
-        return result
+def _is_symbolic(tree: Any) -> bool:
+    leaves = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, (torch.Tensor, torch.SymInt))]
+    return any(isinstance(x, torch.SymInt) or any(isinstance(n, torch.SymInt) for n in x.shape) for x in leaves)
 
-    with _disable_current_modes():
-        if func._schema.name in _BINARY and len([f for f in fakes if f.dim()]) == 1:
-            # A number or 0-d operand broadcasts; the meta kernels shortcut that case, the real iterator does not.
-            func, args, kwargs = aten.add.Tensor, (next(f for f in fakes if f.dim()), torch.empty(1, device="meta")), {}
-        metas, named = tree_map_only(FakeTensor, _meta, (args, kwargs))
-        named = {key: torch.device("meta") if isinstance(value, torch.device) else value for key, value in named.items()}
-        stride = func(*metas, **named).stride()
+
+def _iterate(func: Any, args: Any, kwargs: Any, result: FakeTensor) -> torch.Tensor:
+    """The strides of the real kernel, where a size of 1 leaves doubt."""
+    fakes = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+    if not any((1 in fake.shape and not fake.is_contiguous()) or _odd(fake) for fake in fakes):
+        return result
+    if func in _COPIES:
+        with _disable_current_modes():
+            metas, named = tree_map_only(FakeTensor, _meta, (args, kwargs))
+            named = {key: torch.device("meta") if isinstance(value, torch.device) else value for key, value in named.items()}
+            stride = func(*metas, **named).stride()
+    elif func in _MASKED_FILLS:  # ATen/native/TensorAdvancedIndexing.cpp: a contiguous clone, filled
+        return _restride(result, torch.contiguous_format)
+    else:
+        numbers = any(type(value) in (int, float) for value in args[:2]) and func._schema.name in _BINARY
+        stride = _iterator_stride(tuple(result.shape), fakes, numbers)
     if stride == result.stride():
         return result
     return torch.empty_strided(result.shape, stride, dtype=result.dtype, device=result.device)
+
+
+def _iterator_stride(shape: tuple[int, ...], operands: list[FakeTensor], numbers: bool) -> tuple[int, ...]:
+    """The strides that TensorIterator gives a new output (ATen/TensorIterator.cpp: fast_set_up, reorder_dimensions).
+
+    `numbers`: a Python number is among the operands; it counts as a 0-d tensor, which broadcasts.
+    """
+    contiguous = torch.empty(shape, device="meta").stride()
+    if not (numbers and shape) and all(tuple(fake.shape) == shape for fake in operands):
+        if all(fake.is_contiguous() for fake in operands):
+            return contiguous
+        if len(shape) == 4 and all(fake.is_contiguous(memory_format=torch.channels_last) for fake in operands):
+            return torch.empty(shape, device="meta", memory_format=torch.channels_last).stride()
+        strides = {fake.stride() for fake in operands}
+        if len(strides) == 1 and all(map(_is_dense, operands)):
+            return strides.pop()
+    rank = len(shape)
+    aligned = []
+    for fake in operands:
+        missing = rank - fake.dim()
+        sizes = zip(shape[missing:], fake.shape, fake.stride(), strict=True)
+        own = [0 if size == 1 and whole != 1 else stride for whole, size, stride in sizes]
+        aligned.append([0] * missing + own)
+    order = list(reversed(range(rank)))
+    for i in range(1, rank):  # an insertion sort, because comparisons may be ambiguous
+        here = i
+        for there in reversed(range(i)):
+            comparison = _compare(order[there], order[here], aligned, shape)
+            if comparison < 0:
+                break
+            if comparison > 0:
+                order[there], order[here] = order[here], order[there]
+                here = there
+    if order == list(reversed(range(rank))):
+        return contiguous
+    stride, step = [0] * rank, 1
+    for dim in order:
+        stride[dim] = step
+        step *= shape[dim]
+    return tuple(stride)
+
+
+def _compare(dim: int, other: int, strides: list[list[int]], shape: tuple[int, ...]) -> int:
+    """Whether `dim` is iterated outside (1) or inside (-1) of `other`; 0 where no operand tells."""
+    for stride in strides:
+        if stride[dim] == 0 or stride[other] == 0:
+            continue
+        if stride[dim] != stride[other]:
+            return -1 if stride[dim] < stride[other] else 1
+        if shape[dim] > shape[other]:
+            return 1
+    return 0
+
+
+def _is_dense(fake: FakeTensor) -> bool:
+    """c10's is_non_overlapping_and_dense."""
+    step = 1
+    for stride, size in sorted((s, n) for n, s in zip(fake.shape, fake.stride(), strict=True) if n != 1):
+        if stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _meta(fake: torch.Tensor) -> torch.Tensor:
@@ -107,6 +197,13 @@ def _channels_last(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
         if tensor.size(dim) > 1:
             least *= tensor.size(dim)
     return True
+
+
+def _like(tensor: torch.Tensor, other: FakeTensor) -> torch.Tensor:
+    """C++'s empty_like keeps the strides of a dense tensor as they are (ATen/native/TensorFactories.cpp)."""
+    if not _is_dense(other) or tensor.stride() == other.stride():
+        return tensor
+    return torch.empty_strided(tensor.shape, other.stride(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _restride(tensor: torch.Tensor, layout: torch.memory_format) -> torch.Tensor:

@@ -13,7 +13,8 @@ import torch
 from torch import fx
 
 from passes.probe import OpCost, Prober
-from passes.program import Program, storage_id, tensors_of
+from passes.program import Bytes, Program, storage_bytes, storage_id, tensors_of
+from passes.symbolic import SymbolicCost, SymbolicProber
 
 
 @dataclass(frozen=True)
@@ -26,26 +27,26 @@ class Liveness:
     """
 
     nodes: tuple[fx.Node, ...]
-    costs: tuple[OpCost, ...]
-    bytes_at: tuple[int, ...]
+    costs: tuple[OpCost | SymbolicCost, ...]
+    bytes_at: tuple[Bytes, ...]
     frees: tuple[tuple[fx.Node, ...], ...]
-    born: tuple[tuple[tuple[int, int], ...], ...]
+    born: tuple[tuple[tuple[int, Bytes], ...], ...]
     dies: tuple[tuple[int, ...], ...]
-    input_storages: tuple[int, ...]
+    input_storages: tuple[Bytes, ...]
 
     @property
-    def input_bytes(self) -> int:
+    def input_bytes(self) -> Bytes:
         return sum(self.input_storages)
 
 
-def analyse_liveness(program: Program, prober: Prober, round_bytes: Callable[[int], int] = lambda n: n) -> Liveness:
+def analyse_liveness(program: Program, prober: Prober | SymbolicProber, round_bytes: Callable[[Bytes], Bytes] = lambda n: n) -> Liveness:
     """The liveness of a canonical program (before any streaming operator is inserted)."""
     nodes = tuple(program.ops())
     position = {node: i for i, node in enumerate(nodes)}
     end = len(nodes)
     owned = {storage_id(n.meta["val"]) for n in program.graph.nodes if n.name in program.weights}
     inputs = {
-        storage_id(t): int(t.untyped_storage().nbytes())
+        storage_id(t): storage_bytes(t)
         for n in program.graph.nodes if n.name in program.inputs
         for t in tensors_of(n)
     }  # fmt: skip
@@ -59,13 +60,13 @@ def analyse_liveness(program: Program, prober: Prober, round_bytes: Callable[[in
     for node, at in last.items():
         if at < end:
             frees[at].append(node)
-    born: list[list[tuple[int, int]]] = [[] for _ in nodes]
+    born: list[list[tuple[int, Bytes]]] = [[] for _ in nodes]
     dies: list[list[int]] = [[] for _ in nodes]
     for storage, values in members.items():
         if storage in owned or storage in inputs:
             continue
         tensor = next(t for t in tensors_of(values[0]) if storage_id(t) == storage)
-        born[position[values[0]]].append((storage, round_bytes(int(tensor.untyped_storage().nbytes()))))
+        born[position[values[0]]].append((storage, round_bytes(storage_bytes(tensor))))
         death = max(last[v] for v in values)
         if death < end:
             dies[death].append(storage)
@@ -78,13 +79,13 @@ def analyse_liveness(program: Program, prober: Prober, round_bytes: Callable[[in
 
 
 def _profile(
-    costs: tuple[OpCost, ...],
-    born: list[list[tuple[int, int]]],
+    costs: tuple[OpCost | SymbolicCost, ...],
+    born: list[list[tuple[int, Bytes]]],
     dies: list[list[int]],
-    input_bytes: int,
-    round_bytes: Callable[[int], int],
-) -> tuple[int, ...]:
-    sizes: dict[int, int] = {}
+    input_bytes: Bytes,
+    round_bytes: Callable[[Bytes], Bytes],
+) -> tuple[Bytes, ...]:
+    sizes: dict[int, Bytes] = {}
     live, profile = input_bytes, []
     for i, cost in enumerate(costs):
         for storage, nbytes in born[i]:
@@ -95,6 +96,6 @@ def _profile(
     return tuple(profile)
 
 
-def is_view(node: fx.Node, cost: OpCost) -> bool:
+def is_view(node: fx.Node, cost: OpCost | SymbolicCost) -> bool:
     """Whether the operator launches nothing: it makes no storage and writes none."""
     return not isinstance(node.target, torch._ops.OpOverload) or (not cost.output_bytes and not node.target._schema.is_mutable)

@@ -93,6 +93,22 @@ def tensors_of(node: fx.Node) -> list[torch.Tensor]:
     return []
 
 
+# A number of bytes: an int, or a sympy expression where sizes are symbols.
+Bytes = Any
+
+
+def storage_bytes(tensor: torch.Tensor) -> Bytes:
+    """Bytes of the storage behind a (fake) tensor; an expression in the program's symbols where it has any."""
+    nbytes = tensor.untyped_storage().nbytes()
+    return nbytes.node.expr if isinstance(nbytes, torch.SymInt) else int(nbytes)
+
+
+def is_symbolic(node: fx.Node) -> bool:
+    """Whether some size of the node's value is a symbol."""
+    sizes = [size for t in tensors_of(node) for size in (*t.shape, *t.stride(), t.storage_offset())]
+    return isinstance(node.meta.get("val"), torch.SymInt) or any(isinstance(size, torch.SymInt) for size in sizes)
+
+
 def storage_id(tensor: torch.Tensor) -> int:
     """Identity of the untyped storage behind a (fake) tensor: the unit of aliasing."""
     return int(tensor.untyped_storage()._cdata)

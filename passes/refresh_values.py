@@ -17,7 +17,7 @@ from torch import fx
 
 from passes.fakes import FaithfulFakes
 from passes.probe import call_of
-from passes.program import Program, storage_id, tensors_of
+from passes.program import Program, is_symbolic, storage_id, tensors_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class RefreshValues:
                     node.meta["val"] = node.args[0].meta["val"][node.args[1]]
                     stale.add(node)
                 continue
+            if any(is_symbolic(n) for n in (node, *node.all_input_nodes)):
+                continue  # some composite operators fix symbols when they run; what was traced is kept
             key = call_of(node).key
             if not touched and agrees.get(key):
                 continue
@@ -65,7 +67,7 @@ def _run(node: fx.Node) -> Any:
 def _pattern(node: fx.Node, val: Any) -> list[Any]:
     """Geometry of each output and which argument's storage it is in."""
     arguments = [storage_id(t) for n in node.all_input_nodes for t in tensors_of(n)]
-    result = []
+    result: list[Any] = []
     for tensor in val if isinstance(val, (tuple, list)) else [val]:
         if not isinstance(tensor, torch.Tensor):
             result.append(None)

@@ -475,17 +475,15 @@ def _batched_copy(spec: TensorSpec, batch: tuple[int, ...]) -> int:
     return _sum(prod(batch) * prod(spec.shape[-2:]) * spec.dtype.itemsize)
 
 
-@declare(
-    "accounting",
-    "linear.default",
-    source="leaf: one addmm/mm on a flattened view; under a dispatch mode linear would decompose differently",
-)
-@declare(
-    "cpu",
-    "linear.default",
-    source="leaf: one addmm/mm on a flattened view; under a dispatch mode linear would decompose differently",
-)
-def _linear_leaf(call: OpCall) -> int:
+_LEAF = "leaf: one addmm/mm on a flattened view; under a dispatch mode linear would decompose differently"
+_UPSAMPLE = "ATen/native/cpu/UpSampleKernel.cpp: straight into the output; fakes of symbolic size decompose into index tensors"
+
+
+@declare("accounting", "linear.default", source=_LEAF)
+@declare("cpu", "linear.default", source=_LEAF)
+@declare("accounting", "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_nearest1d.vec", source=_UPSAMPLE)
+@declare("cpu", "upsample_nearest2d.vec", "upsample_bilinear2d.vec", "upsample_nearest1d.vec", source=_UPSAMPLE)
+def _nothing_beyond_the_output(call: OpCall) -> int:
     return 0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -32,10 +33,18 @@ _KINDS: dict[InputKind, WeightKind] = {
     InputKind.BUFFER: "buffer",
     InputKind.CONSTANT_TENSOR: "constant",
 }
+_PLAIN = (int, float, bool, str, bytes, complex, type(None), tuple, torch.dtype, torch.device)
+_PRODUCTS = {f"aten.{name}.default" for name in ("linear", "mm", "bmm", "addmm", "baddbmm", "matmul")} | {
+    f"aten.{name}.default" for name in ("conv1d", "conv2d", "conv3d", "convolution")
+}
 
 
 class _Call(nn.Module):
-    """Gives `torch.export` any method of a module as a `forward`, past the root's own hooks (they stay Python)."""
+    """Gives `torch.export` any method of a module as a `forward`, past the root's own hooks (they stay Python).
+
+    `torch.export` sees a buffer that is written, but loses one that a submodule assigns (`self.count = self.count + 1`); so what
+    was assigned is written into the original buffer at the end.
+    """
 
     def __init__(self, module: nn.Module, method: str) -> None:
         super().__init__()
@@ -43,15 +52,35 @@ class _Call(nn.Module):
         self._method = method
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.target, self._method)(*args, **kwargs)
+        before = [(owner, name, buffer) for owner in self.target.modules() for name, buffer in owner._buffers.items()]
+        held = _plain_state(self.target)
+        result = getattr(self.target, self._method)(*args, **kwargs)
+        _refuse_effects(self.target, self._method, held)
+        for owner, name, buffer in before:
+            now = owner._buffers.get(name)
+            if now is buffer:
+                continue
+            if buffer is None or now is None or (now.shape, now.dtype) != (buffer.shape, buffer.dtype):
+                raise CaptureError(
+                    f"{type(owner).__name__} assigns its buffer {name!r} a value of another shape or dtype; a plan has one "
+                    "memory layout: keep the buffer's shape, or return the value instead"
+                )
+            owner._buffers[name] = buffer.copy_(now)
+        return result
 
 
 def capture(
-    module: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, method: str = "forward"
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    method: str = "forward",
+    *,
+    dynamic_shapes: Any = None,
 ) -> Program:
     """The program of `module.method(*args, **kwargs)` in inference.
 
-    Inputs may be real, fake or meta: only shapes, strides, dtypes and Python values are read.
+    Inputs may be real, fake or meta: only shapes, strides, dtypes and Python values are read. `dynamic_shapes` is as in
+    `torch.export.export`, for the tuple of positional arguments and the dict of others; sizes are then sympy expressions.
 
     Raises:
         PlannerError: the module is in training mode, compiled, hooked by accelerate or quantised.
@@ -64,29 +93,47 @@ def capture(
     with _fake_weights(module, mode), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            exported = torch.export.export(_Call(module, method), fake_args, fake_kwargs, strict=False)
+            if dynamic_shapes is None:
+                exported = torch.export.export(_Call(module, method), fake_args, fake_kwargs, strict=False)
+            else:
+                exported = _export_symbolic(_Call(module, method), (args, kwargs), dynamic_shapes)
+        except CaptureError:
+            raise
         except Exception as error:
             raise _explain(module, method, error) from error
     return _program(module, method, exported, (fake_args, fake_kwargs))
 
 
+def _export_symbolic(call: _Call, inputs: tuple[Any, Any], dynamic_shapes: Any) -> Any:
+    """Symbols are made by `torch.export` itself, from real inputs: their memory is never touched."""
+
+    def empty(leaf: Any) -> Any:
+        return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
+
+    args, kwargs = tree_map(empty, inputs)
+    shapes = {"args": dynamic_shapes[0], "kwargs": dynamic_shapes[1]}
+    wanted = {key: value for key, value in shapes.items() if (args if key == "args" else kwargs)}
+    return torch.export.export(call, args, kwargs, dynamic_shapes=wanted, strict=False)
+
+
 def fake_inputs(tree: Any, mode: FakeTensorMode) -> Any:
     """The same pytree with fake CPU tensors; inputs that share memory share it in the fakes too."""
     bases: dict[int, torch.Tensor] = {}
-    memo: dict[int, torch.Tensor] = {}
+    memo: dict[TensorSpec, torch.Tensor] = {}  # equal views of one storage are one input, as for the call signature
 
     def fake(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf
-        if id(leaf) in memo:
-            return memo[id(leaf)]
         key, nbytes = storage_id(leaf), int(leaf.untyped_storage().nbytes())
+        spec = TensorSpec.of(leaf, key)
+        if spec in memo:
+            return memo[spec]
         with mode:
             if key not in bases:
                 bases[key] = torch.empty(nbytes, dtype=torch.uint8)
             whole = bases[key][: nbytes - nbytes % leaf.dtype.itemsize].view(leaf.dtype)
-            memo[id(leaf)] = whole.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
-        return memo[id(leaf)]
+            memo[spec] = whole.as_strided(leaf.shape, leaf.stride(), leaf.storage_offset())
+        return memo[spec]
 
     return tree_map(fake, tree)
 
@@ -109,8 +156,11 @@ def _fake_weights(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
     for owner in module.modules():
         lists = [v for v in owner.__dict__.values() if isinstance(v, list)]
-        for container in (owner.__dict__, owner._parameters, owner._buffers, *lists):
+        dicts = [v for v in owner.__dict__.values() if type(v) is dict]
+        for container in (owner.__dict__, owner._parameters, owner._buffers, *lists, *dicts):
             saved.append((container, container.copy()))
+    plain = {id(v): v for owner in module.modules() for v in owner.__dict__.values() if _is_plain_tensor(v)}
+    values = [(tensor, tensor._version, tensor.detach().clone()) for tensor in plain.values()]
     try:
         for owner in module.modules():
             for key, value in list(owner.__dict__.items()):
@@ -130,6 +180,79 @@ def _fake_weights(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
             else:
                 container.clear()
                 container.update(content)
+        for tensor, version, value in values:
+            if tensor._version != version:  # traced on itself, since its value may decide control flow
+                with torch.no_grad():
+                    tensor.copy_(value)
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    """A tensor attribute with bytes of its own: neither parameter nor buffer, which live in tables."""
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_inference()
+
+
+def _plain_state(module: nn.Module) -> list[tuple[str, nn.Module, str, Any, Any]]:
+    """Plain attributes of all submodules, with what they hold, so that a change can be seen."""
+    state = []
+    for path, owner in module.named_modules():
+        for key, value in owner.__dict__.items():
+            if key == "_buffers":
+                continue  # assigned buffers are written through
+            if isinstance(value, list) and any(isinstance(v, (nn.Parameter, weakref.ref)) for v in value):
+                continue  # of recurrent layers: follows the parameters, which tracing exchanges
+            if type(value) in (list, dict):
+                state.append((path, owner, key, value, value.copy()))
+            elif isinstance(value, torch.Tensor):
+                state.append((path, owner, key, value, value._version if not value.is_inference() else 0))
+            else:
+                state.append((path, owner, key, value, None))
+    return state
+
+
+def _refuse_effects(module: nn.Module, method: str, held: list[tuple[str, nn.Module, str, Any, Any]]) -> None:
+    """Raises CaptureError for a call that changes plain attributes: a program would not repeat that."""
+    for path, owner, key, value, content in held:
+        now = owner.__dict__.get(key)
+        if type(value) in (list, dict):
+            same = type(now) is type(value) and _unchanged(now, content)
+        elif isinstance(value, torch.Tensor):
+            same = now is value and (value.is_inference() or value._version == content)
+        else:
+            same = now is value or (isinstance(value, _PLAIN) and type(now) is type(value) and now == value)
+        if not same:
+            name = f"{path}.{key}".lstrip(".")
+            raise CaptureError(
+                f"{type(module).__name__}.{method} changes the attribute {name!r} while it runs, which its program would "
+                f"not repeat; keep state in a buffer (self.register_buffer({key!r}, ...)), or plan a submodule: "
+                "plan(module.child, ...)"
+            )
+
+
+def _unchanged(now: Any, before: Any) -> bool:
+    if len(now) != len(before) or (isinstance(now, dict) and list(now) != list(before)):
+        return False
+    pairs = zip(now.values(), before.values(), strict=True) if isinstance(now, dict) else zip(now, before, strict=True)
+    return all(a is b or (isinstance(a, _PLAIN) and type(a) is type(b) and a == b) for a, b in pairs)
+
+
+def _refuse_mixed_dtypes(program: Program) -> None:
+    """Raises CaptureError where a product of matrices mixes dtypes: fakes take what kernels refuse."""
+    for node in program.ops():
+        if str(node.target) not in _PRODUCTS:
+            continue
+        operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+        dtypes = {n.name: n.meta["val"].dtype for n in operands}
+        if len(set(dtypes.values())) > 1:
+            frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+            places = [i for i, line in enumerate(frames) if line.startswith("File")]
+            own = [i for i in places if "/torch/" not in frames[i] and "planner/capture.py" not in frames[i]]
+            own = own or places
+            where = f" at {frames[own[-1]]}: `{' '.join(frames[own[-1] + 1 : own[-1] + 2])}`" if own else ""
+            found = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
+            raise CaptureError(
+                f"{program.name} multiplies different dtypes in {node.name}{where}: {found}. "
+                "Give inputs in the model's dtype: inputs=(x.to(model.dtype),), or cast the model"
+            )
 
 
 def _explain(module: nn.Module, method: str, error: Exception) -> CaptureError:
@@ -188,7 +311,9 @@ def _program(module: nn.Module, method: str, exported: Any, call: tuple[Any, Any
         in_spec=in_spec,
         out_spec=exported.call_spec.out_spec,
     )
-    return InlineRegions().apply(program)  # while the graph module that holds the regions is at hand
+    program = InlineRegions().apply(program)  # while the graph module that holds the regions is at hand
+    _refuse_mixed_dtypes(program)
+    return program
 
 
 def _ties(module: nn.Module) -> dict[str, tuple[str, ...]]:

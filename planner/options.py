@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +41,15 @@ def check_keep(keep: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Mappin
         if not isinstance(rule, Mapping) or set(rule) - {"resident"}:
             raise PlannerError(f"keep={{{pattern!r}: {rule!r}}}: write what is pinned as {{{pattern!r}: {{'resident': True}}}}")
     return dict(keep or {})
+
+
+def check_patterns(keep: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Raises PlannerError for a pattern that no weight's name fits: it would pin nothing."""
+    for pattern in keep:
+        if not fnmatch.filter(names, pattern):
+            close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3) or list(names[:1])
+            hint = f"; names are like {close[0]!r}: write keep={{{close[0]!r}: {{'resident': True}}}}" if close else ""
+            raise PlannerError(f"keep={{{pattern!r}: ...}} fits no weight of the program{hint}")
 
 
 def check_allow(allow: tuple[str, ...]) -> tuple[str, ...]:

@@ -18,9 +18,10 @@ from planner.budget import Budget
 from planner.capture import capture
 from planner.machine import Machine, machine_from_mapping
 from planner.memory import MemoryModel
-from planner.options import Options
+from planner.options import Options, check_keep, check_patterns
 from planner.pipeline import emit_program, make_executable
 from planner.plan_file import check_fingerprint, load_call, read_plan, write_plan
+from planner.refuse import refuse_shared_state
 from planner.show import describe, where
 from planner.sizes import format_bytes
 from planner.solve.decide import Schedule, Solver
@@ -28,11 +29,11 @@ from planner.solve.decisions import Decisions
 from planner.solve.problem import Problem, build_problem
 from planner.solve.simulate import StepTime, simulate
 from planner.pipeline import placements_of
-from planner.weights import open_weights
+from planner.weights import Lookup, open_weights
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
 from runtime.devices import open_device
-from runtime.errors import InfeasibleBudget, PlannerError
+from runtime.errors import InfeasibleBudget, PlanFileError, PlannerError
 from runtime.executable import Executable
 from runtime.layout import Layout
 from runtime.module import PlannedModule, Runner, planned
@@ -54,10 +55,16 @@ class Plan:
         self._runner: Runner | None = None
         if options.budget.device_bytes < solver.minimum.peak_bytes:
             raise _infeasible(solver, options.budget.device_bytes)
-        schedule: Schedule | None = None
         if decisions is None:
             schedule = solver.solve(options.budget.device_bytes)
             decisions = schedule.decisions(solver.problem)
+        else:
+            schedule = solver.evaluate(placements_of(solver.problem, decisions), decisions.staging)
+            if schedule.peak_bytes > options.budget.device_bytes:
+                raise PlanFileError(
+                    f"the decisions need {format_bytes(schedule.peak_bytes)} here, more than their budget of "
+                    f"{format_bytes(options.budget.device_bytes)}; plan the model again"
+                )
         self.decisions = decisions
         self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes)
         self._schedule = schedule
@@ -98,7 +105,7 @@ class Plan:
     @cached_property
     def peak_bytes(self) -> int:
         """Predicted: live bytes on `accounting`, what the allocator reserves on CUDA."""
-        return self._schedule.peak_bytes if self._schedule is not None else self.proof.peak_bytes
+        return self._schedule.peak_bytes
 
     @property
     def minimum_bytes(self) -> int:
@@ -194,6 +201,8 @@ class Plan:
             device=self.device,
             method=self._options.method,
             call=(self._options.args, self._options.kwargs),
+            keep=self._options.keep,
+            offload=self._options.offload,
         )
 
     @classmethod
@@ -206,12 +215,23 @@ class Plan:
             PlanFileError: truncated, of another version, or made for another model (names the differing node).
         """
         data = read_plan(path)
-        args, named = (inputs or (), kwargs or {}) if inputs is not None or kwargs else load_call(data["call"])
-        machine = machine_from_mapping(data["machine"], origin=str(path))
-        options = Options(Budget(**data["budget"]), machine, data["device"], data["method"], args, named)
+        try:
+            args, named = (inputs or (), kwargs or {}) if inputs is not None or kwargs else load_call(data["call"])
+            machine = machine_from_mapping(data["machine"], origin=str(path))
+            budget, decisions = Budget(**data["budget"]), Decisions.from_json(data["decisions"])
+            saved = [str(entry) for entry in data["fingerprint"]]
+            options = Options(
+                budget, machine, data["device"], data["method"], args, named, check_keep(data["keep"]), bool(data["offload"])
+            )
+            Budget.parse(options.budget, options.device)
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise PlanFileError(f"{str(path)!r} is damaged ({error!r}); save it again with p.save(...)") from error
         solver = prepare(model, options)
-        check_fingerprint(data["fingerprint"], solver.problem.program)
-        return cls(model, options, solver, Decisions.from_json(data["decisions"]))
+        check_fingerprint(saved, solver.problem.program)
+        try:
+            return cls(model, options, solver, decisions)
+        except (ValueError, KeyError) as error:
+            raise PlanFileError(f"the decisions in {str(path)!r} do not fit the program ({error}); plan it again") from error
 
     def build(self, weights: Any = None, *, concurrent: Literal["wait", "raise"] = "wait") -> PlannedModule:
         """The module that runs the plan. Its weights move, one at a time, into one host arena that the original then shares.
@@ -231,6 +251,10 @@ class Plan:
                 "or plan with device='accounting'"
             )
         lookup = open_weights(weights) if weights is not None else None
+        with torch.inference_mode(False):
+            return self._build(lookup, concurrent)
+
+    def _build(self, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PlannedModule:
         signature, _ = CallSignature.of(*bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs))
         runner = Runner(
             self._target,
@@ -265,6 +289,8 @@ class Plan:
 def prepare(model: nn.Module, options: Options) -> Solver:
     """Captures, canonicalises and analyses: all that does not depend on the budget."""
     program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
+    refuse_shared_state(model, program)
+    check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
     kind = options.device.partition(":")[0]
     memory = MemoryModel.of(kind, options.machine.capability)
     return Solver(build_problem(program, options.machine, memory, options.keeps_resident))

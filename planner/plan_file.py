@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def write_plan(
     device: str,
     method: str,
     call: tuple[tuple[Any, ...], dict[str, Any]],
+    keep: Mapping[str, Mapping[str, Any]],
+    offload: bool,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
@@ -69,6 +72,8 @@ def write_plan(
         "budget": asdict(budget),
         "machine": asdict(machine),
         "call": _dump_call(call),
+        "keep": {pattern: dict(rule) for pattern, rule in keep.items()},
+        "offload": offload,
         "decisions": decisions.to_json(),
         "fingerprint": fingerprint(program),
     }
@@ -99,7 +104,7 @@ def read_plan(path: str | Path) -> dict[str, Any]:
         raise PlanFileError(
             f"{str(path)!r} has plan version {data.get('version')}, this library reads version {VERSION}; plan the model again"
         )
-    missing = {"method", "device", "budget", "machine", "call", "decisions", "fingerprint"} - data.keys()
+    missing = {"method", "device", "budget", "machine", "call", "keep", "offload", "decisions", "fingerprint"} - data.keys()
     if missing:
         raise PlanFileError(f"{str(path)!r} lacks {', '.join(sorted(missing))}; save it again with p.save(...)")
     return data
@@ -108,10 +113,20 @@ def read_plan(path: str | Path) -> dict[str, Any]:
 def _dump_call(call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any] | None:
     leaves, spec = tree_flatten(call)
     saved: list[Any] = []
+    groups: dict[int, int] = {}
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
-            dtype = str(leaf.dtype).removeprefix("torch.")
-            saved.append({"shape": list(leaf.shape), "stride": list(leaf.stride()), "dtype": dtype})
+            storage = leaf.untyped_storage()
+            saved.append(
+                {
+                    "shape": list(leaf.shape),
+                    "stride": list(leaf.stride()),
+                    "dtype": str(leaf.dtype).removeprefix("torch."),
+                    "offset": int(leaf.storage_offset()),
+                    "storage": groups.setdefault(storage._cdata, len(groups)),
+                    "storage_bytes": storage.nbytes(),
+                }
+            )
         elif isinstance(leaf, _SCALARS):
             saved.append(leaf)
         else:
@@ -130,11 +145,15 @@ def load_call(saved: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, 
     """
     if saved is None:
         raise PlanFileError("the plan's inputs have a type that JSON cannot hold; pass them: Plan.load(path, model, inputs=(...,))")
-    leaves = [
-        torch.empty_strided(leaf["shape"], leaf["stride"], dtype=getattr(torch, leaf["dtype"]), device="meta")
-        if isinstance(leaf, dict)
-        else leaf
-        for leaf in saved["leaves"]
-    ]
+    bases: dict[int, torch.Tensor] = {}
+
+    def tensor(leaf: dict[str, Any]) -> torch.Tensor:
+        dtype: torch.dtype = getattr(torch, leaf["dtype"])
+        if leaf["storage"] not in bases:
+            bases[leaf["storage"]] = torch.empty(leaf["storage_bytes"], dtype=torch.uint8, device="meta")
+        storage = bases[leaf["storage"]].untyped_storage()
+        return torch.empty(0, dtype=dtype, device="meta").set_(storage, leaf["offset"], leaf["shape"], leaf["stride"])
+
+    leaves = [tensor(leaf) if isinstance(leaf, dict) else leaf for leaf in saved["leaves"]]
     args, kwargs = tree_unflatten(leaves, treespec_loads(saved["spec"]))
     return args, kwargs

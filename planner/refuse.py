@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from passes.program import Program
+from passes.spec import TensorSpec
 from runtime.errors import PlannerError
 
 
@@ -37,6 +40,41 @@ def refuse_unplannable(module: nn.Module, method: str) -> None:
         for key, tensor in (*child._parameters.items(), *child._buffers.items()):
             if tensor is not None:
                 _refuse_subclass(f"{name}.{key}".lstrip("."), tensor)
+    if method in vars(module):
+        raise PlannerError(
+            f"{method} of this {kind} was replaced on the object, where it would run past the plan; "
+            f"restore it (del module.{method}), or put the change into a subclass or a forward hook"
+        )
+
+
+def refuse_shared_state(module: nn.Module, program: Program) -> None:
+    """Raises PlannerError where the program writes a tensor that another one of the module shares memory with."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for weight in program.weights.values():
+        own = tensors.get(weight.name)
+        if not weight.state or own is None or _has_no_bytes(own):
+            continue
+        for name, other in tensors.items():
+            if other is not own and not _has_no_bytes(other) and _overlap(own, other):
+                raise PlannerError(
+                    f"{weight.name}, which {program.name} writes, shares memory with {name}; a plan gives each its own memory. "
+                    f"Give {name} a copy (.clone()), or register the same tensor under both names"
+                )
+
+
+def _has_no_bytes(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    (start, stop), (other, end) = _extent(a), _extent(b)
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and start < end and other < stop
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First and last byte that the strides reach."""
+    span = TensorSpec.of(tensor).span_bytes
+    return tensor.data_ptr(), tensor.data_ptr() + span
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -46,6 +84,8 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _refuse_subclass(name: str, tensor: torch.Tensor) -> None:
+    if isinstance(tensor, FakeTensor):
+        return  # plans like one on the meta device
     plain = (torch.Tensor, nn.Parameter, nn.Buffer)
     if type(tensor) not in plain or type(tensor.data) is not torch.Tensor or tensor.is_quantized:
         raise PlannerError(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 MAX_GROUPS = 14
+_STAGING = {"arena": "a static arena", "allocator": "allocator blocks"}
 
 
 @dataclass
@@ -42,7 +43,8 @@ def describe(plan: Plan) -> str:
         ("step", f"{format_seconds(plan.step_seconds)} predicted, {_ratio(plan)}"),
         ("weights", _weights(plan)),
     ]
-    lines = [f"{plan.program.name}: {len(plan.problem.names)} operators, {len(plan.program.weights)} weights"]
+    size = f"{_count(len(plan.problem.names), 'operator')}, {_count(len(plan.program.weights), 'weight')}"
+    lines = [f"{plan.program.name}: {size}"]
     for label, text in rows:
         lines += _wrap(label, text)
     lines.append("  decisions")
@@ -67,6 +69,10 @@ def module_path(node: fx.Node) -> str:
     return re.sub(r"^.*?target\.?", "", path, count=1)
 
 
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def _ratio(plan: Plan) -> str:
     ratio = plan.step_seconds / plan.bound_seconds if plan.bound_seconds else 1.0
     return f"{ratio:.2f} x the bound of {format_seconds(plan.bound_seconds)} set by the {plan.bound.limited_by}"
@@ -75,11 +81,11 @@ def _ratio(plan: Plan) -> str:
 def _weights(plan: Plan) -> str:
     streamed = plan.layout.streamed_bytes
     total = sum(w.nbytes for w in plan.program.weights.values())
-    again = "" if not plan.layout.bundles else f" in {len(plan.layout.bundles)} bundles"
     kept = plan.layout.resident_bytes + plan.layout.state_bytes
-    staging = {"arena": "a static arena", "allocator": "the allocator's blocks"}[plan.decisions.staging]
-    via = f" through {staging}" if streamed else ""
-    return f"{format_bytes(total)}: {format_bytes(kept)} resident, {format_bytes(streamed)} streamed per step{again}{via}"
+    if not streamed:
+        return f"{format_bytes(total)}, all resident"
+    how = f"in {_count(len(plan.layout.bundles), 'bundle')} staged in {_STAGING[plan.decisions.staging]}"
+    return f"{format_bytes(total)}: {format_bytes(kept)} resident, {format_bytes(streamed)} streamed per step {how}"
 
 
 def _decisions(plan: Plan) -> list[str]:
@@ -96,7 +102,7 @@ def _decisions(plan: Plan) -> list[str]:
         if 0 < group.streamed_bytes < group.nbytes:
             share += f", {format_bytes(group.nbytes - group.streamed_bytes)} resident"
         label = name if len(name) <= 48 else name[:45] + "..."
-        lines.append(f"    {label:<{min(width, 48)}}  {group.count:>4} weights  {format_bytes(group.nbytes):>8}  {share}"[:WIDTH])
+        lines.append(f"    {label:<{min(width, 48)}}  {_count(group.count, 'weight'):>12}  {format_bytes(group.nbytes):>8}  {share}"[:WIDTH])
     return lines
 
 

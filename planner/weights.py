@@ -24,9 +24,13 @@ def open_weights(weights: nn.Module | Mapping[str, torch.Tensor] | str | Path) -
     """
     if isinstance(weights, nn.Module):
         tensors: dict[str, torch.Tensor] = {**dict(weights.named_parameters()), **dict(weights.named_buffers())}
-        return tensors.get
+        return lambda name: tensors[name] if name in tensors else _plain_attribute(weights, name)
     if isinstance(weights, Mapping):
         return weights.get
+    if not isinstance(weights, (str, Path)):
+        raise PlannerError(
+            f"weights={weights!r} is a {type(weights).__name__}; pass build(weights=<module, state dict or checkpoint folder>)"
+        )
     folder = Path(weights)
     files = _shards(folder)
 
@@ -41,6 +45,16 @@ def open_weights(weights: nn.Module | Mapping[str, torch.Tensor] | str | Path) -
             raise PlannerError(f"{path} cannot give the tensor {name!r} ({error}); download or copy the file again") from error
 
     return read
+
+
+def _plain_attribute(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A tensor that is neither parameter nor buffer."""
+    path, _, key = name.rpartition(".")
+    try:
+        value = getattr(module.get_submodule(path), key, None)
+    except AttributeError:
+        return None
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def _shards(folder: Path) -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """A cheap fingerprint of a module: what a capture took for granted and a caller may have changed since.
 
-Tree, hooks, scalar attributes and the identity of parameters and buffers, compared by identity first: the usual call costs one
+Tree, hooks, plain attributes and the identity of parameters, buffers and callables, compared by identity first: the usual call costs one
 pass over the modules' attributes in C.
 """
 
@@ -14,6 +14,7 @@ from torch import nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
 _SCALARS = (int, float, bool, str, complex, type(None), torch.dtype)
+_KNOWN = (*_SCALARS, list, tuple, torch.Tensor)
 
 
 class Fingerprint:
@@ -23,7 +24,9 @@ class Fingerprint:
         self._module = module
         self._modules = list(module.named_modules())
         self._attributes = [list(child.__dict__.values()) for _, child in self._modules]
-        self._scalars = [_scalars(child) for _, child in self._modules]
+        self._values = [_values(child) for _, child in self._modules]
+        # Lists can change without being replaced.
+        self._lists = [any(isinstance(v, list) for v in child.__dict__.values()) for _, child in self._modules]
         self._tensors = [_tensors(child) for _, child in self._modules]
         self._children = [tuple(child._modules.items()) for _, child in self._modules]
         self._hooks = [_hooks(child, child is module) for _, child in self._modules]
@@ -33,7 +36,7 @@ class Fingerprint:
             attributes = self._attributes[index]
             now = child.__dict__
             same = len(now) == len(attributes) and all(map(is_, now.values(), attributes))
-            if not same and _scalars(child) != self._scalars[index]:
+            if (not same or self._lists[index]) and _values(child) != self._values[index]:
                 return f"an attribute of {name or 'the module'} changed"
             if tuple(child._modules.items()) != self._children[index]:
                 return f"the children of {name or 'the module'} changed"
@@ -45,8 +48,15 @@ class Fingerprint:
         return None
 
 
-def _scalars(child: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in child.__dict__.items() if isinstance(v, _SCALARS)}
+def _values(child: nn.Module) -> dict[str, Any]:
+    """What a program may have baked in: scalars and sequences of them by value, tensors and callables by identity."""
+    return {k: _value(v) for k, v in child.__dict__.items() if isinstance(v, _KNOWN) or callable(v)}
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return type(value), [_value(item) for item in value]
+    return value if isinstance(value, _SCALARS) else id(value)
 
 
 def _tensors(child: nn.Module) -> list[Any]:

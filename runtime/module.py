@@ -6,6 +6,7 @@ are the original's own; only where the weights live and what the planned method 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -16,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_unflatten
 
 from runtime.devices.base import Device
@@ -60,6 +62,7 @@ class Runner:
         self._undo: list[Callable[[], None]] = []
         self.store: HostStore | None = None
         self.state: dict[str, torch.Tensor] = {}
+        self._constants: dict[str, torch.Tensor] = {}  # in the store: tensors that are no parameter and no buffer
         self.pinned = False
 
     def attach(self, signature: CallSignature, program: Executable, lookup: Lookup | None = None) -> None:
@@ -81,14 +84,17 @@ class Runner:
                 order.append(name)
             seen.add(id(tensor))
         sources = {name: _source(name, views[name], tensors, lookup) for name in order if name in tensors}
-        self.store = HostStore({name: views[name] for name in order}, program.layout.alignment)
         constants = {v.name: program.constants[node] for node, v in program.weights.items() if node in program.constants}
+        sources |= {name: _source(name, views[name], constants, lookup) for name in order if name not in tensors}
+        self.store = HostStore({name: views[name] for name in order}, program.layout.alignment)
         owners = _owners(self.module)
         for name in order:
-            if name in sources:
-                self._adopt(tensors[name], sources.pop(name)(), name, owners)
+            value = sources.pop(name)()
+            if name in tensors:
+                self._adopt(tensors[name], value, name, owners)
             else:
-                self.store.fill(name, constants[name], lambda _: None)
+                self.store.fill(name, value, lambda _: None)
+                self._constants[name] = _original(self.module, name, value)
         self.pinned = self.device.pin(self.store.buffer)
         if not self.pinned:
             warnings.warn(
@@ -105,7 +111,7 @@ class Runner:
     def _adopt(self, tensor: torch.Tensor, value: torch.Tensor, name: str, owners: _Owners) -> None:
         """Points a parameter or buffer at the host arena; one on the meta device is replaced, for that cannot be pointed."""
         assert self.store is not None
-        if tensor.is_meta:
+        if _has_no_bytes(tensor):
             host = self.store.tensor(name)
             host.copy_(value)
             real = nn.Parameter(host, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else host
@@ -125,6 +131,7 @@ class Runner:
     def add(self, signature: CallSignature, program: Executable) -> None:
         """Takes a program for another call signature; it shares the arenas' memory with the others, one loaded at a time."""
         tensors = _named_tensors(self.module)
+        program = self._with_constants(program)
         for slot in program.layout.state:
             view = program.weights[slot.weight]
             if view.name in self.state:
@@ -139,6 +146,31 @@ class Runner:
         self.programs.append((signature, program))
         self.executor.load(program)
 
+    def _with_constants(self, program: Executable) -> Executable:
+        """Puts constants that the store lacks into it; one of the same name and another value gets another name."""
+        assert self.store is not None
+        weights, fresh = dict(program.weights), {}
+        for node, value in program.constants.items():
+            view = weights.get(node)
+            if view is None:
+                continue
+            known = self._constants.get(view.name)
+            if known is not None and (value.is_meta or _equal(known, value)):
+                continue
+            if value.is_meta:
+                raise PlannerError(f"the constant {view.name!r} is on the meta device: plan the module that was given as weights")
+            if view.name in self._constants:
+                view = dataclasses.replace(view, name=f"{view.name}@{len(self.programs)}")
+            weights[node], fresh[view.name] = view, value
+        if not fresh:
+            return program
+        buffer = self.store.extend({view.name: view for view in weights.values() if view.name in fresh})
+        self.device.pin(buffer)
+        for name, value in fresh.items():
+            self.store.fill(name, value, lambda _: None)
+        self._constants |= {name: _original(self.module, name, value) for name, value in fresh.items()}
+        return dataclasses.replace(program, weights=weights)
+
     def _registered(self, name: str) -> torch.Tensor:
         """The module's own tensor of that name; a state constant has none and gets a stand-in."""
         return _named_tensors(self.module).get(name, torch.empty(0))
@@ -149,7 +181,9 @@ class Runner:
             raise ModuleUnusable("this planned module is closed: its arenas are gone. Plan and build the model again")
         self._enter()
         try:
-            return self._call(args, kwargs)
+            with torch.inference_mode(False):  # arenas outlive the call, whatever mode its caller is in
+                program, leaves = self._prepare(args, kwargs)
+            return self._run(program, leaves)
         finally:
             self._holder = None
             self._lock.release()
@@ -164,7 +198,8 @@ class Runner:
             )
         self._holder = me
 
-    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Executable, list[Any]]:
+        """The loaded program of this call, and its flat inputs."""
         args, kwargs = bind_call(self.function, args, kwargs)
         signature, leaves = CallSignature.of(args, kwargs)
         self._guard(leaves)
@@ -173,7 +208,12 @@ class Runner:
             log.info("%s: a new call signature, planning again (%d so far)", self.method, len(self.programs))
             program = self.replan(args, kwargs)
             self.add(signature, program)
+            program = self.programs[-1][1]
+            self.versions = self._versions()
         self.executor.load(program)
+        return program, leaves
+
+    def _run(self, program: Executable, leaves: list[Any]) -> Any:
         self.calls += 1
         with torch.no_grad():
             try:
@@ -197,15 +237,27 @@ class Runner:
         if changed is not None:
             raise ModuleUnusable(f"{changed} since the plan was made, which the program does not know; plan and build it again")
         versions = self._versions()
-        if versions != self.versions:
-            log.info("weights were written since the last call; copying the resident ones again")
-            self.versions = versions
-            if self.executor.program is not None:
-                self.executor.refresh()
+        if versions == self.versions:
+            return
+        moved = next((n for n, (_, where) in versions.items() if where != self.versions[n][1]), None)
+        if moved is not None:
+            raise ModuleUnusable(
+                f"the data of {moved!r} was exchanged (.data = ..., .to(), .half()) since the plan was made; write it in place "
+                "(p.copy_(...)), or close() and plan again"
+            )
+        log.info("weights were written since the last call; copying the resident ones again")
+        assert self.store is not None
+        for name, value in self._constants.items():
+            if name not in self.state and versions[name] != self.versions[name]:
+                self.store.fill(name, value, lambda _: None)
+        self.versions = versions
+        if self.executor.program is not None:
+            self.executor.refresh()
 
-    def _versions(self) -> list[int]:
-        written = set(self.state)
-        return [t._version for n, t in _named_tensors(self.module).items() if n not in written]
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        """Of every weight how often it was written (what the program itself writes aside), and where its bytes are."""
+        named = {**_named_tensors(self.module), **self._constants}
+        return {n: (0 if n in self.state else _version(t), t.data_ptr()) for n, t in named.items()}
 
     def report(self) -> Report:
         measured = self.device.measurement()
@@ -237,7 +289,8 @@ class Runner:
         self.closed = True
         self.executor.unload()
         assert self.store is not None
-        self.device.unpin(self.store.buffer)
+        for buffer in self.store.buffers:
+            self.device.unpin(buffer)
         with torch.no_grad():
             for name, own in self.state.items():
                 self._registered(name).data = self.store.tensor(name).copy_(own)
@@ -259,6 +312,12 @@ class PlannedModule(nn.Module):
     def close(self) -> None:
         """Frees arenas and page locks; the original module keeps its weights. Closing twice is nothing."""
         self._runner.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModuleUnusable(
+            "a planned module cannot be copied or pickled: it holds a device's arenas. Save its weights with "
+            "torch.save(m.state_dict(), ...) and the plan with p.save(...), or close() it and copy the original"
+        )
 
     def train(self, mode: bool = True) -> nn.Module:
         if mode:
@@ -320,13 +379,40 @@ def _source(
         if known is not None:
             value = lookup(known)
             assert value is not None
+            if _has_no_bytes(value):
+                raise PlannerError(f"the weights given have {known!r} on the meta device too; pass real ones")
             if tuple(value.shape) != view.shape:
                 raise PlannerError(f"the weights given have {known!r} as {tuple(value.shape)}, the model as {view.shape}")
             return lambda: value if value.dtype == view.dtype else value.to(view.dtype)
-    if tensors[name].is_meta:
+    if name not in tensors or _has_no_bytes(tensors[name]):
         where = "the weights given lack it" if lookup is not None else "pass build(weights=<module, state dict or folder>)"
-        raise PlannerError(f"the weight {name!r} is on the meta device: {where}")
+        raise PlannerError(f"the weight {name!r} is on the meta device (or fake): {where}")
     return lambda: tensors[name].data
+
+
+def _has_no_bytes(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # made in inference mode, where writes are not counted
+        return 0
+
+
+def _original(module: nn.Module, path: str, value: torch.Tensor) -> torch.Tensor:
+    """The module's own attribute behind a captured constant, which knows when it is written; else the constant."""
+    owner: Any = module
+    for part in path.split("."):
+        owner = getattr(owner, part, None)
+    return owner if isinstance(owner, torch.Tensor) and owner.data_ptr() == value.data_ptr() else value
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.is_meta or b.is_meta or a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
+        return False
+    return torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _first_use(program: Executable) -> list[str]:

@@ -70,7 +70,7 @@ class CallSignature:
                     )
                 )
             elif isinstance(leaf, _SCALARS):
-                keys.append((type(leaf), leaf))
+                keys.append((type(leaf), leaf.hex() if isinstance(leaf, float) else leaf))  # NaN is NaN, -0.0 is not 0.0
             else:
                 raise InputError(
                     f"an input is a {type(leaf).__name__}; programs take tensors, Python scalars, strings and containers of "

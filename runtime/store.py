@@ -22,15 +22,29 @@ class HostStore:
     """
 
     def __init__(self, views: Mapping[str, WeightView], alignment: int) -> None:
-        self.views = dict(views)
-        self._offsets: dict[str, int] = {}
+        self.views: dict[str, WeightView] = {}
+        self.nbytes, self._alignment = 0, alignment
+        self._places: dict[str, tuple[int, int]] = {}  # segment and offset
+        self._maps: list[mmap.mmap] = []
+        self.buffers: list[torch.Tensor] = []
+        self.extend(views)
+
+    @property
+    def buffer(self) -> torch.Tensor:
+        """The first segment, which holds the module's weights."""
+        return self.buffers[0]
+
+    def extend(self, views: Mapping[str, WeightView]) -> torch.Tensor:
+        """Adds a segment (the constants that a later program brings) and gives its bytes."""
         cursor = 0
-        for name, view in self.views.items():
-            self._offsets[name] = cursor
-            cursor += -(-view.nbytes // alignment) * alignment
-        self.nbytes = cursor
-        self._map = mmap.mmap(-1, max(cursor, 1))
-        self.buffer = torch.frombuffer(self._map, dtype=torch.uint8, count=max(cursor, 1))
+        for name, view in views.items():
+            self._places[name] = len(self._maps), cursor
+            cursor += -(-view.nbytes // self._alignment) * self._alignment
+        self.views.update(views)
+        self.nbytes += cursor
+        self._maps.append(mmap.mmap(-1, max(cursor, 1)))
+        self.buffers.append(torch.frombuffer(self._maps[-1], dtype=torch.uint8, count=max(cursor, 1)))
+        return self.buffers[-1]
 
     def fill(self, name: str, value: torch.Tensor, adopt: Callable[[torch.Tensor], None]) -> None:
         """Copies one weight in and hands the tensor that now holds it to `adopt`."""
@@ -43,18 +57,20 @@ class HostStore:
         view = self.views[name]
         if view.nbytes == 0:
             return torch.empty_strided(view.shape, view.stride, dtype=view.dtype)
-        own = torch.frombuffer(self._map, dtype=torch.uint8, count=view.nbytes, offset=self._offsets[name])
+        segment, offset = self._places[name]
+        own = torch.frombuffer(self._maps[segment], dtype=torch.uint8, count=view.nbytes, offset=offset)
         return view.on(own, 0)
 
     def runs(self, places: list[tuple[str, int]]) -> list[tuple[int, torch.Tensor]]:
         """(offset, source bytes) that put the named weights at the given offsets; neighbours on both sides are one copy."""
-        joined: list[list[int]] = []
+        joined: list[list[int]] = []  # segment, start, offset, bytes
         for name, offset in places:
-            start, nbytes = self._offsets[name], self.views[name].nbytes
+            (segment, start), nbytes = self._places[name], self.views[name].nbytes
             if nbytes == 0:
                 continue
-            if joined and start - joined[-1][0] == offset - joined[-1][1] and joined[-1][0] < start:
-                joined[-1][2] = start - joined[-1][0] + nbytes
+            last = joined[-1] if joined and joined[-1][0] == segment else None
+            if last is not None and start - last[1] == offset - last[2] and last[1] < start:
+                last[3] = start - last[1] + nbytes
             else:
-                joined.append([start, offset, nbytes])
-        return [(offset, self.buffer[start : start + nbytes]) for start, offset, nbytes in joined]
+                joined.append([segment, start, offset, nbytes])
+        return [(offset, self.buffers[segment][start : start + nbytes]) for segment, start, offset, nbytes in joined]

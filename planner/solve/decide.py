@@ -133,6 +133,10 @@ class Solver:
         streamed = {w for s in spans for w in s.weights}
         return self.problem.total_weight_bytes - self.problem.arena_bytes(streamed)
 
+    def evaluate(self, placements: tuple[Placement, ...], staging: StagingMode) -> Schedule:
+        """What the memory model and the simulator say of a schedule that was decided elsewhere."""
+        return self._evaluate(placements, staging)
+
     def _evaluate(
         self, placements: tuple[Placement, ...], staging: StagingMode, time: StepTime | None = None
     ) -> Schedule:

@@ -16,9 +16,7 @@ from passes.cuda_allocator import MIB, CachingAllocator, OutOfMemory, round_byte
 # --- hand-computed cases ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("nbytes", "expected"), [(0, 0), (1, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512)]
-)
+@pytest.mark.parametrize(("nbytes", "expected"), [(0, 0), (1, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512)])
 def test_requests_round_up_to_512_bytes(nbytes: int, expected: int) -> None:
     assert round_bytes(nbytes) == expected
 

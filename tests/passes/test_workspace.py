@@ -28,9 +28,7 @@ def spec(*shape: int, dtype: torch.dtype = F32, stride: tuple[int, ...] | None =
 
 
 def nhwc(*shape: int, dtype: torch.dtype = F32) -> TensorSpec:
-    return spec(
-        *shape, dtype=dtype, stride=torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride()
-    )
+    return spec(*shape, dtype=dtype, stride=torch.empty(shape, device="meta").to(memory_format=torch.channels_last).stride())
 
 
 def cuda(target: object, *args: object, out: tuple[TensorSpec, ...] = (), **kwargs: object) -> int | None:
@@ -80,9 +78,7 @@ def test_linear_is_a_leaf_on_the_host(device: str) -> None:
 
 
 def test_cublas_workspace() -> None:
-    assert (
-        cublas_workspace_bytes((8, 9)) == cublas_workspace_bytes((7, 5)) == 2 * 4096 * 1024 + 8 * 16 * 1024 == 8_519_680
-    )
+    assert cublas_workspace_bytes((8, 9)) == cublas_workspace_bytes((7, 5)) == 2 * 4096 * 1024 + 8 * 16 * 1024 == 8_519_680
     assert cublas_workspace_bytes((9, 0)) == cublas_workspace_bytes((12, 0)) == 32 * MIB
 
 

@@ -1,0 +1,125 @@
+"""The laws of the solver on small real models: more budget is never slower, the minimum is a minimum."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+
+from planner.bounds import physical_bound
+from planner.machine import Machine
+from planner.memory import MemoryModel
+from planner.options import Options
+from planner.budget import Budget
+from planner.plan import prepare
+from planner.solve.bundles import make_bundles, spread
+from planner.solve.decide import RATES, Solver
+from planner.pipeline import emit_program
+from tests.zoo import ZOO
+
+# A link so slow against compute that small models stream like large ones.
+MACHINE = replace(
+    Machine.preset("rtx-4090"), name="slow link", link_latency_seconds=1e-7, launch_seconds=1e-7, link_bandwidth=5e9
+)
+
+
+@cache
+def solver(name: str, device: str = "accounting") -> Solver:
+    module, args, kwargs = ZOO[name]()
+    return prepare(module, Options(Budget.parse("1GB"), MACHINE, device, args=args, kwargs=kwargs))
+
+
+@pytest.mark.parametrize("name", ["bert", "t5_encoder", "vae_decoder", "lstm", "llama", "vit"])
+def test_a_larger_budget_is_never_slower(name: str) -> None:
+    solved = solver(name)
+    low, high = solved.minimum.peak_bytes, int(solved.resident.peak_bytes * 1.05)
+    budgets = np.linspace(low, high, 9).astype(int).tolist()
+    schedules = [solved.solve(b) for b in budgets]
+    seconds = [s.time.step_seconds for s in schedules]
+    assert seconds == sorted(seconds, reverse=True)
+    for budget, schedule in zip(budgets, schedules, strict=True):
+        assert schedule.peak_bytes <= budget
+        bound = physical_bound(solved.problem, budget)
+        assert schedule.time.step_seconds >= bound.seconds * (1 - 1e-9)
+    assert seconds[-1] == pytest.approx(solved.problem.compute_seconds)
+    assert not schedules[-1].placements
+
+
+@pytest.mark.parametrize("name", ["bert", "vae_decoder"])
+def test_a_larger_budget_is_never_slower_on_cuda(name: str) -> None:
+    solved = solver(name, "cuda")
+    low, high = solved.minimum.peak_bytes, int(solved.resident.peak_bytes * 1.05)
+    seconds = [solved.solve(b).time.step_seconds for b in np.linspace(low, high, 5).astype(int).tolist()]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["bert", "flux", "unet", "t5_encoder"])
+def test_what_is_predicted_is_what_is_proved(name: str) -> None:
+    solved = solver(name)
+    for share in (0.0, 0.4, 1.0):
+        budget = int(solved.minimum.peak_bytes + share * (solved.resident.peak_bytes - solved.minimum.peak_bytes))
+        schedule = solved.solve(budget)
+        _, proof = emit_program(solved.problem, schedule.decisions(solved.problem), budget)
+        assert proof.peak_bytes == schedule.peak_bytes
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_the_minimum(name: str) -> None:
+    solved = solver(name)
+    problem = solved.problem
+    schedule = solved.solve(solved.minimum.peak_bytes)
+    assert schedule.peak_bytes == solved.minimum.peak_bytes <= solved.resident.peak_bytes
+    # At every operator: what it holds of weights besides its activations.
+    least = 0
+    for i, activations in enumerate(problem.activation_bytes.tolist()):
+        held = sum(
+            problem.weight_bytes[w] for w in {v.weight for v in problem.visits if v.first <= i <= v.last} | problem.pinned
+        )
+        least = max(least, activations + held)
+    assert solved.minimum.peak_bytes == least
+
+
+@pytest.mark.parametrize("name", ["bert", "lstm", "llama"])
+@pytest.mark.parametrize(("target", "tiny"), [(0, 0), (0, 1000), (50_000, 1000), (10**9, 0)])
+def test_bundles_cover_every_visit_once(name: str, target: int, tiny: int) -> None:
+    problem = solver(name).problem
+    spans = make_bundles(problem, target, tiny)
+    wanted = {
+        (v.weight, v.first, v.last)
+        for v in problem.visits
+        if v.weight not in problem.pinned and problem.weight_bytes[v.weight] > tiny
+    }
+    covered = [
+        (v.weight, v.first, v.last) for v in problem.visits for s in spans
+        if v.weight in s.weights and s.first <= v.first and v.last <= s.last
+    ]  # fmt: skip
+    assert sorted(covered) == sorted(wanted)
+    assert [s.first for s in spans] == sorted(s.first for s in spans)
+    for span in spans:
+        assert span.nbytes == sum(problem.weight_bytes[w] for w in span.weights)
+        assert span.nbytes <= target or len({(v.first, v.last) for v in problem.visits if v.weight in span.weights}) >= 1
+
+
+@pytest.mark.parametrize("name", ["bert", "t5_encoder", "flux"])
+def test_a_streamed_weight_is_streamed_in_all_its_visits(name: str) -> None:
+    problem = solver(name).problem
+    spans = make_bundles(problem, 0, 0)
+    visits = {w: sum(v.weight == w for v in problem.visits) for w in problem.weight_bytes}
+    for rate in RATES[::9]:
+        chosen = spread(problem, spans, rate)
+        counts: dict[str, int] = {}
+        for span in chosen:
+            for weight in span.weights:
+                counts[weight] = counts.get(weight, 0) + 1
+        assert all(visits[w] == n for w, n in counts.items())
+    assert spread(problem, spans, 1e30) == spans
+    assert spread(problem, spans, 0.0) == ()
+
+
+def test_memory_models_round_as_they_say() -> None:
+    assert MemoryModel.of("accounting").round_activation(513) == 513
+    assert MemoryModel.of("cuda", (8, 9)).round_activation(513) == 1024
+    assert MemoryModel.of("cuda", (8, 9)).reserved_alone(1) == 2 * 1024 * 1024
+    assert MemoryModel.of("accounting").reserved_bytes([(1, 10), (2, 5), (-1, 0), (3, 7)]) == 15
