@@ -1,4 +1,4 @@
-"""The table of contents of canonicalisation: in which order, and why (`InlineRegions` has already run, as the end of capture)."""
+"""The table of contents of canonicalisation: in which order, and why. `InlineRegions` has run at the end of capture."""
 
 from __future__ import annotations
 

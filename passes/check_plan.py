@@ -90,7 +90,8 @@ class _Replay:
         self._check_layout()
         if self.live > self.budget_bytes:
             raise self._error("I1", f"the arenas alone take {self.live} B of {self.budget_bytes} B")
-        for self.position, node in enumerate(self.nodes):
+        for position, node in enumerate(self.nodes):
+            self.position = position
             self._step(node)
         unfinished = [s.bundle.index for s in self.staged.values() if s.evicted_at is None]
         if unfinished:
@@ -184,13 +185,13 @@ class _Replay:
         if index in self.staged:
             raise self._error("I4", f"bundle {index} is copied twice")
         waited = -1
-        for other in after:
-            past = self.staged.get(other)
+        for earlier in after:
+            past = self.staged.get(earlier)
             if past is None or past.evicted_at is None:
-                raise self._error("I4", f"bundle {index} waits for the eviction of {other}, which has not happened")
+                raise self._error("I4", f"bundle {index} waits for the eviction of {earlier}, which has not happened")
             waited = max(waited, past.evicted_at)
-        for other in self.staged.values() if bundle.offset is not None else ():
-            if other.bundle.offset is None or not _overlap(bundle, other.bundle):
+        for other in self.staged.values():
+            if not _overlap(bundle, other.bundle):
                 continue
             if other.evicted_at is None:
                 raise self._error("I2", f"bundle {index} is copied over bundle {other.bundle.index}, which is still in use")
@@ -315,8 +316,9 @@ class _Replay:
 
 
 def _overlap(a: Bundle, b: Bundle) -> bool:
-    assert a.offset is not None
-    assert b.offset is not None
+    """Whether two bundles share bytes of the staging arena; those in the allocator's memory never do."""
+    if a.offset is None or b.offset is None:
+        return False
     return a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
 
 

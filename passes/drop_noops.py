@@ -15,7 +15,9 @@ from torch import fx
 from passes.program import Program, storage_id
 
 aten = torch.ops.aten
-_ASSERTS = {aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg, aten._assert_async.default}
+_ASSERTS = {
+    aten._assert_tensor_metadata.default, aten._assert_scalar.default, aten._assert_async.msg, aten._assert_async.default,
+}  # fmt: skip
 _DROPOUTS = {aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default, aten.alpha_dropout.default}
 _MAYBE_SAME = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.contiguous.default, aten.type_as.default,

@@ -55,7 +55,7 @@ def _copy(graph: fx.Graph, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
     if node.target is operator.getitem and isinstance(first, fx.Node) and isinstance(memo[first], tuple):
         return memo[first][node.args[1]]  # a member of an inlined region
     if any(isinstance(memo[n], fx.GraphModule) for n in node.all_input_nodes):
-        raise CaptureError(f"the program contains {name} ({node.name}), which cannot be planned; avoid it in the captured method")
+        raise CaptureError(f"the program contains {name} ({node.name}), which cannot be planned; avoid it in this method")
     if node.op == "output":
         return graph.output(fx.map_arg(node.args[0], lambda n: memo[n]))
     return graph.node_copy(node, lambda n: memo[n])

@@ -39,7 +39,9 @@ class Liveness:
         return sum(self.input_storages)
 
 
-def analyse_liveness(program: Program, prober: Prober | SymbolicProber, round_bytes: Callable[[Bytes], Bytes] = lambda n: n) -> Liveness:
+def analyse_liveness(
+    program: Program, prober: Prober | SymbolicProber, round_bytes: Callable[[Bytes], Bytes] = lambda n: n
+) -> Liveness:
     """The liveness of a canonical program (before any streaming operator is inserted)."""
     nodes = tuple(program.ops())
     position = {node: i for i, node in enumerate(nodes)}

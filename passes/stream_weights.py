@@ -18,7 +18,7 @@ from runtime import ops
 
 @dataclass(frozen=True)
 class Stream:
-    """One bundle: `weights` (placeholder names) are copied from before node `prefetch` on, ready at `first`, gone after `last`."""
+    """One bundle: `weights` (placeholder names) start to travel before `prefetch`, are there at `first`, gone after `last`."""
 
     weights: tuple[str, ...]
     prefetch: str

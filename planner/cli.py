@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -51,6 +52,6 @@ def _show(path: str, as_json: bool) -> str:
 def _machines(as_json: bool) -> str:
     machines = [Machine.preset(name) for name in Machine.names()]
     if as_json:
-        return json.dumps([{"name": m.name, "capacity_bytes": m.capacity_bytes, "link_bandwidth": m.link_bandwidth} for m in machines])
+        return json.dumps([dataclasses.asdict(m) for m in machines])
     rows = [f"{m.name:<14} {format_bytes(m.capacity_bytes):>8}  link {m.link_bandwidth / 1e9:>5.1f} GB/s" for m in machines]
     return "\n".join(rows)

@@ -102,7 +102,8 @@ def _decisions(plan: Plan) -> list[str]:
         if 0 < group.streamed_bytes < group.nbytes:
             share += f", {format_bytes(group.nbytes - group.streamed_bytes)} resident"
         label = name if len(name) <= 48 else name[:45] + "..."
-        lines.append(f"    {label:<{min(width, 48)}}  {_count(group.count, 'weight'):>12}  {format_bytes(group.nbytes):>8}  {share}"[:WIDTH])
+        size = f"{_count(group.count, 'weight'):>12}  {format_bytes(group.nbytes):>8}"
+        lines.append(f"    {label:<{min(width, 48)}}  {size}  {share}"[:WIDTH])
     return lines
 
 

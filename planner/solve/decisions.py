@@ -1,4 +1,4 @@
-"""Decisions: frozen records that say what is done to a program. Rewrites apply them; JSON keeps them; tests write them by hand."""
+"""Decisions: frozen records of what is done to a program. Rewrites apply them, JSON keeps them, tests write them by hand."""
 
 from __future__ import annotations
 

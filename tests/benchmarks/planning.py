@@ -1,6 +1,6 @@
 """Seconds that planning takes: the FLUX.1-dev transformer (23.8 GB) from the meta device, for three budgets.
 
-    python -m tests.benchmarks.planning
+python -m tests.benchmarks.planning
 """
 
 from __future__ import annotations

@@ -106,8 +106,7 @@ def test_one_size_and_a_mapping_of_one_size_agree(size: int, device: str) -> Non
         (
             "6GB",
             "tpu",
-            'unknown device \'tpu\'; known are "cuda", "cuda:1", "cpu" and "accounting". '
-            'Write for example device="cuda".',
+            'unknown device \'tpu\'; known are "cuda", "cuda:1", "cpu" and "accounting". Write for example device="cuda".',
         ),
         (
             {"cuda": "6 gigs"},
@@ -150,8 +149,7 @@ def test_refuses_other_keys(key: Any) -> None:
         ),
         (
             {"device_bytes": 5, "device": "mps"},
-            'unknown device \'mps\'; known are "cuda", "cuda:1", "cpu" and "accounting". '
-            'Write for example device="cuda".',
+            'unknown device \'mps\'; known are "cuda", "cuda:1", "cpu" and "accounting". Write for example device="cuda".',
         ),
         (
             {"device_bytes": 5, "host_bytes": 6, "device": "cpu"},

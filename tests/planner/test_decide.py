@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from planner.bounds import physical_bound
+from planner.budget import Budget
 from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.options import Options
-from planner.budget import Budget
+from planner.pipeline import emit_program
 from planner.plan import prepare
 from planner.solve.bundles import make_bundles, spread
 from planner.solve.decide import RATES, Solver
-from planner.pipeline import emit_program
 from tests.zoo import ZOO
 
 # A link so slow against compute that small models stream like large ones.

@@ -231,9 +231,7 @@ def _pretend(monkeypatch: pytest.MonkeyPatch, **properties: Any) -> None:
     ("reported", "preset"),
     [("NVIDIA GeForce RTX 4090", "rtx-4090"), ("Tesla T4", "t4"), ("NVIDIA H200", "h200")],
 )
-def test_detect_takes_the_preset_that_names_the_device(
-    monkeypatch: pytest.MonkeyPatch, reported: str, preset: str
-) -> None:
+def test_detect_takes_the_preset_that_names_the_device(monkeypatch: pytest.MonkeyPatch, reported: str, preset: str) -> None:
     _pretend(monkeypatch, name=reported, total_memory=12345)
     assert Machine.detect("cuda") == replace(Machine.preset(preset), capacity_bytes=12345)
 

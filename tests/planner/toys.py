@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,3 +80,24 @@ def snapshot(module: nn.Module) -> dict[str, Any]:
         plain = value.is_meta or value.is_quantized or value.layout != torch.strided
         state[f"value {key}"] = None if plain else value.clone().numpy().tobytes()
     return state
+
+
+@dataclass
+class Box:
+    """An input type that a plan file cannot write."""
+
+    value: Tensor
+
+
+torch.utils._pytree.register_dataclass(Box)
+
+
+class Unboxes(nn.Module):
+    """Takes a `Box`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, box: Box) -> Tensor:
+        return self.layer(box.value)

@@ -24,7 +24,8 @@ def planned(case: Case, module: nn.Module) -> Plan | None:
     try:
         return plan(module, "1GB", inputs=case.args, kwargs=case.kwargs, device="accounting")
     except PlannerError as error:
-        assert "computes nothing" in str(error)
+        if "computes nothing" not in str(error):
+            raise
         return None
 
 
