@@ -157,7 +157,8 @@ def _fake_weights(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
     for owner in module.modules():
         lists = [v for v in owner.__dict__.values() if isinstance(v, list)]
         dicts = [v for v in owner.__dict__.values() if type(v) is dict]
-        for container in (owner.__dict__, owner._parameters, owner._buffers, *lists, *dicts):
+        containers: list[Any] = [owner.__dict__, owner._parameters, owner._buffers, *lists, *dicts]
+        for container in containers:
             saved.append((container, container.copy()))
     plain = {id(v): v for owner in module.modules() for v in owner.__dict__.values() if _is_plain_tensor(v)}
     values = [(tensor, tensor._version, tensor.detach().clone()) for tensor in plain.values()]
@@ -168,7 +169,8 @@ def _fake_weights(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
                     value[:] = [fake(v) if isinstance(v, nn.Parameter) else v for v in value]
                 elif isinstance(value, torch.Tensor) and value.device.type != "cpu":
                     owner.__dict__[key] = fake(value)
-            for slots in (owner._parameters, owner._buffers):
+            tables: list[dict[str, Any]] = [owner._parameters, owner._buffers]
+            for slots in tables:
                 for key, tensor in list(slots.items()):
                     if tensor is not None:
                         slots[key] = fake(tensor)
@@ -212,7 +214,7 @@ def _plain_state(module: nn.Module) -> list[tuple[str, nn.Module, str, Any, Any]
 def _refuse_effects(module: nn.Module, method: str, held: list[tuple[str, nn.Module, str, Any, Any]]) -> None:
     """Raises CaptureError for a call that changes plain attributes: a program would not repeat that."""
     for path, owner, key, value, content in held:
-        now = owner.__dict__.get(key)
+        now: Any = owner.__dict__.get(key)
         if type(value) in (list, dict):
             same = type(now) is type(value) and _unchanged(now, content)
         elif isinstance(value, torch.Tensor):

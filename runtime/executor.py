@@ -72,7 +72,8 @@ class Executor:
         if self._resident is not None:
             names = self._program.weights
             runs = self.store.runs([(names[s.weight].name, s.offset) for s in self._program.layout.resident])
-            self.device.wait(self.device.copy(_onto(self._resident, runs), []))
+            # Behind whatever still reads this memory: its last owner, or the call before.
+            self.device.wait(self.device.copy(_onto(self._resident, runs), [self.device.allocated()]))
 
     def unload(self) -> None:
         """Gives up the loaded program and all arena memory; state stays."""

@@ -1,7 +1,7 @@
 """A cheap fingerprint of a module: what a capture took for granted and a caller may have changed since.
 
-Tree, hooks, plain attributes and the identity of parameters, buffers and callables, compared by identity first: the usual call costs one
-pass over the modules' attributes in C.
+Tree, hooks, plain attributes and the identity of parameters, buffers and callables, compared by identity first: the usual call
+costs one pass over the modules' attributes in C.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -158,7 +158,9 @@ class Runner:
             if known is not None and (value.is_meta or _equal(known, value)):
                 continue
             if value.is_meta:
-                raise PlannerError(f"the constant {view.name!r} is on the meta device: plan the module that was given as weights")
+                raise PlannerError(
+                    f"the constant {view.name!r} is on the meta device: plan the module that was given as weights"
+                )
             if view.name in self._constants:
                 view = dataclasses.replace(view, name=f"{view.name}@{len(self.programs)}")
             weights[node], fresh[view.name] = view, value
@@ -319,12 +321,12 @@ class PlannedModule(nn.Module):
             "torch.save(m.state_dict(), ...) and the plan with p.save(...), or close() it and copy the original"
         )
 
-    def train(self, mode: bool = True) -> nn.Module:
+    def train(self, mode: bool = True) -> Self:
         if mode:
             raise ModuleUnusable("a planned module cannot be trained: its weights are streamed. Train the original, then plan it")
         return self
 
-    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
         raise ModuleUnusable(
             "a planned module stays on its device and in its dtypes (.to, .cuda, .half ...); close() it, move or cast the "
             "original, and plan again"
@@ -341,10 +343,10 @@ def planned(module: nn.Module, runner: Runner) -> PlannedModule:
     functools.update_wrapper(run, getattr(original, runner.method))
     run.__signature__ = inspect.signature(getattr(original, runner.method))  # type: ignore[attr-defined]
     body = {"__slots__": ("_runner",), runner.method: run, "__module__": original.__module__, "__doc__": original.__doc__}
-    kind = type(f"Planned{original.__name__}", (PlannedModule, original), body)
+    kind: Any = type(f"Planned{original.__name__}", (PlannedModule, original), body)
     result: PlannedModule = kind.__new__(kind)
     object.__setattr__(result, "__dict__", module.__dict__)
-    kind._runner.__set__(result, runner)  # type: ignore[attr-defined]
+    kind._runner.__set__(result, runner)
     return result
 
 
@@ -412,7 +414,9 @@ def _original(module: nn.Module, path: str, value: torch.Tensor) -> torch.Tensor
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.is_meta or b.is_meta or a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
         return False
-    return torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    if torch.equal(a, b):
+        return True
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _first_use(program: Executable) -> list[str]:

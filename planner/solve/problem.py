@@ -67,7 +67,8 @@ def build_problem(
     if not liveness.nodes:
         raise CaptureError(f"{program.name} computes nothing: there is no operator to plan")
     seconds = np.empty(len(liveness.nodes))
-    for i, (node, cost) in enumerate(zip(liveness.nodes, liveness.costs, strict=True)):
+    for i, node in enumerate(liveness.nodes):
+        cost = prober.cost(node)  # known by now
         val = node.meta.get("val")
         dtype = str(getattr(val, "dtype", "torch.float32")).removeprefix("torch.")
         seconds[i] = 0.0 if is_view(node, cost) else node_seconds(cost.flops, cost.moved_bytes, dtype, machine)

@@ -116,6 +116,9 @@ class CudaDevice:
         try:
             with torch.cuda.device(self.torch_device):
                 yield
+        except BaseException:
+            self._copies.synchronize()  # copies under way must not land in memory that is about to be given back
+            raise
         finally:
             end.record(stream)
             self._done = end

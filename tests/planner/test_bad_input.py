@@ -450,7 +450,9 @@ def test_reports_before_anything_ran() -> None:
 class TestInfeasible:
     def test_says_what_is_possible(self) -> None:
         module = Mlp(hidden=512).eval()
-        error = pytest.raises(InfeasibleBudget, planned, module, x(), budget=100).value
+        with pytest.raises(InfeasibleBudget) as caught:
+            planned(module, x(), budget=100)
+        error = caught.value
         minimum = error.minimum_bytes
         assert error.budget_bytes == 100
         assert error.node in str(error)
@@ -465,5 +467,7 @@ class TestInfeasible:
         minimum = plan(module, "1GB", **options).minimum_bytes
         least = plan(module, minimum, **options)
         assert least.peak_bytes == minimum == least.minimum_bytes
-        error = pytest.raises(InfeasibleBudget, plan, module, minimum - 1, **options).value
+        with pytest.raises(InfeasibleBudget) as caught:
+            plan(module, minimum - 1, **options)
+        error = caught.value
         assert (error.minimum_bytes, error.budget_bytes) == (minimum, minimum - 1)

@@ -75,7 +75,7 @@ class TestSurface:
     def test_attributes_that_the_program_reads_are_guarded(self) -> None:
         built = planned(Counter(), x()).build()
         built.scale = 5.0
-        with pytest.raises(ModuleUnusable, match="an attribute of the module changed .*plan and build it again"):
+        with pytest.raises(ModuleUnusable, match=r"an attribute of the module changed .*plan and build it again"):
             built(x())
         built.scale = 2.0
         built(x())
