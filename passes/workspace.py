@@ -411,9 +411,7 @@ def _rms_norm(call: OpCall) -> int:
 
 # --- products --------------------------------------------------------------------------------------------------------
 
-_BLAS = (
-    "ATen/cuda/Blas.cpp, ATen/LinearAlgebra.cpp; cuBLAS's own workspace is reserved once: see cublas_workspace_bytes"
-)
+_BLAS = "ATen/cuda/Blas.cpp, ATen/LinearAlgebra.cpp; cuBLAS's own workspace is reserved once: see cublas_workspace_bytes"
 
 
 def _blas_copy(spec: TensorSpec) -> int:

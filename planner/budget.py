@@ -139,8 +139,7 @@ def _check_device(device: object) -> None:
     if isinstance(device, str) and (device in ("cpu", "accounting") or _CUDA.fullmatch(device)):
         return
     raise BudgetError(
-        f'unknown device {device!r}; known are "cuda", "cuda:1", "cpu" and "accounting". '
-        'Write for example device="cuda".'
+        f'unknown device {device!r}; known are "cuda", "cuda:1", "cpu" and "accounting". Write for example device="cuda".'
     )
 
 

@@ -11,7 +11,7 @@ import contextlib
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,8 +42,8 @@ _PRODUCTS = {f"aten.{name}.default" for name in ("linear", "mm", "bmm", "addmm",
 class _Call(nn.Module):
     """Gives `torch.export` any method of a module as a `forward`, past the root's own hooks (they stay Python).
 
-    `torch.export` sees a buffer that is written, but loses one that a submodule assigns (`self.count = self.count + 1`); so what
-    was assigned is written into the original buffer at the end.
+    `torch.export` sees a buffer that is written, but loses one that a submodule assigns (`self.count = self.count + 1`); so
+    what was assigned is written into the original buffer at the end.
     """
 
     def __init__(self, module: nn.Module, method: str) -> None:
@@ -284,9 +284,7 @@ def _program(module: nn.Module, method: str, exported: Any, call: tuple[Any, Any
             inputs.append(node.name)
             continue
         if spec.kind not in _KINDS:
-            raise CaptureError(
-                f"{type(module).__name__}.{method} takes a {spec.kind.name} input ({spec.target}), unsupported"
-            )
+            raise CaptureError(f"{type(module).__name__}.{method} takes a {spec.kind.name} input ({spec.target}), unsupported")
         if not node.users:
             graph.erase_node(node)
             continue

@@ -177,9 +177,7 @@ class Machine:
             return
         parts = tuple(capability) if isinstance(capability, tuple | list) else ()
         if len(parts) != 2 or not all(isinstance(part, int) and part >= 0 for part in parts):
-            raise MachineError(
-                f"machine {self.name!r}: capability must be two integers such as (8, 9), not {capability!r}."
-            )
+            raise MachineError(f"machine {self.name!r}: capability must be two integers such as (8, 9), not {capability!r}.")
         object.__setattr__(self, "capability", parts)  # JSON and TOML give a list
 
 

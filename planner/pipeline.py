@@ -36,10 +36,14 @@ def placements_of(problem: Problem, decisions: Decisions) -> tuple[Placement, ..
     for stream in decisions.streams:
         for name in (stream.prefetch, stream.first, stream.last):
             if name not in position:
-                raise PlanFileError(f"the plan names the operator {name!r}, which this program does not have; plan the model again")
+                raise PlanFileError(
+                    f"the plan names the operator {name!r}, which this program does not have; plan the model again"
+                )
         for name in stream.weights:
             if name not in problem.weight_bytes:
-                raise PlanFileError(f"the plan names the weight {name!r}, which this program does not have; plan the model again")
+                raise PlanFileError(
+                    f"the plan names the weight {name!r}, which this program does not have; plan the model again"
+                )
         nbytes = sum(problem.weight_bytes[w] for w in stream.weights)
         span = BundleSpan(stream.weights, nbytes, position[stream.first], position[stream.last])
         placements.append(Placement(span, position[stream.prefetch]))

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from passes.check_plan import Proof
+from passes.base import run_passes
+from passes.canonicalise import CANONICALISE
 from passes.program import Program
 from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
@@ -19,19 +20,16 @@ from planner.capture import capture
 from planner.machine import Machine, machine_from_mapping
 from planner.memory import MemoryModel
 from planner.options import Options, check_keep, check_patterns
-from planner.pipeline import emit_program, make_executable
+from planner.pipeline import emit_program, make_executable, placements_of
 from planner.plan_file import check_fingerprint, load_call, read_plan, write_plan
 from planner.refuse import refuse_shared_state
 from planner.show import describe, where
 from planner.sizes import format_bytes
-from planner.solve.decide import Schedule, Solver
+from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions
 from planner.solve.problem import Problem, build_problem
 from planner.solve.simulate import StepTime, simulate
-from planner.pipeline import placements_of
 from planner.weights import Lookup, open_weights
-from passes.base import run_passes
-from passes.canonicalise import CANONICALISE
 from runtime.devices import open_device
 from runtime.errors import InfeasibleBudget, PlanFileError, PlannerError
 from runtime.executable import Executable
@@ -102,19 +100,27 @@ class Plan:
     def budget_bytes(self) -> int:
         return self.budget.device_bytes
 
-    @cached_property
+    @property
     def peak_bytes(self) -> int:
-        """Predicted: live bytes on `accounting`, what the allocator reserves on CUDA."""
+        """Predicted: the most bytes that are live, each rounded as the device's allocator rounds."""
+        return self.proof.peak_bytes
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Predicted: the most that the device's allocator holds to serve them, which is what the budget bounds.
+
+        On CUDA whole segments; the peak itself on `accounting`, which rounds nothing.
+        """
         return self._schedule.peak_bytes
 
     @property
     def minimum_bytes(self) -> int:
-        """The least budget that is feasible."""
+        """The least budget that is feasible (reserved bytes)."""
         return self._solver.minimum.peak_bytes
 
     @property
     def unplanned_bytes(self) -> int:
-        """Predicted peak with everything resident."""
+        """Predicted reserved bytes with everything resident."""
         return self._solver.resident.peak_bytes
 
     @cached_property
@@ -147,7 +153,7 @@ class Plan:
         if node not in names:  # an input or a copy: whatever is not weights
             staging, activations = self.layout.staging_bytes, staging - self.layout.staging_bytes
         parts = {"resident weights": resident, "staging": staging, "activations": activations, "workspace": workspace}
-        return {**parts, "libraries": fixed, "allocator": self.peak_bytes - self.proof.peak_bytes}
+        return {**parts, "libraries": fixed}
 
     @cached_property
     def executable(self) -> Executable:
@@ -156,7 +162,11 @@ class Plan:
             f" at {where(self)}",
             f"on {self.device}, planned for {self.machine.name}; passes: canonicalise, stream_weights, insert_frees",
         )
-        predicted = {"peak_bytes": float(self.peak_bytes), "step_seconds": self.step_seconds}
+        predicted = {
+            "peak_bytes": float(self.peak_bytes),
+            "reserved_bytes": float(self.reserved_bytes),
+            "step_seconds": self.step_seconds,
+        }
         return make_executable(self.emitted, self.proof, header, self.device, predicted)
 
     @property
@@ -255,7 +265,9 @@ class Plan:
             return self._build(lookup, concurrent)
 
     def _build(self, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PlannedModule:
-        signature, _ = CallSignature.of(*bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs))
+        signature, _ = CallSignature.of(
+            *bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs)
+        )
         runner = Runner(
             self._target,
             self._options.method,

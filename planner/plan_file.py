@@ -1,4 +1,4 @@
-"""Plan files: decisions, what they were made for, and a fingerprint of the program that they belong to. JSON, nothing pickled."""
+"""Plan files: decisions, what they were made for, and a fingerprint of the program that they belong to. All of it JSON."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     try:
         data = json.loads(Path(path).read_text())
     except OSError as error:
-        raise PlanFileError(f"cannot read the plan {str(path)!r}: {error.strerror}; check the path given to Plan.load") from error
+        raise PlanFileError(
+            f"cannot read the plan {str(path)!r}: {error.strerror}; check the path given to Plan.load"
+        ) from error
     except ValueError as error:
         raise PlanFileError(f"{str(path)!r} is damaged or no plan file ({error}); save it again with p.save(...)") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -133,7 +135,7 @@ def _dump_call(call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any] |
             return None
     try:
         return {"leaves": saved, "spec": treespec_dumps(spec)}
-    except Exception:  # a container type that pytree cannot write: the caller passes the inputs at load instead
+    except (NotImplementedError, TypeError, ValueError):  # a container type that pytree cannot write: the caller passes the inputs at load instead
         return None
 
 
@@ -144,7 +146,9 @@ def load_call(saved: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, 
         PlanFileError: the inputs could not be written, so they have to be passed.
     """
     if saved is None:
-        raise PlanFileError("the plan's inputs have a type that JSON cannot hold; pass them: Plan.load(path, model, inputs=(...,))")
+        raise PlanFileError(
+            "the plan's inputs have a type that JSON cannot hold; pass them: Plan.load(path, model, inputs=(...,))"
+        )
     bases: dict[int, torch.Tensor] = {}
 
     def tensor(leaf: dict[str, Any]) -> torch.Tensor:

@@ -37,7 +37,7 @@ def describe(plan: Plan) -> str:
     """The plan as text of at most 100 columns; the same plan always gives the same text."""
     rows = [
         ("budget", f"{format_bytes(plan.budget_bytes)} on {plan.device}, planned for {plan.machine.name}"),
-        ("peak", f"{format_bytes(plan.peak_bytes)} (the least possible is {format_bytes(plan.minimum_bytes)})"),
+        ("peak", f"{_peak(plan)} (the least possible budget is {format_bytes(plan.minimum_bytes)})"),
         ("at", where(plan)),
         ("made of", " + ".join(f"{name} {format_bytes(n)}" for name, n in plan.peak_parts.items() if n)),
         ("step", f"{format_seconds(plan.step_seconds)} predicted, {_ratio(plan)}"),
@@ -67,6 +67,12 @@ def module_path(node: fx.Node) -> str:
         return ""
     path = str(list(stack.values())[-1][0])
     return re.sub(r"^.*?target\.?", "", path, count=1)
+
+
+def _peak(plan: Plan) -> str:
+    if plan.reserved_bytes == plan.peak_bytes:
+        return format_bytes(plan.peak_bytes)
+    return f"{format_bytes(plan.peak_bytes)} allocated, {format_bytes(plan.reserved_bytes)} reserved"
 
 
 def _count(n: int, noun: str) -> str:

@@ -21,9 +21,7 @@ from runtime import ops
 _RESERVED = {"rt", "w", "device", "torch", "aten", "program", "inf", "nan"} | set(keyword.kwlist) | set(dir(builtins))
 
 
-def emit_source(
-    graph: fx.Graph, weights: Mapping[str, str], header: Sequence[str], comment: Callable[[fx.Node], str]
-) -> str:
+def emit_source(graph: fx.Graph, weights: Mapping[str, str], header: Sequence[str], comment: Callable[[fx.Node], str]) -> str:
     """Python source of a function `program(rt, w, device, *inputs)` that returns the flat list of output leaves.
 
     Args:

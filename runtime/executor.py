@@ -54,7 +54,11 @@ class Executor:
         attributes = attribute_names([s.weight for s in (*layout.resident, *layout.state)])
         for slot in layout.resident:
             view = program.weights[slot.weight]
-            home = self._resident if self._resident is not None else torch.empty(0, dtype=torch.uint8, device=self.device.torch_device)
+            home = (
+                self._resident
+                if self._resident is not None
+                else torch.empty(0, dtype=torch.uint8, device=self.device.torch_device)
+            )
             setattr(self._w, attributes[slot.weight], view.on(home, slot.offset))
         for slot in layout.state:
             setattr(self._w, attributes[slot.weight], self._state[program.weights[slot.weight].name])

@@ -229,7 +229,9 @@ class Runner:
         device = self.device.torch_device
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor) and leaf.device != device:
-                raise InputError(f"an input is on {leaf.device}, the program runs on {device}: pass it as x.to({str(device)!r})")
+                raise InputError(
+                    f"an input is on {leaf.device}, the program runs on {device}: pass it as x.to({str(device)!r})"
+                )
         if torch.is_autocast_enabled(device.type):
             raise InputError(
                 "autocast is on, and a plan keeps the dtypes it was made with: call outside torch.autocast, "
@@ -274,6 +276,7 @@ class Runner:
             calls=self.calls,
             peak_bytes=measured.peak_bytes,
             predicted_peak_bytes=int(program.predicted["peak_bytes"]),
+            predicted_reserved_bytes=int(program.predicted["reserved_bytes"]),
             budget_bytes=self.budget_bytes,
             reserved_bytes=measured.reserved_bytes,
             step_seconds=measured.seconds,
@@ -323,7 +326,9 @@ class PlannedModule(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         if mode:
-            raise ModuleUnusable("a planned module cannot be trained: its weights are streamed. Train the original, then plan it")
+            raise ModuleUnusable(
+                "a planned module cannot be trained: its weights are streamed. Train the original, then plan it"
+            )
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
@@ -372,9 +377,7 @@ def _owners(module: nn.Module) -> _Owners:
     return owners
 
 
-def _source(
-    name: str, view: WeightView, tensors: dict[str, torch.Tensor], lookup: Lookup | None
-) -> Callable[[], torch.Tensor]:
+def _source(name: str, view: WeightView, tensors: dict[str, torch.Tensor], lookup: Lookup | None) -> Callable[[], torch.Tensor]:
     """How to get a weight's value, checked now, read later."""
     if lookup is not None:
         known = next((n for n in (name, *view.aliases) if lookup(n) is not None), None)

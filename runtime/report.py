@@ -15,6 +15,7 @@ class Report:
         peak_bytes: most bytes that the last call had on the device, arenas and inputs included.
         predicted_peak_bytes: what the plan said.
         budget_bytes: what the user said.
+        predicted_reserved_bytes: likewise.
         reserved_bytes: most that the allocator held, or None where there is none.
         step_seconds: wall time of the last call.
         copied_bytes: host to device in the last call.
@@ -28,6 +29,7 @@ class Report:
     calls: int
     peak_bytes: int
     predicted_peak_bytes: int
+    predicted_reserved_bytes: int
     budget_bytes: int
     reserved_bytes: int | None
     step_seconds: float

@@ -65,9 +65,7 @@ class CallSignature:
                 storage = leaf.untyped_storage()
                 group = groups.setdefault(storage._cdata, len(groups))
                 keys.append(
-                    TensorKey(
-                        tuple(leaf.shape), leaf.stride(), leaf.dtype, int(leaf.storage_offset()), group, storage.nbytes()
-                    )
+                    TensorKey(tuple(leaf.shape), leaf.stride(), leaf.dtype, int(leaf.storage_offset()), group, storage.nbytes())
                 )
             elif isinstance(leaf, _SCALARS):
                 keys.append((type(leaf), leaf.hex() if isinstance(leaf, float) else leaf))  # NaN is NaN, -0.0 is not 0.0

@@ -45,9 +45,7 @@ def bert() -> Example:
 
 def t5_encoder() -> Example:
     """T5 encoder: one embedding under two names, gated GELU, relative position bias shared by all blocks."""
-    config = T5Config(
-        vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=4, num_heads=4, feed_forward_proj="gated-gelu"
-    )
+    config = T5Config(vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=4, num_heads=4, feed_forward_proj="gated-gelu")
     module, g = _finish(T5EncoderModel(config), seed=2)
     return module, (), {"input_ids": _ids(g, 512, 2, 20)}
 

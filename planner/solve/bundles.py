@@ -69,9 +69,7 @@ def spread(problem: Problem, spans: Sequence[BundleSpan], rate: float) -> tuple[
     return _whole_weights(problem, spans, chosen)
 
 
-def _whole_weights(
-    problem: Problem, spans: Sequence[BundleSpan], chosen: Sequence[BundleSpan]
-) -> tuple[BundleSpan, ...]:
+def _whole_weights(problem: Problem, spans: Sequence[BundleSpan], chosen: Sequence[BundleSpan]) -> tuple[BundleSpan, ...]:
     """Takes weights out of the chosen bundles that some bundle left behind needs too."""
     picked = set(map(id, chosen))
     resident = {w for span in spans if id(span) not in picked for w in span.weights}

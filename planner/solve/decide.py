@@ -16,7 +16,11 @@ import numpy as np
 from passes.stream_weights import Stream
 from planner.memory import AllocationEvent
 from planner.schedule import (
-    Placement, arena_offsets, prefetch_into_arena, prefetch_into_headroom, staged_bytes,
+    Placement,
+    arena_offsets,
+    prefetch_into_arena,
+    prefetch_into_headroom,
+    staged_bytes,
 )  # fmt: skip
 from planner.solve.bundles import TINY_BYTES, BundleSpan, make_bundles, spread
 from planner.solve.decisions import Decisions, StagingMode
@@ -51,10 +55,7 @@ class Schedule:
     def decisions(self, problem: Problem) -> Decisions:
         names = problem.names
         return Decisions(
-            tuple(
-                Stream(p.span.weights, names[p.prefetch], names[p.span.first], names[p.span.last])
-                for p in self.placements
-            ),
+            tuple(Stream(p.span.weights, names[p.prefetch], names[p.span.first], names[p.span.last]) for p in self.placements),
             self.staging,
         )
 
@@ -137,9 +138,7 @@ class Solver:
         """What the memory model and the simulator say of a schedule that was decided elsewhere."""
         return self._evaluate(placements, staging)
 
-    def _evaluate(
-        self, placements: tuple[Placement, ...], staging: StagingMode, time: StepTime | None = None
-    ) -> Schedule:
+    def _evaluate(self, placements: tuple[Placement, ...], staging: StagingMode, time: StepTime | None = None) -> Schedule:
         problem, memory = self.problem, self.problem.memory
         resident = self._resident_bytes([p.span for p in placements])
         staged = staged_bytes(placements, len(problem.seconds))

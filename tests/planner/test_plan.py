@@ -25,7 +25,8 @@ def test_numbers(name: str, device: str) -> None:
     middle = made.replan((made.minimum_bytes + made.unplanned_bytes) // 2)
     least = made.replan(made.minimum_bytes)
     for p in (made, middle, least):
-        assert p.minimum_bytes <= p.peak_bytes <= p.budget_bytes
+        assert p.minimum_bytes <= p.reserved_bytes <= p.budget_bytes
+        assert p.peak_bytes <= p.reserved_bytes
         assert sum(p.peak_parts.values()) == p.peak_bytes
         assert all(n >= 0 for n in p.peak_parts.values())
         assert 0 < p.bound_seconds <= p.step_seconds * (1 + 1e-9)
@@ -33,8 +34,8 @@ def test_numbers(name: str, device: str) -> None:
         assert max(map(len, str(p).splitlines())) <= 100
         compile(p.code, "<plan>", "exec")
     assert made.step_seconds <= middle.step_seconds <= least.step_seconds
-    assert least.peak_bytes == made.minimum_bytes
-    assert made.peak_bytes == made.unplanned_bytes
+    assert least.reserved_bytes == made.minimum_bytes
+    assert made.reserved_bytes == made.unplanned_bytes
 
 
 def test_replan_is_plan() -> None:
