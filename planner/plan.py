@@ -22,6 +22,7 @@ from planner.memory import MemoryModel
 from planner.options import Options, check_keep, check_patterns
 from planner.pipeline import emit_program, make_executable, placements_of
 from planner.plan_file import check_fingerprint, load_call, read_plan, write_plan
+from planner.progress import working
 from planner.refuse import refuse_shared_state
 from planner.show import describe, where
 from planner.sizes import format_bytes
@@ -34,8 +35,9 @@ from runtime.devices import open_device
 from runtime.errors import InfeasibleBudget, PlanFileError, PlannerError
 from runtime.executable import Executable
 from runtime.layout import Layout
-from runtime.module import PlannedModule, Runner, planned
+from runtime.module import PlannedModule, planned
 from runtime.report import Report
+from runtime.runner import Runner
 from runtime.signature import CallSignature, bind_call
 
 
@@ -277,7 +279,8 @@ class Plan:
             self._replan_call,
             concurrent,
         )
-        runner.attach(signature, self.executable, lookup)
+        with working(f"moving the weights of {type(self._target).__name__} into the host arena"):
+            runner.attach(signature, self.executable, lookup)
         self._runner = runner
         return planned(self._target, runner)
 
@@ -300,7 +303,8 @@ class Plan:
 
 def prepare(model: nn.Module, options: Options) -> Solver:
     """Captures, canonicalises and analyses: all that does not depend on the budget."""
-    program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
+    with working(f"capturing {type(model).__name__}.{options.method}"):
+        program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
     refuse_shared_state(model, program)
     check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
     kind = options.device.partition(":")[0]

@@ -135,8 +135,8 @@ def _dump_call(call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any] |
             return None
     try:
         return {"leaves": saved, "spec": treespec_dumps(spec)}
-    except (NotImplementedError, TypeError, ValueError):  # a container type that pytree cannot write: the caller passes the inputs at load instead
-        return None
+    except (NotImplementedError, TypeError, ValueError):
+        return None  # a container type that pytree cannot write: the caller passes the inputs at load instead
 
 
 def load_call(saved: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

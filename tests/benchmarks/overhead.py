@@ -25,7 +25,7 @@ from transformers import BertConfig, BertModel
 
 from planner import plan
 from runtime.emit import attribute_names, compile_source
-from runtime.module import _named_tensors
+from runtime.runner import _named_tensors
 from runtime.signature import bind_call
 
 REPEATS = 15

@@ -1,0 +1,383 @@
+"""`Runner`: all that a planned module adds to the original: store, device, programs by call signature, guards."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_unflatten
+
+from runtime.devices.base import Device
+from runtime.errors import InputError, ModuleUnusable, PlannerError
+from runtime.executable import Executable, WeightView
+from runtime.executor import Executor
+from runtime.fingerprint import Fingerprint
+from runtime.report import Report
+from runtime.signature import CallSignature, bind_call
+from runtime.store import HostStore
+
+log = logging.getLogger("vramplan")
+# Weights by name, None where there is none.
+Lookup = Callable[[str], torch.Tensor | None]
+# For each tensor (by identity) the tables of the module that hold it, with the key.
+_Owners = dict[int, list[tuple[dict[str, Any], str]]]
+Replan = Callable[[tuple[Any, ...], dict[str, Any]], Executable]
+
+
+class Runner:
+    """One per built plan. `attach` moves the weights, `call` runs, `close` undoes."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        method: str,
+        device: Device,
+        budget_bytes: int,
+        link_bandwidth: float,
+        replan: Replan,
+        concurrent: Literal["wait", "raise"],
+    ) -> None:
+        self.module, self.method = module, method
+        self.function = getattr(module, method)
+        self.device, self.budget_bytes, self.link_bandwidth = device, budget_bytes, link_bandwidth
+        self.replan, self.concurrent = replan, concurrent
+        self.programs: list[tuple[CallSignature, Executable]] = []
+        self.calls = 0
+        self.closed = False
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+        self._undo: list[Callable[[], None]] = []
+        self.store: HostStore | None = None
+        self.state: dict[str, torch.Tensor] = {}
+        self._constants: dict[str, torch.Tensor] = {}  # in the store: tensors that are no parameter and no buffer
+        self.pinned = False
+
+    def attach(self, signature: CallSignature, program: Executable, lookup: Lookup | None = None) -> None:
+        """Moves the weights of the module into the host arena and loads the first program.
+
+        `lookup` gives weights by name for a module on the meta device.
+
+        Raises:
+            PlannerError: a weight is on the meta device and nothing gives it; nothing has been changed then.
+        """
+        tensors = _named_tensors(self.module)
+        order = _first_use(program)
+        views = {view.name: view for view in program.weights.values()}
+        seen: set[int] = set()
+        owned = {alias for view in views.values() for alias in view.aliases} | set(views)
+        for name, tensor in tensors.items():  # what the program never reads moves too: the host holds all weights once
+            if name not in owned and id(tensor) not in seen:
+                views[name] = _view_of(name, tensor)
+                order.append(name)
+            seen.add(id(tensor))
+        sources = {name: _source(name, views[name], tensors, lookup) for name in order if name in tensors}
+        constants = {v.name: program.constants[node] for node, v in program.weights.items() if node in program.constants}
+        sources |= {name: _source(name, views[name], constants, lookup) for name in order if name not in tensors}
+        self.store = HostStore({name: views[name] for name in order}, program.layout.alignment)
+        owners = _owners(self.module)
+        for name in order:
+            value = sources.pop(name)()
+            if name in tensors:
+                self._adopt(tensors[name], value, name, owners)
+            else:
+                self.store.fill(name, value, lambda _: None)
+                self._constants[name] = _original(self.module, name, value)
+        self.pinned = self.device.pin(self.store.buffer)
+        if not self.pinned:
+            warnings.warn(
+                "the host refused to page-lock the weights; copies go through a small page-locked ring and are slower "
+                "(in containers, raise the memlock limit)",
+                stacklevel=3,
+            )
+        self.device.enforce(self.budget_bytes)
+        self.executor = Executor(self.device, self.store, self.state)
+        self.add(signature, program)
+        self.fingerprint = Fingerprint(self.module)
+        self.versions = self._versions()
+
+    def _adopt(self, tensor: torch.Tensor, value: torch.Tensor, name: str, owners: _Owners) -> None:
+        """Points a parameter or buffer at the host arena; one on the meta device is replaced, for that cannot be pointed."""
+        assert self.store is not None
+        if _has_no_bytes(tensor):
+            host = self.store.tensor(name)
+            host.copy_(value)
+            real = nn.Parameter(host, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else host
+            for slots, key in owners[id(tensor)]:
+                slots[key] = real
+                self._undo.append(functools.partial(slots.__setitem__, key, tensor))
+            return
+        origin = tensor.device
+
+        def undo() -> None:
+            tensor.data = tensor.data.to(origin)
+
+        with torch.no_grad():
+            self.store.fill(name, value, lambda host: setattr(tensor, "data", host))
+        self._undo.append(undo)
+
+    def add(self, signature: CallSignature, program: Executable) -> None:
+        """Takes a program for another call signature; it shares the arenas' memory with the others, one loaded at a time."""
+        tensors = _named_tensors(self.module)
+        program = self._with_constants(program)
+        for slot in program.layout.state:
+            view = program.weights[slot.weight]
+            if view.name in self.state:
+                continue
+            assert self.store is not None
+            nbytes = -(-view.nbytes // program.layout.alignment) * program.layout.alignment
+            own = view.on(self.device.allocate(nbytes), 0)
+            own.copy_(self.store.tensor(view.name))
+            self.state[view.name] = own
+            if view.name in tensors:
+                tensors[view.name].data = own
+        self.programs.append((signature, program))
+        self.executor.load(program)
+
+    def _with_constants(self, program: Executable) -> Executable:
+        """Puts constants that the store lacks into it; one of the same name and another value gets another name."""
+        assert self.store is not None
+        weights, fresh = dict(program.weights), {}
+        for node, value in program.constants.items():
+            view = weights.get(node)
+            if view is None:
+                continue
+            known = self._constants.get(view.name)
+            if known is not None and (value.is_meta or _equal(known, value)):
+                continue
+            if value.is_meta:
+                raise PlannerError(
+                    f"the constant {view.name!r} is on the meta device: plan the module that was given as weights"
+                )
+            if view.name in self._constants:
+                view = dataclasses.replace(view, name=f"{view.name}@{len(self.programs)}")
+            weights[node], fresh[view.name] = view, value
+        if not fresh:
+            return program
+        buffer = self.store.extend({view.name: view for view in weights.values() if view.name in fresh})
+        self.device.pin(buffer)
+        for name, value in fresh.items():
+            self.store.fill(name, value, lambda _: None)
+        self._constants |= {name: _original(self.module, name, value) for name, value in fresh.items()}
+        return dataclasses.replace(program, weights=weights)
+
+    def _registered(self, name: str) -> torch.Tensor:
+        """The module's own tensor of that name; a state constant has none and gets a stand-in."""
+        return _named_tensors(self.module).get(name, torch.empty(0))
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the program of this call's signature, planning it first if it is new."""
+        if self.closed:
+            raise ModuleUnusable("this planned module is closed: its arenas are gone. Plan and build the model again")
+        self._enter()
+        try:
+            with torch.inference_mode(False):  # arenas outlive the call, whatever mode its caller is in
+                program, leaves = self._prepare(args, kwargs)
+            return self._run(program, leaves)
+        finally:
+            self._holder = None
+            self._lock.release()
+
+    def _enter(self) -> None:
+        me = threading.get_ident()
+        if self._holder == me:
+            raise ModuleUnusable(f"{self.method} was called from inside itself; a planned module has one set of arenas")
+        if not self._lock.acquire(blocking=self.concurrent == "wait"):
+            raise ModuleUnusable(
+                "another thread is inside this planned module; build(concurrent='wait') queues calls instead of raising"
+            )
+        self._holder = me
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Executable, list[Any]]:
+        """The loaded program of this call, and its flat inputs."""
+        args, kwargs = bind_call(self.function, args, kwargs)
+        signature, leaves = CallSignature.of(args, kwargs)
+        self._guard(leaves)
+        program = next((p for s, p in self.programs if s == signature), None)
+        if program is None:
+            log.info("%s: a new call signature, planning again (%d so far)", self.method, len(self.programs))
+            program = self.replan(args, kwargs)
+            self.add(signature, program)
+            program = self.programs[-1][1]
+            self.versions = self._versions()
+        self.executor.load(program)
+        return program, leaves
+
+    def _run(self, program: Executable, leaves: list[Any]) -> Any:
+        self.calls += 1
+        with torch.no_grad():
+            try:
+                outputs = self.executor.call(leaves)
+            except BaseException as error:
+                _clear_frames(error)
+                raise
+        return tree_unflatten(outputs, program.out_spec)
+
+    def _guard(self, leaves: list[Any]) -> None:
+        device = self.device.torch_device
+        for leaf in leaves:
+            if isinstance(leaf, torch.Tensor) and leaf.device != device:
+                raise InputError(
+                    f"an input is on {leaf.device}, the program runs on {device}: pass it as x.to({str(device)!r})"
+                )
+        if torch.is_autocast_enabled(device.type):
+            raise InputError(
+                "autocast is on, and a plan keeps the dtypes it was made with: call outside torch.autocast, "
+                "or plan the model cast with .to(torch.bfloat16)"
+            )
+        changed = self.fingerprint.changed()
+        if changed is not None:
+            raise ModuleUnusable(f"{changed} since the plan was made, which the program does not know; plan and build it again")
+        versions = self._versions()
+        if versions == self.versions:
+            return
+        moved = next((n for n, (_, where) in versions.items() if where != self.versions[n][1]), None)
+        if moved is not None:
+            raise ModuleUnusable(
+                f"the data of {moved!r} was exchanged (.data = ..., .to(), .half()) since the plan was made; write it in place "
+                "(p.copy_(...)), or close() and plan again"
+            )
+        log.info("weights were written since the last call; copying the resident ones again")
+        assert self.store is not None
+        for name, value in self._constants.items():
+            if name not in self.state and versions[name] != self.versions[name]:
+                self.store.fill(name, value, lambda _: None)
+        self.versions = versions
+        if self.executor.program is not None:
+            self.executor.refresh()
+
+    def _versions(self) -> dict[str, tuple[int, int]]:
+        """Of every weight how often it was written (what the program itself writes aside), and where its bytes are."""
+        named = {**_named_tensors(self.module), **self._constants}
+        return {n: (0 if n in self.state else _version(t), t.data_ptr()) for n, t in named.items()}
+
+    def report(self) -> Report:
+        measured = self.device.measurement()
+        program = self.executor.program
+        if measured is None or program is None or self.store is None:
+            raise ModuleUnusable("nothing was measured yet: call the planned module once before report()")
+        fraction = None
+        if measured.copy_seconds:
+            fraction = measured.copied_bytes / measured.copy_seconds / self.link_bandwidth
+        return Report(
+            device=str(self.device.torch_device) if self.device.kind == "cuda" else self.device.kind,
+            calls=self.calls,
+            peak_bytes=measured.peak_bytes,
+            predicted_peak_bytes=int(program.predicted["peak_bytes"]),
+            predicted_reserved_bytes=int(program.predicted["reserved_bytes"]),
+            budget_bytes=self.budget_bytes,
+            reserved_bytes=measured.reserved_bytes,
+            step_seconds=measured.seconds,
+            copied_bytes=measured.copied_bytes,
+            copy_seconds=measured.copy_seconds,
+            link_fraction=fraction,
+            host_bytes=self.store.nbytes,
+            host_pinned=self.pinned,
+        )
+
+    def close(self) -> None:
+        """Frees everything on the device, un-pins the host and points weights back to where they were."""
+        if self.closed:
+            return
+        self.closed = True
+        self.executor.unload()
+        assert self.store is not None
+        for buffer in self.store.buffers:
+            self.device.unpin(buffer)
+        with torch.no_grad():
+            for name, own in self.state.items():
+                self._registered(name).data = self.store.tensor(name).copy_(own)
+            for step in reversed(self._undo):
+                step()
+        self.state.clear()
+        self.device.close()
+
+
+def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All names, tied ones included; of tensors that are parameters and buffers."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def _view_of(name: str, tensor: torch.Tensor) -> WeightView:
+    span = 0 if tensor.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    nbytes = span * tensor.dtype.itemsize
+    return WeightView(name, (), tuple(tensor.shape), tensor.stride(), tensor.dtype, nbytes, False)
+
+
+def _owners(module: nn.Module) -> _Owners:
+    owners: _Owners = {}
+    for child in module.modules():
+        for slots in (child._parameters, child._buffers):
+            for key, tensor in slots.items():
+                if tensor is not None:
+                    owners.setdefault(id(tensor), []).append((slots, key))
+    return owners
+
+
+def _source(name: str, view: WeightView, tensors: dict[str, torch.Tensor], lookup: Lookup | None) -> Callable[[], torch.Tensor]:
+    """How to get a weight's value, checked now, read later."""
+    if lookup is not None:
+        known = next((n for n in (name, *view.aliases) if lookup(n) is not None), None)
+        if known is not None:
+            value = lookup(known)
+            assert value is not None
+            if _has_no_bytes(value):
+                raise PlannerError(f"the weights given have {known!r} on the meta device too; pass real ones")
+            if tuple(value.shape) != view.shape:
+                raise PlannerError(f"the weights given have {known!r} as {tuple(value.shape)}, the model as {view.shape}")
+            return lambda: value if value.dtype == view.dtype else value.to(view.dtype)
+    if name not in tensors or _has_no_bytes(tensors[name]):
+        where = "the weights given lack it" if lookup is not None else "pass build(weights=<module, state dict or folder>)"
+        raise PlannerError(f"the weight {name!r} is on the meta device (or fake): {where}")
+    return lambda: tensors[name].data
+
+
+def _has_no_bytes(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    try:
+        return tensor._version
+    except RuntimeError:  # made in inference mode, where writes are not counted
+        return 0
+
+
+def _original(module: nn.Module, path: str, value: torch.Tensor) -> torch.Tensor:
+    """The module's own attribute behind a captured constant, which knows when it is written; else the constant."""
+    owner: Any = module
+    for part in path.split("."):
+        owner = getattr(owner, part, None)
+    return owner if isinstance(owner, torch.Tensor) and owner.data_ptr() == value.data_ptr() else value
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.is_meta or b.is_meta or a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
+        return False
+    if torch.equal(a, b):
+        return True
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _first_use(program: Executable) -> list[str]:
+    """Weights in the order in which bundles travel, then the residents: neighbours in a bundle are neighbours on the host."""
+    slots = [s for b in program.layout.bundles for s in b.slots]
+    slots += [*program.layout.resident, *program.layout.state]
+    return list(dict.fromkeys(program.weights[s.weight].name for s in slots))
+
+
+def _clear_frames(error: BaseException) -> None:
+    """Lets go of the values that the failed program's frame holds, so that the module stays usable within its budget."""
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_name == "program":
+            trace.tb_frame.clear()
+        trace = trace.tb_next
