@@ -112,7 +112,7 @@ def plan_for_another_machine() -> None:
     """FLUX.1-dev on an RTX 4090: predicted seconds of one denoising step against what physics allows."""
     model, call = flux_transformer()
     table = Table(title="FLUX.1-dev transformer (23.8 GB), 1024 x 1024, planned for an RTX 4090: predicted, not measured")
-    for column in ("budget", "peak", "streamed per step", "step", "physical bound", "step / bound", "set by", "planned in"):
+    for column in ("budget", "reserved", "streamed per step", "step", "physical bound", "step / bound", "set by", "planned in"):
         table.add_column(column, justify="right")
     started = time.perf_counter()
     p = plan(model, "20GB", kwargs=call, machine="rtx-4090")
@@ -122,7 +122,7 @@ def plan_for_another_machine() -> None:
         q = p.replan(budget)
         seconds = time.perf_counter() - started + (first if budget == "6GB" else 0)
         table.add_row(
-            budget, format_bytes(q.peak_bytes), format_bytes(q.layout.streamed_bytes), format_seconds(q.step_seconds),
+            budget, format_bytes(q.reserved_bytes), format_bytes(q.layout.streamed_bytes), format_seconds(q.step_seconds),
             format_seconds(q.bound_seconds), f"{q.step_seconds / q.bound_seconds:.2f}", q.bound.limited_by,
             format_seconds(seconds),
         )  # fmt: skip
