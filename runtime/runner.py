@@ -66,8 +66,17 @@ class Runner:
         `lookup` gives weights by name for a module on the meta device.
 
         Raises:
-            PlannerError: a weight is on the meta device and nothing gives it; nothing has been changed then.
+            PlannerError: a weight is on the meta device and nothing gives it.
+
+        Whatever goes wrong, the module is as before.
         """
+        try:
+            self._attach(signature, program, lookup)
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self, signature: CallSignature, program: Executable, lookup: Lookup | None) -> None:
         tensors = _named_tensors(self.module)
         order = _first_use(program)
         views = {view.name: view for view in program.weights.values()}
@@ -287,13 +296,15 @@ class Runner:
         if self.closed:
             return
         self.closed = True
-        self.executor.unload()
-        assert self.store is not None
-        for buffer in self.store.buffers:
-            self.device.unpin(buffer)
+        executor: Executor | None = getattr(self, "executor", None)  # none where attaching failed before
+        if executor is not None:
+            executor.unload()
         with torch.no_grad():
-            for name, own in self.state.items():
-                self._registered(name).data = self.store.tensor(name).copy_(own)
+            if self.store is not None:
+                for buffer in self.store.buffers:
+                    self.device.unpin(buffer)
+                for name, own in self.state.items():
+                    self._registered(name).data = self.store.tensor(name).copy_(own)
             for step in reversed(self._undo):
                 step()
         self.state.clear()

@@ -509,3 +509,22 @@ def test_wrong_calls() -> None:
     with pytest.raises(PlannerError):
         built("text")
     built(x())
+
+
+@pytest.mark.parametrize("step", ["pin", "enforce", "allocate"])
+def test_a_build_that_fails_leaves_the_module_as_it_was(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Mlp().eval()
+    expected = {name: value.clone() for name, value in module.state_dict().items()}
+    p = planned(module, x())
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("runtime.devices.accounting.AccountingDevice." + step, refuse)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            p.build()
+    assert all(torch.equal(value, expected[name]) for name, value in module.state_dict().items())
+    with torch.no_grad():
+        wanted = module(x())
+    assert torch.equal(p.build()(x()), wanted)
