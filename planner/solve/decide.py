@@ -34,8 +34,8 @@ GRANULARITIES = ((64 * MIB, TINY_BYTES), (16 * MIB, TINY_BYTES), (0, TINY_BYTES)
 RATES = (*(i / 48 for i in range(1, 48)), *(1.05**i for i in range(80)), 1e30)
 # Staging arena sizes, in multiples of the largest bundle: 2 is double buffering.
 ARENA_SLOTS = (1, 2, 3, 4, 6, 8, 12)
-# Shrinking limits for schedules in the headroom, for allocators that reserve more than is live.
-HEADROOM_SHARES = (1.0, 0.97, 0.94, 0.9, 0.85, 0.8, 0.7)
+# Ratio of neighbouring limits for schedules in the headroom, for allocators that reserve more than is live.
+LIMIT_STEP = 1.01
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,24 @@ class Solver:
         for spans, least in sorted(self._selections, key=lambda item: item[1]):
             if least >= best.time.step_seconds:
                 break
-            for placements, staging in self._candidates(spans, budget_bytes):
-                # The simulator is cheap and the memory model is not: ask it second.
-                time = simulate(self.problem.seconds, placements, self.problem.machine)
-                if time.step_seconds <= best.time.step_seconds:
-                    schedule = self._evaluate(placements, staging, time)
-                    if schedule.peak_bytes <= budget_bytes and _rank(schedule) < _rank(best):
-                        best = schedule
+            for placements in self._arenas(spans, budget_bytes):
+                best = self._better(best, placements, "arena", budget_bytes)
+            for limit in self._limits(budget_bytes):
+                early = prefetch_into_headroom(spans, self.problem.activation_bytes, self._resident_bytes(spans), limit)
+                if early is None or self._seconds(early) > best.time.step_seconds:
+                    break  # a smaller limit is no faster
+                schedule = self._evaluate(early, "allocator")
+                if schedule.peak_bytes <= budget_bytes:
+                    best = min(best, schedule, key=_rank)
+                    break
         return best
+
+    def _better(self, best: Schedule, placements: tuple[Placement, ...], staging: StagingMode, budget_bytes: int) -> Schedule:
+        """The better of two schedules. The simulator is cheap and the memory model is not: it is asked second."""
+        if self._seconds(placements) > best.time.step_seconds:
+            return best
+        schedule = self._evaluate(placements, staging)
+        return min(best, schedule, key=_rank) if schedule.peak_bytes <= budget_bytes else best
 
     @cached_property
     def _selections(self) -> list[tuple[tuple[BundleSpan, ...], float]]:
@@ -110,25 +120,35 @@ class Solver:
                     chosen[selection] = max(problem.compute_seconds, least)
         return list(chosen.items())
 
-    def _candidates(
-        self, spans: tuple[BundleSpan, ...], budget_bytes: int
-    ) -> Iterator[tuple[tuple[Placement, ...], StagingMode]]:
-        """Placements of a selection that may fit: static arenas of several sizes, then the headroom that the budget leaves."""
+    def _arenas(self, spans: tuple[BundleSpan, ...], budget_bytes: int) -> Iterator[tuple[Placement, ...]]:
+        """Placements of a selection in static arenas of several sizes, as long as they may fit."""
         problem = self.problem
         largest = max(s.nbytes for s in spans)
-        resident = self._resident_bytes(spans)
-        floor = resident + int(problem.activation_bytes.max()) + problem.memory.fixed_bytes
+        floor = self._resident_bytes(spans) + int(problem.activation_bytes.max()) + problem.memory.fixed_bytes
         for slots in ARENA_SLOTS:
             placements = prefetch_into_arena(spans, slots * largest)
             if floor + int(staged_bytes(placements, len(problem.seconds)).max()) > budget_bytes:
                 break
-            yield placements, "arena"
-        for share in HEADROOM_SHARES if problem.memory.device == "cuda" else (1.0,):
-            limit = int(budget_bytes * share) - problem.memory.fixed_bytes
-            early = prefetch_into_headroom(spans, problem.activation_bytes, resident, limit)
-            if early is None:
-                break
-            yield early, "allocator"
+            yield placements
+
+    def _limits(self, budget_bytes: int) -> Iterator[int]:
+        """Limits of live bytes to schedule into, the largest first.
+
+        The budget itself where live bytes are all there is. Where the allocator reserves more, from a grid that is the same for
+        every budget: a larger one has all the limits of a smaller one, and is never slower.
+        """
+        fixed = self.problem.memory.fixed_bytes
+        if self.problem.memory.device != "cuda":
+            yield budget_bytes - fixed
+            return
+        limit = float(self.resident.peak_bytes)
+        while limit > fixed:
+            if limit <= budget_bytes:
+                yield int(limit) - fixed
+            limit /= LIMIT_STEP
+
+    def _seconds(self, placements: tuple[Placement, ...]) -> float:
+        return simulate(self.problem.seconds, placements, self.problem.machine).step_seconds
 
     def _resident_bytes(self, spans: Sequence[BundleSpan]) -> int:
         streamed = {w for s in spans for w in s.weights}
