@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import torch
@@ -34,10 +34,6 @@ class TensorSpec:
             return 0
         last = sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
         return (last + 1) * self.dtype.itemsize
-
-    def anonymous(self) -> TensorSpec:
-        """The same without identity: what a cache of operator results is keyed on."""
-        return replace(self, storage=-1)
 
     @classmethod
     def of(cls, tensor: torch.Tensor, storage: int = -1) -> TensorSpec:

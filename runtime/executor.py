@@ -14,7 +14,7 @@ import torch
 from runtime.devices.base import Device
 from runtime.emit import attribute_names, compile_source
 from runtime.executable import Executable
-from runtime.layout import Bundle, Slot
+from runtime.layout import Bundle
 from runtime.store import HostStore
 
 
@@ -29,7 +29,6 @@ class Executor:
         self._resident: torch.Tensor | None = None
         self._staging: torch.Tensor | None = None
         self._w = SimpleNamespace()
-        self._residents: list[Slot] = []
         # Per bundle: where its bytes are on the host, its memory, its typed weights, the copies, the events.
         self._sources: dict[int, list[tuple[int, torch.Tensor]]] = {}
         self._buffers: dict[int, torch.Tensor] = {}

@@ -58,6 +58,7 @@ class Runner:
         self.store: HostStore | None = None
         self.state: dict[str, torch.Tensor] = {}
         self._constants: dict[str, torch.Tensor] = {}  # in the store: tensors that are no parameter and no buffer
+        self._watched: dict[str, torch.Tensor] = {}
         self.pinned = False
 
     def attach(self, signature: CallSignature, program: Executable, lookup: Lookup | None = None) -> None:
@@ -148,6 +149,8 @@ class Runner:
             if view.name in tensors:
                 tensors[view.name].data = own
         self.programs.append((signature, program))
+        # Collected once: walking the module's tree in every call is slow, and the fingerprint sees a replaced tensor.
+        self._watched = {**_named_tensors(self.module), **self._constants}
         self.executor.load(program)
 
     def _with_constants(self, program: Executable) -> Executable:
@@ -264,8 +267,7 @@ class Runner:
 
     def _versions(self) -> dict[str, tuple[int, int]]:
         """Of every weight how often it was written (what the program itself writes aside), and where its bytes are."""
-        named = {**_named_tensors(self.module), **self._constants}
-        return {n: (0 if n in self.state else _version(t), t.data_ptr()) for n, t in named.items()}
+        return {n: (0 if n in self.state else _version(t), t.data_ptr()) for n, t in self._watched.items()}
 
     def report(self) -> Report:
         measured = self.device.measurement()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,8 +35,6 @@ class CudaDevice:
         self._baseline_bytes = 0
         self._reserved_baseline = 0
         self._enforced = False
-        self._last: Measurement | None = None
-        self._seconds = 0.0
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
@@ -112,7 +109,6 @@ class CudaDevice:
         self._spans, self._copied_bytes = [], 0
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(stream)
-        started = time.perf_counter()
         try:
             with torch.cuda.device(self.torch_device):
                 yield
@@ -123,7 +119,6 @@ class CudaDevice:
             end.record(stream)
             self._done = end
             self._times = (begin, end)
-            self._seconds = time.perf_counter() - started
 
     def measurement(self) -> Measurement | None:
         if self._times is None:
