@@ -98,7 +98,7 @@ class Runner:
             if name in tensors:
                 self._adopt(tensors[name], value, name, owners)
             else:
-                self.store.fill(name, value, lambda _: None)
+                self.store.fill(name, value)
                 self._constants[name] = _original(self.module, name, value)
         self.pinned = self.device.pin(self.store.buffer)
         if not self.pinned:
@@ -117,8 +117,7 @@ class Runner:
         """Points a parameter or buffer at the host arena; one on the meta device is replaced, for that cannot be pointed."""
         assert self.store is not None
         if _has_no_bytes(tensor):
-            host = self.store.tensor(name)
-            host.copy_(value)
+            host = self.store.fill(name, value)
             real = nn.Parameter(host, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else host
             for slots, key in owners[id(tensor)]:
                 slots[key] = real
@@ -130,7 +129,7 @@ class Runner:
             tensor.data = tensor.data.to(origin)
 
         with torch.no_grad():
-            self.store.fill(name, value, lambda host: setattr(tensor, "data", host))
+            tensor.data = self.store.fill(name, value)
         self._undo.append(undo)
 
     def add(self, signature: CallSignature, program: Executable) -> None:
@@ -176,7 +175,7 @@ class Runner:
         buffer = self.store.extend({view.name: view for view in weights.values() if view.name in fresh})
         self.device.pin(buffer)
         for name, value in fresh.items():
-            self.store.fill(name, value, lambda _: None)
+            self.store.fill(name, value)
         self._constants |= {name: _original(self.module, name, value) for name, value in fresh.items()}
         return dataclasses.replace(program, weights=weights)
 
@@ -260,7 +259,7 @@ class Runner:
         assert self.store is not None
         for name, value in self._constants.items():
             if name not in self.state and versions[name] != self.versions[name]:
-                self.store.fill(name, value, lambda _: None)
+                self.store.fill(name, value)
         self.versions = versions
         if self.executor.program is not None:
             self.executor.refresh()

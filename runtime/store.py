@@ -7,7 +7,7 @@ that tensors are laid over one by one.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -17,8 +17,8 @@ from runtime.executable import WeightView
 class HostStore:
     """Weights by their module name, in the order given, at multiples of `alignment` bytes.
 
-    The arena is filled one weight at a time: `adopt` may free the original before the next is copied, so that the host never
-    holds the model twice.
+    The arena is filled one weight at a time, and its caller may free each original before the next is copied, so that the host
+    never holds the model twice.
     """
 
     def __init__(self, views: Mapping[str, WeightView], alignment: int) -> None:
@@ -46,11 +46,9 @@ class HostStore:
         self.buffers.append(torch.frombuffer(self._maps[-1], dtype=torch.uint8, count=max(cursor, 1)))
         return self.buffers[-1]
 
-    def fill(self, name: str, value: torch.Tensor, adopt: Callable[[torch.Tensor], None]) -> None:
-        """Copies one weight in and hands the tensor that now holds it to `adopt`."""
-        view = self.tensor(name)
-        view.copy_(value)
-        adopt(view)
+    def fill(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """Copies one weight in; gives the tensor that now holds it."""
+        return self.tensor(name).copy_(value)
 
     def tensor(self, name: str) -> torch.Tensor:
         """The weight as a tensor with a storage of its own over the arena."""

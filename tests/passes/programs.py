@@ -173,7 +173,7 @@ def run(program: Program, proof: Proof, example: Example, calls: int = 1) -> lis
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     store = HostStore({v.name: v for v in executable.weights.values()}, executable.layout.alignment)
     for node, view in executable.weights.items():
-        store.fill(view.name, executable.constants.get(node, tensors.get(view.name)), lambda _: None)  # type: ignore[arg-type]
+        store.fill(view.name, executable.constants.get(node, tensors.get(view.name)))  # type: ignore[arg-type]
     state = {}
     for view in executable.weights.values():
         if view.state:

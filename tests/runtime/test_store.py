@@ -44,7 +44,7 @@ def test_values_strides_and_dtypes() -> None:
     host = store(*(view(n, *v.shape, dtype=v.dtype, stride=v.stride()) for n, v in values.items()))
     adopted = []
     for name, value in values.items():
-        host.fill(name, value, adopted.append)
+        adopted.append(host.fill(name, value))
     for name, value, own in zip(values, values.values(), adopted, strict=True):
         assert torch.equal(own, value)
         assert (own.stride(), own.dtype) == (value.stride(), value.dtype)
@@ -68,9 +68,9 @@ def test_runs_join_neighbours() -> None:
 
 def test_later_segments() -> None:
     host = store(view("a", 16))
-    host.fill("a", torch.ones(16), lambda _: None)
+    host.fill("a", torch.ones(16))
     host.extend({"b": view("b", 16)})
-    host.fill("b", torch.full((16,), 2.0), lambda _: None)
+    host.fill("b", torch.full((16,), 2.0))
     assert torch.equal(host.tensor("a"), torch.ones(16))
     assert [s.view(torch.float32)[0].item() for _, s in host.runs([("a", 0), ("b", 64)])] == [1.0, 2.0]
     assert host.nbytes == 128
@@ -81,7 +81,7 @@ def test_runs_put_every_weight_where_it_belongs(sizes: list[int], random: object
     views = [view(f"w{i}", n, dtype=torch.uint8) for i, n in enumerate(sizes)]
     host = store(*views, alignment=8)
     for i, v in enumerate(views):
-        host.fill(v.name, torch.full(v.shape, i + 1, dtype=torch.uint8), lambda _: None)
+        host.fill(v.name, torch.full(v.shape, i + 1, dtype=torch.uint8))
     random.shuffle(views)  # type: ignore[attr-defined]
     offset, places = 0, []
     for v in views:
