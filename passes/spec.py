@@ -60,8 +60,3 @@ _SHORT = {
 def short_dtype(dtype: torch.dtype) -> str:
     """`f32` for `torch.float32`, in the manner of the graphs that PyTorch prints."""
     return _SHORT.get(dtype, str(dtype).removeprefix("torch."))
-
-
-def align(nbytes: int, alignment: int) -> int:
-    """`nbytes` rounded up to a multiple of `alignment`."""
-    return -(-nbytes // alignment) * alignment

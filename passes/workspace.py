@@ -21,8 +21,9 @@ from math import prod
 import torch
 
 from passes.cuda_allocator import MIB, round_bytes
-from passes.spec import TensorSpec, align
+from passes.spec import TensorSpec
 from runtime.errors import UnknownSize
+from runtime.layout import align
 
 CUDNN_WORKSPACE_CAP_BYTES = 64 * MIB
 """Most workspace that the runtime lets one cuDNN convolution have (it sets `CUDNN_CONV_WSCAP_DBG`, in MiB)."""

@@ -11,7 +11,8 @@ from torch import nn
 
 from planner.budget import Budget
 from planner.machine import Machine
-from planner.options import Options, check_allow, check_keep
+from planner.options import Options, check_allow, check_keep, check_opaque_bytes
+from planner.parted import plan_or_parts
 from planner.plan import Plan, prepare
 from runtime.errors import BudgetError, PlannerError
 
@@ -35,6 +36,7 @@ def plan(
     repeats: int = 1,
     dynamic: Any = None,
     profile: bool = False,
+    opaque_bytes: int | str | Mapping[str, int | str] | None = None,
 ) -> Plan:
     """Plans `target.method(*inputs, **kwargs)` so that its device memory stays within `budget`.
 
@@ -48,6 +50,8 @@ def plan(
         machine: a preset's name, a `Machine`, or None for this one.
         allow: transforms that may be used; without "offload" every weight stays on the device.
         keep: patterns of weight names to pin, such as {"embeddings.*": {"resident": True}}.
+        opaque_bytes: what the Python of modules that cannot be captured takes at most, besides inputs and weights, by pattern
+            of their paths: {"blocks.*.moe": "200MB"}. Asked for by UnknownSize where it cannot be found out.
 
     Returns:
         The plan: printable, and `build()` makes the module that runs it.
@@ -55,7 +59,8 @@ def plan(
     Raises:
         BudgetError: the budget cannot be read, or names a device that is not here.
         InfeasibleBudget: no plan fits; says the minimum, where it is and what would help.
-        CaptureError: the call cannot be captured; names the operator or line.
+        CaptureError: the call cannot be captured, nor run on tensors without values; names the operator or line.
+        UnknownSize: how many bytes are needed depends on values; names the module.
         PlannerError: anything else that was asked and cannot be done.
     """
     if not isinstance(target, nn.Module):
@@ -77,8 +82,9 @@ def plan(
         kwargs=dict(kwargs or {}),
         keep=check_keep(keep),
         offload="offload" in check_allow(allow),
+        opaque_bytes=check_opaque_bytes(opaque_bytes),
     )
-    return Plan(target, options, prepare(target, options))
+    return plan_or_parts(target, options, prepare)
 
 
 def _device(device: str | None, budget: BudgetLike | None, machine: str | Machine | None) -> str:

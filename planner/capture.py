@@ -7,9 +7,13 @@ uniformly the CPU and the executing device is put in at emission.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,14 +21,14 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_flatten_with_path, tree_map
+from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map
 
 from passes.inline_regions import InlineRegions
-from passes.program import Program, Weight, WeightKind, storage_id
+from passes.program import Program, Weight, WeightKind, is_symbolic, storage_id
 from passes.spec import TensorSpec
-from planner.isolate import fake_weights, plain_state, refuse_effects
+from planner.isolate import PlainState, fake_weights, random_draws, refuse_effects, refuse_hooks
 from planner.refuse import refuse_unplannable
-from runtime.errors import CaptureError
+from runtime.errors import CaptureError, InvalidCall
 from runtime.signature import bind_call
 
 _KINDS: dict[InputKind, WeightKind] = {
@@ -51,9 +55,16 @@ class _Call(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         before = [(owner, name, buffer) for owner in self.target.modules() for name, buffer in owner._buffers.items()]
-        held = plain_state(self.target)
+        held = PlainState(self.target)
+        given, given_spec = tree_flatten((args, kwargs))
         result = getattr(self.target, self._method)(*args, **kwargs)
         refuse_effects(self.target, self._method, held)
+        left, left_spec = tree_flatten((args, kwargs))
+        if left_spec != given_spec or not all(map(is_, left, given)):
+            raise CaptureError(
+                f"{type(self.target).__name__}.{self._method} changes a list or dict that it is given, which its program would "
+                "not repeat; return the value instead"
+            )
         for owner, name, buffer in before:
             now = owner._buffers.get(name)
             if now is buffer:
@@ -88,18 +99,46 @@ def capture(
     args, kwargs = bind_call(getattr(module, method), args, dict(kwargs or {}))
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     fake_args, fake_kwargs = fake_inputs((args, kwargs), mode)
-    with fake_weights(module, mode), torch.no_grad(), warnings.catch_warnings():
+    refuse_hooks(module, method)
+    with fake_weights(module, mode), random_draws() as drawn, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            if dynamic_shapes is None:
-                exported = torch.export.export(_Call(module, method), fake_args, fake_kwargs, strict=False)
-            else:
-                exported = _export_symbolic(_Call(module, method), (args, kwargs), dynamic_shapes)
+            with _quiet():
+                exported = _export(_Call(module, method), (fake_args, fake_kwargs), (args, kwargs), dynamic_shapes)
         except CaptureError:
             raise
         except Exception as error:
             raise _explain(module, method, error) from error
-    return _program(module, method, exported, (fake_args, fake_kwargs))
+    if drawn:
+        raise CaptureError(
+            f"{type(module).__name__}.{method} draws random numbers with {drawn[0]} while it is captured, and its program "
+            "would always use those; draw them with torch, on the device of an input, or pass them as an input"
+        )
+    program = _program(module, method, exported, (fake_args, fake_kwargs))
+    if dynamic_shapes is None:
+        _refuse_symbols(program)
+    return program
+
+
+def _export(call: _Call, fakes: tuple[Any, Any], inputs: tuple[Any, Any], dynamic_shapes: Any) -> Any:
+    if dynamic_shapes is None:
+        return torch.export.export(call, *fakes, strict=False)
+    return _export_symbolic(call, inputs, dynamic_shapes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the graphs and warnings that `torch.export` prints when it fails: the error says what matters."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _export_symbolic(call: _Call, inputs: tuple[Any, Any], dynamic_shapes: Any) -> Any:
@@ -136,6 +175,22 @@ def fake_inputs(tree: Any, mode: FakeTensorMode) -> Any:
     return tree_map(fake, tree)
 
 
+def _refuse_symbols(program: Program) -> None:
+    """Raises CaptureError where a size depends on values: `torch.export` follows that with symbols, and a plan needs bytes."""
+    for node in program.ops():
+        if is_symbolic(node) or isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            raise CaptureError(f"{program.name} has a size that depends on values, {node.name}{_place(node)}")
+
+
+def _place(node: fx.Node) -> str:
+    """Where in the user's code a node came from, as ` at File "x.py", line 3: `code``; empty where that is not known."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    places = [i for i, line in enumerate(frames) if line.startswith("File")]
+    own = [i for i in places if "/torch/" not in frames[i] and "planner/capture.py" not in frames[i]]
+    own = own or places
+    return f" at {frames[own[-1]]}: `{' '.join(frames[own[-1] + 1 : own[-1] + 2])}`" if own else ""
+
+
 def _refuse_mixed_dtypes(program: Program) -> None:
     """Raises CaptureError where a product of matrices mixes dtypes: fakes take what kernels refuse."""
     for node in program.ops():
@@ -144,14 +199,9 @@ def _refuse_mixed_dtypes(program: Program) -> None:
         operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
         dtypes = {n.name: n.meta["val"].dtype for n in operands}
         if len(set(dtypes.values())) > 1:
-            frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-            places = [i for i, line in enumerate(frames) if line.startswith("File")]
-            own = [i for i in places if "/torch/" not in frames[i] and "planner/capture.py" not in frames[i]]
-            own = own or places
-            where = f" at {frames[own[-1]]}: `{' '.join(frames[own[-1] + 1 : own[-1] + 2])}`" if own else ""
             found = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
-            raise CaptureError(
-                f"{program.name} multiplies different dtypes in {node.name}{where}: {found}. "
+            raise InvalidCall(
+                f"{program.name} multiplies different dtypes in {node.name}{_place(node)}: {found}. "
                 "Give inputs in the model's dtype: inputs=(x.to(model.dtype),), or cast the model"
             )
 

@@ -7,10 +7,12 @@ is refused, for a program would not repeat that.
 from __future__ import annotations
 
 import contextlib
+import random
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -75,22 +77,39 @@ def _is_plain_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_inference()
 
 
-def plain_state(module: nn.Module) -> list[tuple[str, nn.Module, str, Any, Any]]:
-    """Plain attributes of all submodules, with what they hold, so that a change can be seen."""
-    state = []
-    for path, owner in module.named_modules():
-        for key, value in owner.__dict__.items():
-            if key == "_buffers":
-                continue  # assigned buffers are written through
-            if isinstance(value, list) and any(isinstance(v, (nn.Parameter, weakref.ref)) for v in value):
-                continue  # of recurrent layers: follows the parameters, which tracing exchanges
-            if type(value) in (list, dict):
-                state.append((path, owner, key, value, value.copy()))
-            elif isinstance(value, torch.Tensor):
-                state.append((path, owner, key, value, value._version if not value.is_inference() else 0))
-            else:
-                state.append((path, owner, key, value, None))
-    return state
+class PlainState:
+    """What the plain attributes of all submodules hold now, so that a change can be seen later."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._owners = [(path, owner, frozenset(owner.__dict__)) for path, owner in module.named_modules()]
+        self._held: list[tuple[str, nn.Module, str, Any, Any]] = []  # with a copy of a container, or a tensor's version
+        for path, owner, _ in self._owners:
+            for key, value in owner.__dict__.items():
+                if key == "_buffers":
+                    continue  # assigned buffers are written through
+                if isinstance(value, list) and any(isinstance(v, (nn.Parameter, weakref.ref)) for v in value):
+                    continue  # of recurrent layers: follows the parameters, which tracing exchanges
+                self._held.append((path, owner, key, value, _content(value)))
+
+    def changed(self) -> list[tuple[str, str]]:
+        """(module path, attribute) of all that differs: exchanged, written in place, new or gone."""
+        new = [(path, key) for path, owner, keys in self._owners for key in owner.__dict__ if key not in keys]
+        return new + [(p, key) for p, owner, key, value, content in self._held if not _same(owner, key, value, content)]
+
+
+def _content(value: Any) -> Any:
+    if type(value) in (list, dict):
+        return value.copy()
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
+
+
+def _same(owner: nn.Module, key: str, value: Any, content: Any) -> bool:
+    now: Any = owner.__dict__.get(key)
+    if type(value) in (list, dict):
+        return type(now) is type(value) and _unchanged(now, content)
+    if isinstance(value, torch.Tensor):
+        return now is value and (value.is_inference() or value._version == content)
+    return now is value or (isinstance(value, _PLAIN) and type(now) is type(value) and now == value)
 
 
 def _unchanged(now: Any, before: Any) -> bool:
@@ -100,20 +119,50 @@ def _unchanged(now: Any, before: Any) -> bool:
     return all(a is b or (isinstance(a, _PLAIN) and type(a) is type(b) and a == b) for a, b in pairs)
 
 
-def refuse_effects(module: nn.Module, method: str, held: list[tuple[str, nn.Module, str, Any, Any]]) -> None:
+def refuse_effects(module: nn.Module, method: str, held: PlainState) -> None:
     """Raises CaptureError for a call that changes plain attributes: a program would not repeat that."""
-    for path, owner, key, value, content in held:
-        now: Any = owner.__dict__.get(key)
-        if type(value) in (list, dict):
-            same = type(now) is type(value) and _unchanged(now, content)
-        elif isinstance(value, torch.Tensor):
-            same = now is value and (value.is_inference() or value._version == content)
-        else:
-            same = now is value or (isinstance(value, _PLAIN) and type(now) is type(value) and now == value)
-        if not same:
-            name = f"{path}.{key}".lstrip(".")
-            raise CaptureError(
-                f"{type(module).__name__}.{method} changes the attribute {name!r} while it runs, which its program would "
-                f"not repeat; keep state in a buffer (self.register_buffer({key!r}, ...)), or plan a submodule: "
-                "plan(module.child, ...)"
-            )
+    for path, key in held.changed():
+        name = f"{path}.{key}".lstrip(".")
+        raise CaptureError(
+            f"{type(module).__name__}.{method} changes the attribute {name!r} while it runs, which its program would "
+            f"not repeat; keep state in a buffer (self.register_buffer({key!r}, ...)), or plan a submodule: "
+            "plan(module.child, ...)"
+        )
+
+
+_HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def refuse_hooks(module: nn.Module, method: str) -> None:
+    """Raises CaptureError for hooks on submodules: what they do besides computing cannot be seen, so they must run as Python.
+
+    Those that PyTorch itself registers (`torch.nn.utils.weight_norm` and others) only compute; they are captured.
+    """
+    for path, child in module.named_modules():
+        if child is module:
+            continue  # the root's own run around its program
+        for hook in (hook for table in _HOOK_TABLES for hook in child.__dict__[table].values()):
+            if not str(getattr(hook, "__module__", "") or type(hook).__module__).startswith("torch.nn.utils."):
+                raise CaptureError(
+                    f"{type(module).__name__}.{method} runs a forward hook on {path!r}, which its program would not run; "
+                    "remove the hook, or plan with it on the root"
+                )
+
+
+@contextlib.contextmanager
+def random_draws() -> Iterator[list[str]]:
+    """Gives a list that names, afterwards, the generators that were drawn from within; their states are put back."""
+    drawn: list[str] = []
+    python, numbers, generator = random.getstate(), np.random.get_state(legacy=False), torch.get_rng_state()
+    try:
+        yield drawn
+    finally:
+        if random.getstate() != python:
+            drawn.append("random")
+            random.setstate(python)
+        if str(np.random.get_state(legacy=False)) != str(numbers):
+            drawn.append("numpy.random")
+            np.random.set_state(numbers)
+        if not torch.equal(torch.get_rng_state(), generator):
+            drawn.append("torch on real tensors")
+            torch.set_rng_state(generator)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from passes.cuda_allocator import CachingAllocator, round_bytes, segment_bytes
-from passes.spec import align
 from passes.workspace import cublas_workspace_bytes
+from runtime.layout import align
 
 # An event of the activation allocator: (+key, bytes) makes a storage, (-key, 0) ends it; keys are positive.
 AllocationEvent = tuple[int, int]

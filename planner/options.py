@@ -10,6 +10,7 @@ from typing import Any
 
 from planner.budget import Budget
 from planner.machine import Machine
+from planner.sizes import parse_size
 from runtime.errors import PlannerError
 
 TRANSFORMS = ("offload", "tile", "cast", "layout")
@@ -17,7 +18,10 @@ TRANSFORMS = ("offload", "tile", "cast", "layout")
 
 @dataclass(frozen=True)
 class Options:
-    """A target's call and constraints. `keep` maps name patterns to what is pinned: `{"vae.*": {"resident": True}}`."""
+    """A target's call and constraints. `keep` maps name patterns to what is pinned: `{"vae.*": {"resident": True}}`.
+
+    `opaque_bytes` maps patterns of module paths to bytes that their Python takes, where that cannot be found out.
+    """
 
     budget: Budget
     machine: Machine
@@ -27,6 +31,7 @@ class Options:
     kwargs: dict[str, Any] = field(default_factory=dict)
     keep: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     offload: bool = True
+    opaque_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def keeps_resident(self, name: str) -> bool:
         """Whether a weight may not leave the device."""
@@ -58,3 +63,16 @@ def check_allow(allow: tuple[str, ...]) -> tuple[str, ...]:
     if unknown:
         raise PlannerError(f"allow={allow!r}: {unknown[0]!r} is none of {', '.join(TRANSFORMS)}; write allow={TRANSFORMS!r}")
     return (allow,) if isinstance(allow, str) else tuple(allow)
+
+
+def check_opaque_bytes(stated: int | str | Mapping[str, int | str] | None) -> dict[str, int]:
+    """Sizes by pattern of module paths; one size alone is for every module.
+
+    Raises:
+        BudgetError: not a size.
+    """
+    if stated is None:
+        return {}
+    if not isinstance(stated, Mapping):
+        return {"*": parse_size(stated, "opaque_bytes")}
+    return {pattern: parse_size(size, f"opaque_bytes[{pattern!r}]") for pattern, size in stated.items()}

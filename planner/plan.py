@@ -21,7 +21,7 @@ from planner.machine import Machine, machine_from_mapping
 from planner.memory import MemoryModel
 from planner.options import Options, check_keep, check_patterns
 from planner.pipeline import emit_program, make_executable, placements_of
-from planner.plan_file import check_fingerprint, load_call, read_plan, write_plan
+from planner.plan_file import check_fingerprint, fingerprint, load_call, read_plan, write_plan
 from planner.progress import working
 from planner.refuse import refuse_shared_state
 from planner.show import describe, where
@@ -70,6 +70,10 @@ class Plan:
         self._schedule = schedule
 
     # What was asked.
+
+    @property
+    def target(self) -> nn.Module:
+        return self._target
 
     @property
     def budget(self) -> Budget:
@@ -206,8 +210,9 @@ class Plan:
         """Writes decisions and fingerprint as JSON, atomically. No weights."""
         write_plan(
             path,
-            program=self.program,
-            decisions=self.decisions,
+            name=self.program.name,
+            fingerprint=fingerprint(self.program),
+            decisions=self.decisions.to_json(),
             budget=self.budget,
             machine=self.machine,
             device=self.device,
@@ -230,17 +235,24 @@ class Plan:
         try:
             args, named = (inputs or (), kwargs or {}) if inputs is not None or kwargs else load_call(data["call"])
             machine = machine_from_mapping(data["machine"], origin=str(path))
-            budget, decisions = Budget(**data["budget"]), Decisions.from_json(data["decisions"])
+            budget, given = Budget(**data["budget"]), data["decisions"]
+            decisions = None if "parts" in given else Decisions.from_json(given)
             saved = [str(entry) for entry in data["fingerprint"]]
             options = Options(
-                budget, machine, data["device"], data["method"], args, named, check_keep(data["keep"]), bool(data["offload"])
-            )
+                budget, machine, data["device"], data["method"], args, named, check_keep(data["keep"]), bool(data["offload"]),
+                {str(path): int(nbytes) for path, nbytes in data["opaque_bytes"].items()},
+            )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise PlanFileError(f"{str(path)!r} is damaged ({error!r}); save it again with p.save(...)") from error
-        solver = prepare(model, options)
-        check_fingerprint(saved, solver.problem.program)
         try:
+            if decisions is None:
+                from planner.parted import PartedPlan, prepare_parts
+
+                problem = prepare_parts(model, options, "the plan was made so")
+                return PartedPlan.of_saved(model, options, problem, saved, given)
+            solver = prepare(model, options)
+            check_fingerprint(saved, fingerprint(solver.problem.program))
             return cls(model, options, solver, decisions)
         except (ValueError, KeyError) as error:
             raise PlanFileError(f"the decisions in {str(path)!r} do not fit the program ({error}); plan it again") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from passes.program import Program, operator_name, tensors_of
 from passes.spec import TensorSpec
 from planner.budget import Budget
 from planner.machine import Machine
-from planner.solve.decisions import Decisions
 from runtime.errors import PlanFileError
 
 FORMAT, VERSION = "vramplan plan", 1
@@ -34,9 +33,8 @@ def fingerprint(program: Program) -> list[str]:
     return entries
 
 
-def check_fingerprint(saved: list[str], program: Program) -> None:
+def check_fingerprint(saved: list[str], own: list[str]) -> None:
     """Raises PlanFileError that names the first node in which the saved plan's program and this one differ."""
-    own = fingerprint(program)
     for before, now in zip(saved, own, strict=False):
         if before != now:
             name, other = before.rpartition(":")[0], now.rpartition(":")[0]
@@ -52,8 +50,9 @@ def check_fingerprint(saved: list[str], program: Program) -> None:
 def write_plan(
     path: str | Path,
     *,
-    program: Program,
-    decisions: Decisions,
+    name: str,
+    fingerprint: Sequence[str],
+    decisions: Mapping[str, Any],
     budget: Budget,
     machine: Machine,
     device: str,
@@ -61,12 +60,13 @@ def write_plan(
     call: tuple[tuple[Any, ...], dict[str, Any]],
     keep: Mapping[str, Mapping[str, Any]],
     offload: bool,
+    opaque_bytes: Mapping[str, int] | None = None,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
         "format": FORMAT,
         "version": VERSION,
-        "program": program.name,
+        "program": name,
         "method": method,
         "device": device,
         "budget": asdict(budget),
@@ -74,8 +74,9 @@ def write_plan(
         "call": _dump_call(call),
         "keep": {pattern: dict(rule) for pattern, rule in keep.items()},
         "offload": offload,
-        "decisions": decisions.to_json(),
-        "fingerprint": fingerprint(program),
+        "opaque_bytes": dict(opaque_bytes or {}),
+        "decisions": dict(decisions),
+        "fingerprint": list(fingerprint),
     }
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.console import Console
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
     """Shows a spinner with `what` while the block runs."""
-    console = Console(stderr=True)
+    console = Console(file=sys.stderr)  # this stream, whatever stands in for it meanwhile
     if not console.is_terminal:
         yield
         return

@@ -40,13 +40,13 @@ def describe(plan: Plan) -> str:
         ("peak", f"{_peak(plan)} (the least possible budget is {format_bytes(plan.minimum_bytes)})"),
         ("at", where(plan)),
         ("made of", " + ".join(f"{name} {format_bytes(n)}" for name, n in plan.peak_parts.items() if n)),
-        ("step", f"{format_seconds(plan.step_seconds)} predicted, {_ratio(plan)}"),
+        ("step", f"{format_seconds(plan.step_seconds)} predicted, {ratio(plan)}"),
         ("weights", _weights(plan)),
     ]
     size = f"{_count(len(plan.problem.names), 'operator')}, {_count(len(plan.program.weights), 'weight')}"
     lines = [f"{plan.program.name}: {size}"]
     for label, text in rows:
-        lines += _wrap(label, text)
+        lines += wrap(label, text)
     lines.append("  decisions")
     lines += _decisions(plan)
     return "\n".join(lines)
@@ -79,7 +79,7 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
-def _ratio(plan: Plan) -> str:
+def ratio(plan: Plan) -> str:
     ratio = plan.step_seconds / plan.bound_seconds if plan.bound_seconds else 1.0
     return f"{ratio:.2f} x the bound of {format_seconds(plan.bound_seconds)} set by the {plan.bound.limited_by}"
 
@@ -124,7 +124,7 @@ def _groups(plan: Plan, streamed: set[str], depth: int) -> dict[str, _Group]:
     return groups
 
 
-def _wrap(label: str, text: str) -> list[str]:
+def wrap(label: str, text: str) -> list[str]:
     lines, line = [], f"  {label:<9} "
     for word in text.split(" "):
         if len(line) + len(word) > WIDTH and line.strip():

@@ -7,6 +7,7 @@ from `rt.onload`, resident ones are attributes of `w`, device constants are the 
 from __future__ import annotations
 
 import builtins
+import functools
 import keyword
 import linecache
 import operator
@@ -49,6 +50,7 @@ def attribute_names(weights: Sequence[str]) -> dict[str, str]:
     return {name: s if s.isidentifier() and not keyword.iskeyword(s) else name for name, s in short.items()}
 
 
+@functools.lru_cache(maxsize=512)
 def compile_source(source: str, name: str) -> Callable[..., list[Any]]:
     """The function that the source defines; tracebacks show its lines."""
     filename = f"<vramplan {name}>"

@@ -19,6 +19,10 @@ class CaptureError(PlannerError):
     """The module cannot be captured as it is; names the operator or the module that stands in the way."""
 
 
+class InvalidCall(CaptureError):
+    """The call itself is wrong and would fail without a plan too, such as inputs in another dtype than the model's."""
+
+
 class InputError(PlannerError, ValueError):
     """A planned module was called with inputs that its device cannot take."""
 

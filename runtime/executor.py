@@ -86,13 +86,21 @@ class Executor:
             table.clear()
 
     def call(self, inputs: Sequence[Any]) -> list[Any]:
-        """Runs the loaded program on flat input leaves; gives flat output leaves."""
-        assert self._program is not None
+        """Runs the loaded program on flat input leaves, measured by the device; gives flat output leaves."""
         tensors = [leaf for leaf in inputs if isinstance(leaf, torch.Tensor)]
-        arenas = [a for a in (self._resident, self._staging, *self._state.values()) if a is not None]
+        with self.device.call(tensors, [*self.arenas, *self._state.values()]):
+            return self.run(inputs)
+
+    @property
+    def arenas(self) -> list[torch.Tensor]:
+        """Device memory that the loaded program holds between calls, state aside."""
+        return [arena for arena in (self._resident, self._staging) if arena is not None]
+
+    def run(self, inputs: Sequence[Any]) -> list[Any]:
+        """As `call`, within a call that is measured already."""
+        assert self._program is not None
         try:
-            with self.device.call(tensors, arenas):
-                return self._run(self, self._w, self.device.torch_device, *inputs)
+            return self._run(self, self._w, self.device.torch_device, *inputs)
         finally:
             self._arrived.clear()
             self._evicted.clear()

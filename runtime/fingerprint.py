@@ -6,6 +6,7 @@ costs one pass over the modules' attributes in C.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from operator import is_
 from typing import Any
 
@@ -18,11 +19,16 @@ _KNOWN = (*_SCALARS, list, tuple, torch.Tensor)
 
 
 class Fingerprint:
-    """Taken once of a module; `changed()` names what differs now, or gives None."""
+    """Taken once of a module; `changed()` names what differs now, or gives None.
 
-    def __init__(self, module: nn.Module) -> None:
+    `captured`: paths of the modules that programs were captured of, None for all. The Python of others runs for real: only that
+    their parameters and buffers are the same is looked at.
+    """
+
+    def __init__(self, module: nn.Module, captured: Container[str] | None = None) -> None:
         self._module = module
         self._modules = list(module.named_modules())
+        self._python = [captured is not None and path not in captured for path, _ in self._modules]
         self._attributes = [list(child.__dict__.values()) for _, child in self._modules]
         self._values = [_values(child) for _, child in self._modules]
         # Lists can change without being replaced.
@@ -33,6 +39,11 @@ class Fingerprint:
 
     def changed(self) -> str | None:
         for index, (name, child) in enumerate(self._modules):
+            tensors = _tensors(child)
+            if len(tensors) != len(self._tensors[index]) or not all(map(is_, tensors, self._tensors[index])):
+                return f"a parameter or buffer of {name or 'the module'} was replaced"
+            if self._python[index]:
+                continue
             attributes = self._attributes[index]
             now = child.__dict__
             same = len(now) == len(attributes) and all(map(is_, now.values(), attributes))
@@ -40,9 +51,6 @@ class Fingerprint:
                 return f"an attribute of {name or 'the module'} changed"
             if tuple(child._modules.items()) != self._children[index]:
                 return f"the children of {name or 'the module'} changed"
-            tensors = _tensors(child)
-            if len(tensors) != len(self._tensors[index]) or not all(map(is_, tensors, self._tensors[index])):
-                return f"a parameter or buffer of {name or 'the module'} was replaced"
             if _hooks(child, child is self._module) != self._hooks[index]:
                 return f"the hooks of {name or 'the module'} changed"
         return None

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def align(nbytes: int, alignment: int) -> int:
+    """`nbytes` rounded up to a multiple of `alignment`."""
+    return -(-nbytes // alignment) * alignment
+
+
 @dataclass(frozen=True)
 class Slot:
     """One weight at a byte offset: within the resident arena, or within its bundle."""
@@ -42,7 +47,7 @@ class Layout:
     @property
     def state_bytes(self) -> int:
         """Bytes of the state, each rounded up to the alignment."""
-        return sum(-(-slot.nbytes // self.alignment) * self.alignment for slot in self.state)
+        return sum(align(slot.nbytes, self.alignment) for slot in self.state)
 
     @property
     def streamed_bytes(self) -> int:
@@ -55,5 +60,5 @@ def pack(weights: list[tuple[str, int]], alignment: int) -> tuple[tuple[Slot, ..
     slots, cursor = [], 0
     for name, nbytes in weights:
         slots.append(Slot(name, cursor, nbytes))
-        cursor += -(-nbytes // alignment) * alignment
+        cursor += align(nbytes, alignment)
     return tuple(slots), cursor

@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,6 +25,7 @@ from runtime.signature import CallSignature, bind_call
 from runtime.store import HostStore
 
 log = logging.getLogger("vramplan")
+ALIGNMENT = 512  # of weights, where no program says another
 # Weights by name, None where there is none.
 Lookup = Callable[[str], torch.Tensor | None]
 # For each tensor (by identity) the tables of the module that hold it, with the key.
@@ -78,20 +79,32 @@ class Runner:
             raise
 
     def _attach(self, signature: CallSignature, program: Executable, lookup: Lookup | None) -> None:
-        tensors = _named_tensors(self.module)
-        order = _first_use(program)
-        views = {view.name: view for view in program.weights.values()}
+        self._move_weights([program], lookup)
+        self.executor = self._new_executor()
+        self.add(signature, program)
+        self.fingerprint = Fingerprint(self.module)
+        self.versions = self._versions()
+
+    def _new_executor(self) -> Executor:
+        assert self.store is not None
+        return Executor(self.device, self.store, self.state)
+
+    def _move_weights(self, programs: Sequence[Executable], lookup: Lookup | None) -> None:
+        """Moves all weights of the module into the host arena, those of programs first and in the order of their use."""
+        tensors = named_tensors(self.module)
+        order = list(dict.fromkeys(name for program in programs for name in _first_use(program)))
+        views = {view.name: view for program in programs for view in program.weights.values()}
         seen: set[int] = set()
         owned = {alias for view in views.values() for alias in view.aliases} | set(views)
         for name, tensor in tensors.items():  # what the program never reads moves too: the host holds all weights once
             if name not in owned and id(tensor) not in seen:
-                views[name] = _view_of(name, tensor)
+                views[name] = view_of(name, tensor)
                 order.append(name)
             seen.add(id(tensor))
         sources = {name: _source(name, views[name], tensors, lookup) for name in order if name in tensors}
-        constants = {v.name: program.constants[node] for node, v in program.weights.items() if node in program.constants}
+        constants = {v.name: p.constants[node] for p in programs for node, v in p.weights.items() if node in p.constants}
         sources |= {name: _source(name, views[name], constants, lookup) for name in order if name not in tensors}
-        self.store = HostStore({name: views[name] for name in order}, program.layout.alignment)
+        self.store = HostStore({name: views[name] for name in order}, programs[0].layout.alignment if programs else ALIGNMENT)
         owners = _owners(self.module)
         for name in order:
             value = sources.pop(name)()
@@ -108,10 +121,6 @@ class Runner:
                 stacklevel=3,
             )
         self.device.enforce(self.budget_bytes)
-        self.executor = Executor(self.device, self.store, self.state)
-        self.add(signature, program)
-        self.fingerprint = Fingerprint(self.module)
-        self.versions = self._versions()
 
     def _adopt(self, tensor: torch.Tensor, value: torch.Tensor, name: str, owners: _Owners) -> None:
         """Points a parameter or buffer at the host arena; one on the meta device is replaced, for that cannot be pointed."""
@@ -134,7 +143,13 @@ class Runner:
 
     def add(self, signature: CallSignature, program: Executable) -> None:
         """Takes a program for another call signature; it shares the arenas' memory with the others, one loaded at a time."""
-        tensors = _named_tensors(self.module)
+        program = self._take(program)
+        self.programs.append((signature, program))
+        self.executor.load(program)
+
+    def _take(self, program: Executable) -> Executable:
+        """Gives a program's constants and state their memory; the program then reads them by name."""
+        tensors = named_tensors(self.module)
         program = self._with_constants(program)
         for slot in program.layout.state:
             view = program.weights[slot.weight]
@@ -147,10 +162,9 @@ class Runner:
             self.state[view.name] = own
             if view.name in tensors:
                 tensors[view.name].data = own
-        self.programs.append((signature, program))
         # Collected once: walking the module's tree in every call is slow, and the fingerprint sees a replaced tensor.
-        self._watched = {**_named_tensors(self.module), **self._constants}
-        self.executor.load(program)
+        self._watched = {**named_tensors(self.module), **self._constants}
+        return program
 
     def _with_constants(self, program: Executable) -> Executable:
         """Puts constants that the store lacks into it; one of the same name and another value gets another name."""
@@ -181,20 +195,26 @@ class Runner:
 
     def _registered(self, name: str) -> torch.Tensor:
         """The module's own tensor of that name; a state constant has none and gets a stand-in."""
-        return _named_tensors(self.module).get(name, torch.empty(0))
+        return named_tensors(self.module).get(name, torch.empty(0))
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the program of this call's signature, planning it first if it is new."""
-        if self.closed:
-            raise ModuleUnusable("this planned module is closed: its arenas are gone. Plan and build the model again")
+        self._refuse_closed()
         self._enter()
         try:
             with torch.inference_mode(False):  # arenas outlive the call, whatever mode its caller is in
                 program, leaves = self._prepare(args, kwargs)
             return self._run(program, leaves)
         finally:
-            self._holder = None
-            self._lock.release()
+            self._leave()
+
+    def _refuse_closed(self) -> None:
+        if self.closed:
+            raise ModuleUnusable("this planned module is closed: its arenas are gone. Plan and build the model again")
+
+    def _leave(self) -> None:
+        self._holder = None
+        self._lock.release()
 
     def _enter(self) -> None:
         me = threading.get_ident()
@@ -261,8 +281,13 @@ class Runner:
             if name not in self.state and versions[name] != self.versions[name]:
                 self.store.fill(name, value)
         self.versions = versions
-        if self.executor.program is not None:
-            self.executor.refresh()
+        for executor in self._executors():
+            if executor.program is not None:
+                executor.refresh()
+
+    def _executors(self) -> list[Executor]:
+        executor: Executor | None = getattr(self, "executor", None)  # none where attaching failed before
+        return [] if executor is None else [executor]
 
     def _versions(self) -> dict[str, tuple[int, int]]:
         """Of every weight how often it was written (what the program itself writes aside), and where its bytes are."""
@@ -270,8 +295,8 @@ class Runner:
 
     def report(self) -> Report:
         measured = self.device.measurement()
-        program = self.executor.program
-        if measured is None or program is None or self.store is None:
+        predicted = self._predicted()
+        if measured is None or predicted is None or self.store is None:
             raise ModuleUnusable("nothing was measured yet: call the planned module once before report()")
         fraction = None
         if measured.copy_seconds:
@@ -280,8 +305,8 @@ class Runner:
             device=str(self.device.torch_device) if self.device.kind == "cuda" else self.device.kind,
             calls=self.calls,
             peak_bytes=measured.peak_bytes,
-            predicted_peak_bytes=int(program.predicted["peak_bytes"]),
-            predicted_reserved_bytes=int(program.predicted["reserved_bytes"]),
+            predicted_peak_bytes=int(predicted["peak_bytes"]),
+            predicted_reserved_bytes=int(predicted["reserved_bytes"]),
             budget_bytes=self.budget_bytes,
             reserved_bytes=measured.reserved_bytes,
             step_seconds=measured.seconds,
@@ -292,13 +317,17 @@ class Runner:
             host_pinned=self.pinned,
         )
 
+    def _predicted(self) -> Mapping[str, float] | None:
+        """What the plan said of the program that ran last."""
+        program = self.executor.program
+        return None if program is None else program.predicted
+
     def close(self) -> None:
         """Frees everything on the device, un-pins the host and points weights back to where they were."""
         if self.closed:
             return
         self.closed = True
-        executor: Executor | None = getattr(self, "executor", None)  # none where attaching failed before
-        if executor is not None:
+        for executor in self._executors():
             executor.unload()
         with torch.no_grad():
             if self.store is not None:
@@ -312,13 +341,13 @@ class Runner:
         self.device.close()
 
 
-def _named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """All names, tied ones included; of tensors that are parameters and buffers."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
 
 
-def _view_of(name: str, tensor: torch.Tensor) -> WeightView:
+def view_of(name: str, tensor: torch.Tensor) -> WeightView:
     span = 0 if tensor.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     nbytes = span * tensor.dtype.itemsize
     return WeightView(name, (), tuple(tensor.shape), tensor.stride(), tensor.dtype, nbytes, False)

@@ -10,6 +10,7 @@ import mmap
 from collections.abc import Mapping
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from runtime.executable import WeightView
 
@@ -56,8 +57,9 @@ class HostStore:
         if view.nbytes == 0:
             return torch.empty_strided(view.shape, view.stride, dtype=view.dtype)
         segment, offset = self._places[name]
-        own = torch.frombuffer(self._maps[segment], dtype=torch.uint8, count=view.nbytes, offset=offset)
-        return view.on(own, 0)
+        with _disable_current_modes():  # bytes of the host are none of the device's, whoever counts those
+            own = torch.frombuffer(self._maps[segment], dtype=torch.uint8, count=view.nbytes, offset=offset)
+            return view.on(own, 0)
 
     def runs(self, places: list[tuple[str, int]]) -> list[tuple[int, torch.Tensor]]:
         """(offset, source bytes) that put the named weights at the given offsets; neighbours on both sides are one copy."""
@@ -71,4 +73,5 @@ class HostStore:
                 last[3] = start - last[1] + nbytes
             else:
                 joined.append([segment, start, offset, nbytes])
-        return [(offset, self.buffers[segment][start : start + nbytes]) for segment, start, offset, nbytes in joined]
+        with _disable_current_modes():
+            return [(offset, self.buffers[segment][start : start + nbytes]) for segment, start, offset, nbytes in joined]

@@ -52,6 +52,11 @@ class Schedule:
     def streamed_bytes(self) -> int:
         return sum(p.span.nbytes for p in self.placements)
 
+    @property
+    def staging_bytes(self) -> int:
+        """Of the static staging arena, where there is one."""
+        return arena_offsets(self.placements)[1] if self.staging == "arena" and self.placements else 0
+
     def decisions(self, problem: Problem) -> Decisions:
         names = problem.names
         return Decisions(
@@ -96,6 +101,25 @@ class Solver:
                 schedule = self._evaluate(early, "allocator")
                 if schedule.peak_bytes <= budget_bytes:
                     best = min(best, schedule, key=_rank)
+                    break
+        return best
+
+    def pass_through(self, budget_bytes: int) -> Schedule:
+        """The fastest schedule that keeps nothing between calls: all that is worth a copy is streamed in every one.
+
+        Requires `budget_bytes >= minimum.peak_bytes`.
+        """
+        assert budget_bytes >= self.minimum.peak_bytes
+        best = self.minimum
+        for target, tiny in GRANULARITIES:
+            spans = make_bundles(self.problem, target, tiny)
+            for limit in self._limits(budget_bytes) if spans else ():
+                early = prefetch_into_headroom(spans, self.problem.activation_bytes, self._resident_bytes(spans), limit)
+                if early is None or (best.placements and self._seconds(early) >= best.time.step_seconds):
+                    break  # a smaller limit is no faster
+                schedule = self._evaluate(early, "allocator")
+                if schedule.peak_bytes <= budget_bytes:
+                    best = min(best, schedule, key=_rank) if best.placements else schedule
                     break
         return best
 

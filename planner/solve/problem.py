@@ -11,12 +11,12 @@ import numpy as np
 from passes.liveness import Liveness, analyse_liveness, is_view
 from passes.probe import Prober
 from passes.program import Program
-from passes.spec import align
 from passes.visits import Visit, weight_visits
 from planner.costs import node_seconds
 from planner.machine import Machine
 from planner.memory import MemoryModel
 from runtime.errors import CaptureError
+from runtime.layout import align
 
 
 @dataclass(frozen=True, eq=False)

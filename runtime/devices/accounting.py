@@ -123,7 +123,7 @@ class _LinearIsOneKernel(TorchFunctionMode):
         self._counter = counter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.linear.default:
+        if func is not torch.ops.aten.linear.default and func is not torch.nn.functional.linear:
             return func(*args, **(kwargs or {}))
         with _disable_current_modes():
             result = func(*args, **(kwargs or {}))

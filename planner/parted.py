@@ -1,0 +1,346 @@
+"""`PartedPlan`: the plan of a module that cannot be captured whole. Its parts are plans; its own Python runs between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from passes.base import run_passes
+from passes.canonicalise import CANONICALISE
+from planner.bounds import Bound
+from planner.budget import Budget
+from planner.capture import capture
+from planner.explore import Exploration, explore
+from planner.memory import MemoryModel
+from planner.names import Names
+from planner.options import Options, check_patterns
+from planner.plan import Plan
+from planner.plan_file import check_fingerprint, fingerprint, write_plan
+from planner.progress import working
+from planner.refuse import refuse_shared_state
+from planner.sizes import format_bytes
+from planner.solve.decide import Solver
+from planner.solve.decisions import Decisions
+from planner.solve.problem import build_problem
+from planner.solve.share import PartInPlace, Share, SharedBudget, Shares
+from planner.solve.simulate import StepTime
+from planner.weights import Lookup
+from runtime.devices import open_device
+from runtime.errors import CaptureError, InfeasibleBudget, InvalidCall, PlanFileError, UnknownSize
+from runtime.layout import align
+from runtime.module import PlannedModule, planned
+from runtime.parted import Parted, PartedRunner, PartProgram
+from runtime.signature import CallSignature, bind_call
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PartedProblem:
+    """What was explored of a module, with a solver for each part: all that does not depend on the budget."""
+
+    exploration: Exploration
+    solvers: Mapping[str, Solver]
+    shared: SharedBudget
+
+
+def prepare_parts(model: nn.Module, options: Options, reason: str) -> PartedProblem:
+    """Explores the module, which cannot be captured whole for `reason`, and analyses its parts.
+
+    Raises:
+        UnknownSize: bytes of its Python depend on values, and nobody says how many; names the module.
+        CaptureError: its Python fails on fakes.
+    """
+    kind = options.device.partition(":")[0]
+    memory = MemoryModel.of(kind, options.machine.capability)
+    call = bind_call(getattr(model, options.method), options.args, options.kwargs)
+    with working(f"exploring {type(model).__name__}.{options.method}, which cannot be captured whole"):
+        found = explore(model, call, options.method, reason=reason, opaque_bytes=options.opaque_bytes)
+    solvers = {}
+    for key, part in found.parts.items():
+        refuse_shared_state(model, part.program)
+        solvers[key] = Solver(build_problem(part.program, options.machine, memory, options.keeps_resident))
+    names = Names(model)
+    check_patterns(options.keep, list(names.tensors))
+    places = {key: PartInPlace(solver, found.outside[key], found.calls[key]) for key, solver in solvers.items()}
+    opaque = {
+        path: sum(align(names.nbytes(name), memory.weight_alignment) for name in weights)
+        for path, weights in found.weights.items()
+        if weights
+    }
+    return PartedProblem(found, solvers, SharedBudget(places, found.python, opaque, not options.offload))
+
+
+class PartedPlan(Plan):
+    """A plan in parts; what `Plan` says of one program holds for each of `parts`, and here for all of them together.
+
+    Attributes:
+        parts: a plan for every captured call, by key. kept: the keys of those whose arenas stay on the device between calls.
+        exploration: what the Python between them was found to do.
+    """
+
+    def __init__(
+        self, target: nn.Module, options: Options, problem: PartedProblem, decisions: Mapping[str, Any] | None = None
+    ) -> None:
+        self._target, self._options, self._parted = target, options, problem
+        self._runner = None
+        self.exploration = problem.exploration
+        budget = options.budget.device_bytes
+        if budget < problem.shared.minimum_bytes:
+            raise _infeasible(target, options, problem)
+        shares = problem.shared.solve(budget) if decisions is None else _given(problem, decisions)
+        self._shares = shares
+        self.kept = frozenset(key for key, share in shares.parts.items() if share.kept)
+        self.parts = {key: self._part(key, share) for key, share in shares.parts.items()}
+        if self.reserved_bytes > budget:
+            raise PlanFileError(
+                f"the decisions need {format_bytes(self.reserved_bytes)} here, more than their budget of "
+                f"{format_bytes(budget)}; plan the model again"
+            )
+
+    def _part(self, key: str, share: Share) -> Plan:
+        part = self.exploration.parts[key]
+        child = self._target.get_submodule(part.path)
+        solver = self._parted.solvers[key]
+        options = dataclasses.replace(
+            self._options, budget=Budget(share.budget_bytes), method="forward", args=part.call[0], kwargs=part.call[1]
+        )
+        return Plan(child, options, solver, share.schedule.decisions(solver.problem))
+
+    # What was found.
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        return self._parted.shared.peak_bytes(self._shares, {key: part.peak_bytes for key, part in self.parts.items()})
+
+    @cached_property
+    def reserved_bytes(self) -> int:
+        return self._parted.shared.peak_bytes(self._shares, {key: part.reserved_bytes for key, part in self.parts.items()})
+
+    @property
+    def minimum_bytes(self) -> int:
+        return self._parted.shared.minimum_bytes
+
+    @property
+    def unplanned_bytes(self) -> int:
+        return self._parted.shared.unplanned_bytes
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Of all calls of parts, simulated, and of the copies around them; what Python itself takes is not known."""
+        times = [(part.time, self.exploration.calls[key], key) for key, part in self.parts.items()]
+        loads = {k: self.machine.copy_seconds(p.layout.resident_bytes) for k, p in self.parts.items() if k not in self.kept}
+        passing = self._parted.shared.opaque_bytes.keys() - self._shares.opaque
+        opaque = sum(self.machine.copy_seconds(self._parted.shared.opaque_bytes[path]) for path in passing)
+        return StepTime(
+            sum(n * (t.step_seconds + loads.get(k, 0.0)) for t, n, k in times) + opaque,
+            sum(n * (t.stall_seconds + loads.get(k, 0.0)) for t, n, k in times) + opaque,
+            sum(n * (t.copy_seconds + loads.get(k, 0.0)) for t, n, k in times) + opaque,
+        )
+
+    @cached_property
+    def bound(self) -> Bound:
+        """As of one program: what arithmetic takes, and copying what cannot stay."""
+        calls, solvers = self.exploration.calls, self._parted.solvers
+        compute = sum(calls[key] * solver.problem.compute_seconds for key, solver in solvers.items())
+        weights: dict[str, int] = {}
+        for solver in solvers.values():
+            weights |= {w.name: w.nbytes for w in solver.problem.program.weights.values()}
+        outside = {key: max(moments.values()) for key, moments in self.exploration.outside.items()}
+        needs = [outside[key] + int(solver.problem.activation_bytes.max()) for key, solver in solvers.items()]
+        streamed = max(0, sum(weights.values()) - max(0, self.budget_bytes - max(needs, default=0)))
+        return Bound(compute, streamed / self.machine.link_bandwidth, streamed)
+
+    @property
+    def code(self) -> str:
+        """The programs of all parts as Python; what is printed is what runs."""
+        where = "# {}: {} in each call of the module, its arenas {}\n"
+        texts = []
+        for key, part in self.parts.items():
+            calls = self.exploration.calls[key]
+            times = f"called {calls} times" if calls != 1 else "called once"
+            texts.append(where.format(key, times, "kept" if key in self.kept else "made for each call") + part.code)
+        return "\n\n".join(texts)
+
+    def __str__(self) -> str:
+        from planner.show_parts import describe_parts
+
+        return describe_parts(self)
+
+    def __repr__(self) -> str:
+        return f"<Plan of {self.title} in {len(self.parts)} parts: {format_bytes(self.peak_bytes)}>"
+
+    @property
+    def title(self) -> str:
+        return f"{type(self._target).__name__}.{self._options.method}"
+
+    @property
+    def opaque(self) -> Mapping[str, str]:
+        """Paths of the modules whose Python runs as it is, with the reason; "" is the module itself."""
+        return self.exploration.reasons
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PartedPlan):
+            return NotImplemented
+        mine = (self.parts, self.kept, self.budget, self.machine, self.device)
+        return mine == (other.parts, other.kept, other.budget, other.machine, other.device)
+
+    __hash__ = None
+
+    # What can be done with it.
+
+    def replan(self, budget: int | str | Mapping[str | int, int | str] | Budget) -> Plan:
+        parsed = Budget.parse(budget, self.device)
+        return PartedPlan(self._target, dataclasses.replace(self._options, budget=parsed), self._parted)
+
+    def save(self, path: str | Path) -> None:
+        parts = {
+            key: {"kept": key in self.kept, "budget_bytes": self._shares.parts[key].budget_bytes, **plan.decisions.to_json()}
+            for key, plan in self.parts.items()
+        }
+        write_plan(
+            path,
+            name=self.title,
+            fingerprint=[f"{key}/{entry}" for key, plan in self.parts.items() for entry in fingerprint(plan.program)],
+            decisions={"parts": parts, "opaque": sorted(self._shares.opaque)},
+            budget=self.budget,
+            machine=self.machine,
+            device=self.device,
+            method=self._options.method,
+            call=(self._options.args, self._options.kwargs),
+            keep=self._options.keep,
+            offload=self._options.offload,
+            opaque_bytes=self._options.opaque_bytes,
+        )
+
+    @classmethod
+    def of_saved(
+        cls, model: nn.Module, options: Options, problem: PartedProblem, saved: list[str], decisions: Mapping[str, Any]
+    ) -> Plan:
+        """The plan whose decisions were read from a file.
+
+        Raises:
+            PlanFileError: they are for another model.
+        """
+        own = [f"{k}/{entry}" for k, part in problem.exploration.parts.items() for entry in fingerprint(part.program)]
+        check_fingerprint(saved, own)
+        return cls(model, options, problem, decisions)
+
+    def _build(self, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PlannedModule:
+        runner = PartedRunner(
+            self._target,
+            self._options.method,
+            open_device(self.device),
+            self.budget_bytes,
+            self.machine.link_bandwidth,
+            self._replan_part,
+            concurrent,
+        )
+        programs = tuple(
+            PartProgram(
+                self.exploration.parts[key].path, self.exploration.parts[key].signature, part.executable, key in self.kept
+            )
+            for key, part in self.parts.items()
+        )
+        predicted = {
+            "peak_bytes": float(self.peak_bytes),
+            "reserved_bytes": float(self.reserved_bytes),
+            "step_seconds": self.step_seconds,
+        }
+        with working(f"moving the weights of {type(self._target).__name__} into the host arena"):
+            weights = self.exploration.weights
+            kept = frozenset(name for path in self._shares.opaque for name in weights[path])
+            runner.attach_parts(Parted(programs, weights, kept, predicted), lookup)
+        self._runner = runner
+        return planned(self._target, runner)
+
+    def _replan_part(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PartProgram | None:
+        """A call that no explored path has made: planned within what is left beside the arenas and the Python around it."""
+        child = self._target.get_submodule(path)
+        try:
+            program = run_passes(capture(child, args, kwargs), CANONICALISE)
+        except (CaptureError, UnknownSize):
+            return None
+        program = Names(self._target).rename(program, path)
+        memory = MemoryModel.of(self.device.partition(":")[0], self.machine.capability)
+        solver = Solver(build_problem(program, self.machine, memory, self._options.keeps_resident))
+        kept = [self.parts[key].layout for key in self.kept]
+        arenas = sum(layout.resident_bytes + layout.staging_bytes + layout.state_bytes for layout in kept)
+        room = self.budget_bytes - arenas - self._parted.shared.python_need(self._shares.opaque)
+        if room < solver.minimum.peak_bytes:
+            raise InfeasibleBudget(
+                f"{path} is called as no explored path has called it, which takes at least "
+                f"{format_bytes(solver.minimum.peak_bytes)}; {format_bytes(max(room, 0))} are left of the budget of "
+                f"{format_bytes(self.budget_bytes)}. Plan with a larger budget, or with inputs that make this call",
+                budget_bytes=room,
+                minimum_bytes=solver.minimum.peak_bytes,
+                node=path,
+            )
+        options = dataclasses.replace(self._options, budget=Budget(room), method="forward", args=args, kwargs=kwargs)
+        schedule = solver.pass_through(room)
+        plan = Plan(child, options, solver, schedule.decisions(solver.problem))
+        return PartProgram(path, CallSignature.of(args, kwargs)[0], plan.executable, kept=False)
+
+
+def _given(problem: PartedProblem, decisions: Mapping[str, Any]) -> Shares:
+    """The shares that a file says.
+
+    Raises:
+        PlanFileError: it lacks a part, or has one more.
+    """
+    from planner.pipeline import placements_of
+
+    given, opaque = decisions["parts"], frozenset(decisions["opaque"])
+    if set(given) != set(problem.solvers) or not opaque <= problem.shared.opaque_bytes.keys():
+        raise PlanFileError("the plan has other parts than this model; plan the model again")
+    shares = {}
+    for key, solver in problem.solvers.items():
+        own = Decisions.from_json(given[key])
+        schedule = solver.evaluate(placements_of(solver.problem, own), own.staging)
+        shares[key] = Share(schedule, bool(given[key]["kept"]), int(given[key]["budget_bytes"]))
+    return Shares(shares, opaque)
+
+
+def _infeasible(target: nn.Module, options: Options, problem: PartedProblem) -> InfeasibleBudget:
+    shared, found, asked = problem.shared, problem.exploration, options.budget.device_bytes
+    key, least = shared.tightest(), shared.minimum_bytes
+    if key is None:
+        place = found.python_at or type(target).__name__
+        made_of = "its Python, which runs as it is, and the weights it reads"
+    else:
+        place, own = key, shared.parts[key].solver.minimum.peak_bytes
+        made_of = f"the part itself {format_bytes(own)} + around it {format_bytes(least - own)}"
+    return InfeasibleBudget(
+        f"budget {format_bytes(asked)} ({asked} B); the least possible is {format_bytes(least)} ({least} B), at {place} "
+        f"({made_of}); what would help: smaller inputs (batch, tokens, height), or a model that can be captured whole",
+        budget_bytes=asked,
+        minimum_bytes=least,
+        node=place,
+    )
+
+
+def plan_or_parts(model: nn.Module, options: Options, whole: Callable[[nn.Module, Options], Solver]) -> Plan:
+    """The plan of the whole module where it can be captured, else a plan in parts.
+
+    Raises:
+        PlannerError: as `plan()`.
+    """
+    try:
+        solver = whole(model, options)
+    except InvalidCall:
+        raise
+    except CaptureError as error:
+        return PartedPlan(model, options, _explored(model, options, error))
+    return Plan(model, options, solver)
+
+
+def _explored(model: nn.Module, options: Options, error: CaptureError) -> PartedProblem:
+    """The parts; where there are none to be had, the first error is the one that tells."""
+    try:
+        problem = prepare_parts(model, options, str(error))
+    except CaptureError as other:
+        raise error from other
+    return problem

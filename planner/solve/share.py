@@ -1,0 +1,191 @@
+"""One budget over several parts that run one after the other, with Python between them that holds bytes of its own.
+
+A part is *kept* (its arenas stay on the device between calls) or *passes through* (its weights come in every call and go after
+it). So are the weights that opaque modules read: kept, or there while the module's Python runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from planner.solve.decide import Schedule, Solver
+
+# Bytes of tensors that Python holds, by the opaque modules whose Python runs then.
+Moments = Mapping[frozenset[str], int]
+Keys = frozenset[str]
+NOTHING: Keys = frozenset()
+
+
+@dataclass(frozen=True)
+class PartInPlace:
+    """A part with what is around it. `outside`: what Python holds at its call; `calls`: per call of the whole."""
+
+    solver: Solver
+    outside: Moments
+    calls: int
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one part gets: its schedule, whether its arenas stay, and the budget within which it was scheduled."""
+
+    schedule: Schedule
+    kept: bool
+    budget_bytes: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What was decided for all parts, and which opaque modules' weights stay on the device."""
+
+    parts: Mapping[str, Share]
+    opaque: Keys
+
+
+@dataclass(frozen=True)
+class SharedBudget:
+    """The problem: parts by key, what Python holds between them, and the bytes of the weights that each opaque module reads.
+
+    `keep_all`: nothing may leave the device.
+    """
+
+    parts: Mapping[str, PartInPlace]
+    python: Moments
+    opaque_bytes: Mapping[str, int] = field(default_factory=dict)
+    keep_all: bool = False
+
+    @cached_property
+    def minimum_bytes(self) -> int:
+        """The least budget that is feasible: nothing is kept, unless everything must be."""
+        if self.keep_all:
+            return self._need(Keys(self.parts), Keys(self.opaque_bytes))
+        return max([self.python_need(NOTHING) + self._state, *(self._least(key) for key in self.parts)])
+
+    @cached_property
+    def unplanned_bytes(self) -> int:
+        """With every weight resident, once, whichever parts read it."""
+        weights: dict[str, int] = {}
+        for part in self.parts.values():
+            problem = part.solver.problem
+            weights |= {w.name: problem.weight_bytes[key] for key, w in problem.program.weights.items()}
+        everything = Keys(self.opaque_bytes)
+        needs = [_most(p.outside, {}) + int(p.solver.problem.activation_bytes.max()) for p in self.parts.values()]
+        opaque = sum(self.opaque_bytes[path] for path in everything)
+        return sum(weights.values()) + opaque + max([_most(self.python, {}), *needs])
+
+    def peak_bytes(self, shares: Shares, peaks: Mapping[str, int]) -> int:
+        """The most bytes at any time, where part `key` takes `peaks[key]` itself, its arenas and state included."""
+        arenas = {k: _arena_bytes(self.parts[k].solver, s.schedule) if s.kept else 0 for k, s in shares.parts.items()}
+        around = self._state + sum(arenas.values())
+        own = {k: arenas[k] + _state_bytes(self.parts[k].solver) for k in shares.parts}
+        inside = [self._outside(k, shares.opaque) + around - own[k] + peaks[k] for k in shares.parts]
+        return max([self.python_need(shares.opaque) + around, *inside])
+
+    def tightest(self) -> str | None:
+        """The part that sets the minimum; None where the Python between parts does."""
+        least = {key: self._least(key) for key in self.parts}
+        key = max(least, key=least.__getitem__, default=None)
+        return key if key is not None and least[key] == self.minimum_bytes else None
+
+    def solve(self, budget_bytes: int) -> Shares:
+        """Keeps what fits, most calls first; requires `budget_bytes >= minimum_bytes`.
+
+        A larger budget keeps more, and parts that pass through get more room.
+        """
+        assert budget_bytes >= self.minimum_bytes
+        kept, opaque = (Keys(self.parts), Keys(self.opaque_bytes)) if self.keep_all else (NOTHING, NOTHING)
+        for key in sorted(self.parts, key=lambda k: -self.parts[k].calls):  # stable: else in the order of calls
+            if key not in kept and self._need(kept | {key}, opaque) <= budget_bytes:
+                kept |= {key}
+        for path in self.opaque_bytes:
+            if path not in opaque and self._need(kept, opaque | {path}) <= budget_bytes:
+                opaque |= {path}
+        rest = [key for key in self.parts if key not in kept]
+        shares = {}
+        for key, part in self.parts.items():
+            room = self._room(key, kept, opaque, budget_bytes)
+            shares[key] = Share(part.solver.resident if key in kept else part.solver.pass_through(room), key in kept, room)
+        if len(rest) == 1:
+            shares |= self._keep_streaming(rest[0], kept, opaque, budget_bytes)
+        return Shares(shares, opaque)
+
+    def _keep_streaming(self, key: str, kept: Keys, opaque: Keys, budget_bytes: int) -> dict[str, Share]:
+        """The only part left keeps its arenas, if Python and the others leave room for them in their time."""
+        room = self._room(key, kept, opaque, budget_bytes)
+        schedule = self.parts[key].solver.solve(room)
+        arenas = _arena_bytes(self.parts[key].solver, schedule)
+        others = [self._peak_of_kept(other, kept, opaque) for other in kept]
+        if max([self.python_need(opaque) + self._arenas(kept), *others]) + arenas > budget_bytes:
+            return {}
+        return {key: Share(schedule, True, room)}
+
+    def _need(self, kept: Keys, opaque: Keys) -> int:
+        """The least budget with these kept."""
+        rest = self.parts.keys() - kept
+        passing = [self._taken_around(k, kept, opaque) + self.parts[k].solver.minimum.peak_bytes for k in rest]
+        inside = [self._peak_of_kept(key, kept, opaque) for key in kept]
+        return max([self.python_need(opaque) + self._arenas(kept), *passing, *inside])
+
+    def _room(self, key: str, kept: Keys, opaque: Keys, budget_bytes: int) -> int:
+        """What a part may take itself: the budget without what Python, other arenas and other state take."""
+        return budget_bytes - self._taken_around(key, kept, opaque)
+
+    def _taken_around(self, key: str, kept: Keys, opaque: Keys) -> int:
+        return self._outside(key, opaque) + self._arenas(kept - {key}) - _state_bytes(self.parts[key].solver)
+
+    def _peak_of_kept(self, key: str, kept: Keys, opaque: Keys) -> int:
+        return self._taken_around(key, kept, opaque) + self.parts[key].solver.resident.peak_bytes
+
+    def _least(self, key: str) -> int:
+        return self._taken_around(key, NOTHING, NOTHING) + self.parts[key].solver.minimum.peak_bytes
+
+    def python_need(self, opaque: Keys) -> int:
+        """What Python holds at most, weights that it reads included, those of kept ones all the time."""
+        return _most(self.python, self._passing(opaque)) + self._kept_weights(opaque)
+
+    def _outside(self, key: str, opaque: Keys) -> int:
+        return _most(self.parts[key].outside, self._passing(opaque)) + self._kept_weights(opaque)
+
+    def _passing(self, opaque: Keys) -> dict[str, int]:
+        return {path: nbytes for path, nbytes in self.opaque_bytes.items() if path not in opaque}
+
+    def _kept_weights(self, opaque: Keys) -> int:
+        return sum(self.opaque_bytes[path] for path in opaque)
+
+    def _arenas(self, kept: Keys) -> int:
+        """Bytes on the device between parts: arenas of those that are kept, and state, which is always there."""
+        return self._state + sum(self._resident_arenas[key] for key in kept)
+
+    @cached_property
+    def _resident_arenas(self) -> dict[str, int]:
+        return {key: _arena_bytes(part.solver, part.solver.resident) for key, part in self.parts.items()}
+
+    @cached_property
+    def _state(self) -> int:
+        """State of all parts, that of several once."""
+        state: dict[str, int] = {}
+        for part in self.parts.values():
+            problem = part.solver.problem
+            state |= {w.name: problem.weight_bytes[k] for k, w in problem.program.weights.items() if w.state}
+        return sum(state.values())
+
+
+def _most(moments: Moments, passing: Mapping[str, int]) -> int:
+    """The most that Python holds, where each running module brings its weights for as long as it runs."""
+    return max((nbytes + sum(passing.get(path, 0) for path in running) for running, nbytes in moments.items()), default=0)
+
+
+def _state_bytes(solver: Solver) -> int:
+    problem = solver.problem
+    return sum(problem.weight_bytes[k] for k, w in problem.program.weights.items() if w.state)
+
+
+def _arena_bytes(solver: Solver, schedule: Schedule) -> int:
+    """What stays on the device between calls of a kept part, state aside, as the device's allocator rounds it."""
+    memory, problem = solver.problem.memory, solver.problem
+    streamed = {w for placed in schedule.placements for w in placed.span.weights}
+    resident = problem.total_weight_bytes - problem.arena_bytes(streamed) - _state_bytes(solver)
+    staging = schedule.staging_bytes
+    return memory.reserved_alone(resident) + memory.reserved_alone(staging)

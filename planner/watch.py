@@ -1,0 +1,177 @@
+"""Running Python on fakes: counts the bytes that it holds, and answers what fakes cannot, within known limits."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from passes.fakes import FaithfulFakes
+from passes.program import storage_id
+from runtime.errors import UnknownSize
+
+aten = torch.ops.aten
+_TRUTHS = {aten.equal.default, aten.is_nonzero.default, aten.allclose.default}
+_MAX_QUESTIONS = 10_000
+
+
+class Answers:
+    """What Python is told when it asks for a value that a fake does not have: a path through the module.
+
+    `prefix` answers the first questions, `default` the others; at one line of code answers alternate, so that loops end.
+    `share` is the part of all rows that a mask is said to choose.
+    """
+
+    def __init__(self, prefix: tuple[bool, ...] = (), default: bool = False, share: float = 1.0) -> None:
+        self.prefix, self.default, self.share = prefix, default, share
+        self.taken: list[tuple[str, bool]] = []
+        self.sizes = 0  # how often a size depended on values
+
+    def decide(self, site: str) -> bool:
+        if len(self.taken) >= _MAX_QUESTIONS:
+            raise UnknownSize(f"{site} asks for values without end")
+        before = sum(1 for place, _ in self.taken if place == site)
+        given = len(self.taken)
+        answer = self.prefix[given] if given < len(self.prefix) else self.default ^ (before % 2 == 1)
+        self.taken.append((site, answer))
+        return answer
+
+    def following(self) -> Answers | None:
+        """The next path, depth first: the last answer that can be turned is; None when all were walked.
+
+        At one line of code only the first two answers are turned: a loop is walked not at all, once and twice.
+        """
+        for i in range(len(self.taken) - 1, -1, -1):
+            site, answer = self.taken[i]
+            before = [a for place, a in self.taken[:i] if place == site]
+            first = self.default ^ (len(before) % 2 == 1)
+            if len(before) < 2 and answer == first and not self.default:
+                return Answers((*(a for _, a in self.taken[:i]), not answer))
+        return None
+
+    def rows(self, most: int) -> int:
+        self.sizes += 1
+        return int(most * self.share)
+
+
+class Watch(FaithfulFakes):
+    """Within it (over a FakeTensorMode), `live_bytes` are those of all storages that are alive.
+
+    Args:
+        weights: storages that are never counted; `read` is called with one when an operator takes it.
+        note: called with the live bytes whenever they grow.
+    """
+
+    def __init__(self, answers: Answers, weights: set[int], read: Callable[[int], None], note: Callable[[int], None]) -> None:
+        super().__init__()
+        self.answers, self._weights, self._read, self._note = answers, weights, read, note
+        self.live_bytes = 0
+        self.paused = False
+        self._sizes: dict[int, int] = {}
+        self._deaths: list[weakref.finalize[Any, Any]] = []
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+    def detach(self) -> None:
+        for death in self._deaths:
+            death.detach()
+
+    def bytes_of(self, storage: int) -> int:
+        return self._sizes.get(storage, 0)
+
+    def count(self, tensor: torch.Tensor) -> None:
+        key = storage_id(tensor)
+        if key in self._sizes or key in self._weights:
+            return
+        storage = tensor.untyped_storage()
+        self._sizes[key] = int(storage.nbytes())
+        self.live_bytes += self._sizes[key]
+        death = weakref.finalize(storage, self._gone, key)
+        death.atexit = False
+        self._deaths.append(death)
+        self._note(self.live_bytes)
+
+    def _gone(self, key: int) -> None:
+        self.live_bytes -= self._sizes.pop(key)
+
+    def run(self, func: Any, args: Any, kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        for tensor in tensors:
+            if storage_id(tensor) in self._weights:
+                self._read(storage_id(tensor))
+        result = self._execute(func, args, kwargs, tensors)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.count(leaf)
+        return result
+
+    def _execute(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
+        if tensors and not any(isinstance(t, FakeTensor) for t in tensors):
+            with _disable_current_modes():  # values that are known stay known
+                return func(*args, **kwargs)
+        if func in _TRUTHS:
+            return self.answers.decide(_site())
+        if func is aten._local_scalar_dense.default:
+            return self._scalar(args[0])
+        if func is aten.nonzero.default:
+            return self._nonzero(args[0])
+        if func is aten.masked_select.default:
+            rows = self.answers.rows(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
+            return torch.empty(rows, dtype=args[0].dtype)
+        if func is aten._unique2.default:
+            rows = self.answers.rows(args[0].numel())
+            inverse, counts = (args[2] if len(args) > 2 else False), (args[3] if len(args) > 3 else False)
+            index = torch.empty(args[0].shape if inverse or counts else 0, dtype=torch.int64)
+            return torch.empty(rows, dtype=args[0].dtype), index, torch.empty(rows if counts else 0, dtype=torch.int64)
+        if func is aten.index.Tensor and any(_is_mask(i) for i in args[1]):
+            args = (args[0], self._rows_of(args[1]))
+        return super().run(func, args, kwargs)
+
+    def _scalar(self, tensor: torch.Tensor) -> Any:
+        if tensor.dtype is torch.bool:
+            return self.answers.decide(_site())
+        if tensor.is_floating_point():
+            return float(self.answers.decide(_site()))  # a factor, or what `if` asks of a number
+        raise UnknownSize(f"{_site()} takes an integer out of a tensor")
+
+    def _nonzero(self, mask: torch.Tensor) -> torch.Tensor:
+        rows = self.answers.rows(mask.numel())
+        # ATen/native/TensorAdvancedIndexing.cpp: the result is laid out column by column
+        return torch.empty((mask.dim(), rows), dtype=torch.int64).t()
+
+    def _rows_of(self, indices: Any) -> list[Any]:
+        expanded: list[Any] = []
+        for index in indices:
+            if _is_mask(index):
+                expanded.extend(self._nonzero(index).unbind(1))
+            else:
+                expanded.append(index)
+        return expanded
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _site() -> str:
+    """File and line of the Python that asks: the innermost frame outside of torch and of this module."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        name = frame.f_code.co_filename
+        if "/torch/" not in name and not name.endswith(("planner/watch.py", "passes/fakes.py")):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"
