@@ -33,7 +33,7 @@ from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
 from passes.program import Program, storage_id, tensors_of
 from planner.capture import capture, fake_inputs
-from planner.isolate import PlainState, fake_weights, random_draws
+from planner.isolate import PlainState, fake_weights, random_draws, untouched_by_hooks
 from planner.names import Names
 from planner.watch import Answers, Watch
 from runtime.errors import CaptureError, InputError, InvalidCall, UnknownSize
@@ -190,7 +190,7 @@ class _Explorer:
         """One path on fakes. The module is as before afterwards."""
         self.counts, self.seen, self.open, self.rehearsing, self.blamed = {}, {}, [], not captured, ""
         values = {n: t for n, t in self.names.tensors.items() if _is_known(t)}
-        with fake_weights(self.root, self.mode), random_draws(), torch.no_grad():
+        with fake_weights(self.root, self.mode), untouched_by_hooks(self.root), random_draws(), torch.no_grad():
             self._keep_known(values)
             self.storages = {storage_id(t): self.names.canonical[n] for n, t in Names(self.root).tensors.items()}
             args, kwargs = self._inputs()
@@ -383,7 +383,9 @@ class _Explorer:
     def _unknown(self, why: str, path: str | None = None) -> _Unsized:
         path = self.blamed if path is None else path
         pattern = ".".join("*" if part.isdigit() else part for part in path.split("."))
-        remedy = f"Say how many it takes at most, besides its inputs and weights: plan(..., opaque_bytes={{{pattern!r}: '200MB'}})"
+        remedy = (
+            f"Say how many it takes at most, besides its inputs and weights: plan(..., opaque_bytes={{{pattern!r}: '200MB'}})"
+        )
         if not path:
             remedy = "Pass inputs that decide with their values (real tensors of integers), or plan a submodule of it"
         message = (

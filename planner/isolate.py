@@ -7,7 +7,9 @@ is refused, for a program would not repeat that.
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
+import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -147,6 +149,44 @@ def refuse_hooks(module: nn.Module, method: str) -> None:
                     f"{type(module).__name__}.{method} runs a forward hook on {path!r}, which its program would not run; "
                     "remove the hook, or plan with it on the root"
                 )
+
+
+@contextlib.contextmanager
+def untouched_by_hooks(module: nn.Module) -> Iterator[None]:
+    """Puts back what hooks of `module` and its submodules change within it: lists, dicts and attributes that they refer to."""
+    tables = (*_HOOK_TABLES, "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    hooks = [h for child in module.modules() for t in tables for h in child.__dict__.get(t, {}).values() if callable(h)]
+    saved: dict[int, tuple[Any, Any]] = {}
+    for hook in hooks:
+        _save(hook, saved)
+    try:
+        yield
+    finally:
+        for container, content in saved.values():
+            container.clear()
+            container.extend(content) if isinstance(container, list) else container.update(content)
+
+
+def _save(value: Any, saved: dict[int, tuple[Any, Any]]) -> None:
+    """Keeps shallow copies of all containers that a hook can reach through its closure, its globals and its object."""
+    if id(value) in saved or isinstance(value, (nn.Module, torch.Tensor, type)):
+        return  # modules are put back by others
+    if isinstance(value, (list, dict, set)):
+        saved[id(value)] = value, value.copy()
+        for item in value.values() if isinstance(value, dict) else value:
+            _save(item, saved)
+    elif isinstance(value, functools.partial):
+        for item in (value.func, *value.args, *value.keywords.values()):
+            _save(item, saved)
+    elif isinstance(value, types.MethodType):
+        _save(value.__self__, saved)
+    elif isinstance(value, types.FunctionType):
+        names = (value.__globals__[n] for n in value.__code__.co_names if n in value.__globals__)
+        cells = (cell.cell_contents for cell in value.__closure__ or () if cell != types.CellType())
+        for item in (*(n for n in names if isinstance(n, (list, dict, set))), *cells):
+            _save(item, saved)
+    elif hasattr(value, "__dict__") and not isinstance(value, types.ModuleType):
+        _save(value.__dict__, saved)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ from planner.solve.share import PartInPlace, Share, SharedBudget, Shares
 from planner.solve.simulate import StepTime
 from planner.weights import Lookup
 from runtime.devices import open_device
-from runtime.errors import CaptureError, InfeasibleBudget, InvalidCall, PlanFileError, UnknownSize
+from runtime.errors import CaptureError, InfeasibleBudget, InputError, InvalidCall, PlanFileError, UnknownSize
 from runtime.layout import align
 from runtime.module import PlannedModule, planned
 from runtime.parted import Parted, PartedRunner, PartProgram
@@ -236,9 +236,17 @@ class PartedPlan(Plan):
             open_device(self.device),
             self.budget_bytes,
             self.machine.link_bandwidth,
+            self._replan_all,
             self._replan_part,
             concurrent,
         )
+        with working(f"moving the weights of {type(self._target).__name__} into the host arena"):
+            runner.attach_parts(_signature(self._target, self._options), self._runnable(), lookup)
+        self._runner = runner
+        return planned(self._target, runner)
+
+    def _runnable(self) -> Parted:
+        """All that the runtime takes."""
         programs = tuple(
             PartProgram(
                 self.exploration.parts[key].path, self.exploration.parts[key].signature, part.executable, key in self.kept
@@ -250,12 +258,14 @@ class PartedPlan(Plan):
             "reserved_bytes": float(self.reserved_bytes),
             "step_seconds": self.step_seconds,
         }
-        with working(f"moving the weights of {type(self._target).__name__} into the host arena"):
-            weights = self.exploration.weights
-            kept = frozenset(name for path in self._shares.opaque for name in weights[path])
-            runner.attach_parts(Parted(programs, weights, kept, predicted), lookup)
-        self._runner = runner
-        return planned(self._target, runner)
+        weights = self.exploration.weights
+        kept = frozenset(name for path in self._shares.opaque for name in weights[path])
+        return Parted(programs, weights, kept, predicted)
+
+    def _replan_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parted:
+        options = dataclasses.replace(self._options, args=args, kwargs=kwargs)
+        problem = prepare_parts(self._target, options, self.exploration.reasons[""])
+        return PartedPlan(self._target, options, problem)._runnable()
 
     def _replan_part(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PartProgram | None:
         """A call that no explored path has made: planned within what is left beside the arenas and the Python around it."""
@@ -320,6 +330,13 @@ def _infeasible(target: nn.Module, options: Options, problem: PartedProblem) -> 
         minimum_bytes=least,
         node=place,
     )
+
+
+def _signature(target: nn.Module, options: Options) -> CallSignature | None:
+    try:
+        return CallSignature.of(*bind_call(getattr(target, options.method), options.args, options.kwargs))[0]
+    except InputError:
+        return None
 
 
 def plan_or_parts(model: nn.Module, options: Options, whole: Callable[[nn.Module, Options], Solver]) -> Plan:

@@ -55,6 +55,8 @@ class Parted:
     predicted: Mapping[str, float]
 
 
+# Plans another call of the module; gives what it runs.
+ReplanAll = Callable[[tuple[Any, ...], dict[str, Any]], Parted]
 # Plans a call of the submodule at a path; None where it cannot be captured.
 ReplanPart = Callable[[str, tuple[Any, ...], dict[str, Any]], PartProgram | None]
 
@@ -69,20 +71,26 @@ class PartedRunner(Runner):
         device: Device,
         budget_bytes: int,
         link_bandwidth: float,
+        replan_all: ReplanAll,
         replan_part: ReplanPart,
         concurrent: Literal["wait", "raise"],
     ) -> None:
         super().__init__(module, method, device, budget_bytes, link_bandwidth, _never, concurrent)
-        self.replan_part = replan_part
+        self.replan_all, self.replan_part = replan_all, replan_part
+        self._known: list[tuple[CallSignature | None, Parted]] = []
         self._modules = dict(module.named_modules())
         self._forwards: dict[str, Callable[..., Any]] = {}
         self._programs: dict[tuple[str, CallSignature], tuple[Executable, Executor]] = {}
         self._kept: list[Executor] = []
+        self._kept_names: list[str] = []
+        self._active: Parted | None = None
         self._opaque: dict[str, tuple[str, ...]] = {}
         self._held: set[str] = set()  # weights that running Python has on the device
 
-    def attach_parts(self, parted: Parted, lookup: Lookup | None = None) -> None:
+    def attach_parts(self, signature: CallSignature | None, parted: Parted, lookup: Lookup | None = None) -> None:
         """Moves the weights of the module into the host arena and loads what is kept.
+
+        `signature` is that of the call it was planned for, None where an argument has a type that signatures do not take.
 
         Raises:
             PlannerError: a weight is on the meta device and nothing gives it.
@@ -90,7 +98,6 @@ class PartedRunner(Runner):
         Whatever goes wrong, the module is as before.
         """
         try:
-            self._opaque, self._said = dict(parted.opaque), parted.predicted
             self._move_weights([part.program for part in parted.parts], lookup)
             self._tensors = named_tensors(self.module)
             self._names = {id(tensor): name for name, tensor in reversed(self._tensors.items())}
@@ -98,18 +105,29 @@ class PartedRunner(Runner):
             weighted = {p for name in self._tensors for p in _parents(name)}
             self._forwards = {p: self._modules[p].forward for p in self._modules if p and p in weighted}
             self.executor = self._new_executor()  # for all parts that are not kept, one after the other
-            for part in parted.parts:
-                self._add_part(part)
-            for name in sorted(parted.kept_weights - self.state.keys()):
-                self._keep(name)
-            parts = {part.path for part in parted.parts}
-            captured = {path for path in self._modules if parts & {path, *_parents(path + ".")} and path not in self._opaque}
-            self.fingerprint = Fingerprint(self.module, captured)
-            self._watched = {**self._tensors, **self._constants}
-            self.versions = self._versions()
+            self._known.append((signature, parted))
+            self._activate(parted)
         except BaseException:
             self.close()
             raise
+
+    def _activate(self, parted: Parted) -> None:
+        """Makes `parted` what runs: arenas and kept weights are laid anew, within the one budget."""
+        for executor in self._kept:
+            executor.unload()
+        for name in self._kept_names:
+            self._give_up(name)
+        self._kept, self._kept_names, self._programs, self._active = [], [], {}, parted
+        self._opaque = dict(parted.opaque)
+        for part in parted.parts:
+            self._add_part(part)
+        for name in sorted(parted.kept_weights - self.state.keys()):
+            self._keep(name)
+        parts = {part.path for part in parted.parts}
+        captured = {path for path in self._modules if parts & {path, *_parents(path + ".")} and path not in self._opaque}
+        self.fingerprint = Fingerprint(self.module, captured)
+        self._watched = {**self._tensors, **self._constants}
+        self.versions = self._versions()
 
     def _add_part(self, part: PartProgram) -> None:
         program = self._take(part.program)
@@ -127,12 +145,31 @@ class PartedRunner(Runner):
         own = view.on(self.device.allocate(max(align(view.nbytes, ALIGNMENT if self.device.kind == "cuda" else 64), 1)), 0)
         own.copy_(self.store.tensor(name))
         self.state[name] = self._tensors[name].data = own
+        self._kept_names.append(name)
+
+    def _give_up(self, name: str) -> None:
+        assert self.store is not None
+        self._tensors[name].data = self.store.tensor(name).copy_(self.state.pop(name))
+
+    def _choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What runs this call: what was planned for its signature, planned now if that is new."""
+        try:
+            signature: CallSignature | None = CallSignature.of(*bind_call(self.function, args, kwargs))[0]
+        except InputError:
+            signature = None  # an argument of a type that no signature takes: explored once, whatever it holds
+        known = next((parted for own, parted in self._known if own == signature), None)
+        if known is None:
+            log.info("%s: a new call signature, planning again (%d so far)", self.method, len(self._known))
+            known = self.replan_all(args, kwargs)
+            self._known.append((signature, known))
+        if known is not self._active:
+            self._activate(known)
 
     def _executors(self) -> list[Executor]:
         return [*super()._executors(), *self._kept]
 
     def _predicted(self) -> Mapping[str, float] | None:
-        return self._said
+        return None if self._active is None else self._active.predicted
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Runs the module's Python, its parts as programs."""
@@ -141,6 +178,8 @@ class PartedRunner(Runner):
         try:
             leaves = tree_leaves((args, kwargs))
             self._guard(leaves)
+            with torch.inference_mode(False):
+                self._choose(args, kwargs)
             self.calls += 1
             arenas = [arena for executor in self._kept for arena in executor.arenas]
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
