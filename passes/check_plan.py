@@ -176,7 +176,7 @@ class _Replay:
     def _weight_value(self, weight: str, bundle: int | None) -> _Value:
         spec = self.program.weights[weight].spec
         key = self._new_storage(_Storage(0, weight=weight, bundle=bundle))
-        return TensorSpec(spec.shape, spec.stride, spec.dtype), key
+        return TensorSpec(spec.shape, spec.stride, spec.dtype, grad=spec.grad), key
 
     def _prefetch(self, index: int, after: tuple[int, ...] = ()) -> None:
         if not 0 <= index < len(self.layout.bundles):
@@ -338,7 +338,7 @@ class _Kernels:
                 return argument.meta.get("val")
             spec, key = known[0]
             where = keys.setdefault(key, len(keys))
-            return TensorSpec(spec.shape, spec.stride, spec.dtype, spec.offset, where)
+            return TensorSpec(spec.shape, spec.stride, spec.dtype, spec.offset, where, spec.grad)
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), local)
         signature = (node.target, _hashable(args), _hashable(kwargs))
@@ -361,7 +361,8 @@ class _Kernels:
                 root = roots[spec.storage]
                 if root.untyped_storage().nbytes() < need:
                     root.untyped_storage().resize_(need)
-                return torch.empty(0, dtype=spec.dtype).set_(root.untyped_storage(), spec.offset, spec.shape, spec.stride)
+                tensor = torch.empty(0, dtype=spec.dtype).set_(root.untyped_storage(), spec.offset, spec.shape, spec.stride)
+                return tensor.requires_grad_(spec.grad)
 
             for spec in _specs_in((args, kwargs)):
                 make(spec)

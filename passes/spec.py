@@ -10,13 +10,17 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape, stride, dtype and offset in elements; `storage` is an id: equal ids share memory."""
+    """Shape, stride, dtype and offset in elements; `storage` is an id: equal ids share memory.
+
+    `grad`: whether it requires gradients, by which `matmul` chooses its kernel even where none are recorded.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     offset: int = 0
     storage: int = -1
+    grad: bool = False
 
     @property
     def numel(self) -> int:
@@ -43,6 +47,7 @@ class TensorSpec:
             tensor.dtype,
             int(tensor.storage_offset()),
             storage,
+            bool(tensor.requires_grad),
         )
 
     def __str__(self) -> str:

@@ -35,12 +35,10 @@ from passes.program import Program, storage_id, tensors_of
 from planner.capture import capture, fake_inputs
 from planner.isolate import PlainState, fake_weights, random_draws, untouched_by_hooks
 from planner.names import Names
-from planner.watch import Answers, Watch
+from planner.watch import KNOWN_ELEMENTS, Answers, Watch
 from runtime.errors import CaptureError, InputError, InvalidCall, UnknownSize
 from runtime.signature import CallSignature, bind_call
 
-# Values of tensors up to this many elements are known where they do not depend on inputs: paddings and sizes kept in buffers.
-KNOWN_ELEMENTS = 4096
 MAX_PATHS = 24
 
 
@@ -359,9 +357,8 @@ class _Explorer:
                 self.found.reasons[inner] = f"it runs within {path}"
         with self.watch.pause(), _disable_current_modes(), self._shimless(self.modules[path]):
             outputs = [_run_on_random(self.modules[path], call, self.names, path, seed) for seed in (0, 1)]
-        shapes = [[(tuple(t.shape), t.dtype) for t in tree_leaves(o) if isinstance(t, torch.Tensor)] for o in outputs]
-        if shapes[0] != shapes[1]:
-            raise self._unknown("the shapes of what it gives depend on values", path)
+        if _outline(outputs[0]) != _outline(outputs[1]):
+            raise self._unknown(f"the sizes that {path} gives depend on values", path.rpartition(".")[0])
         self.open.append(path)
         self._note(self.watch.live_bytes + nbytes)
         self.open.pop()
@@ -428,6 +425,12 @@ def _detached(result: Any, weights: Set[int]) -> Any:
     if not any(held):
         return result
     return tree_unflatten([x.clone() if h else x for x, h in zip(leaves, held, strict=True)], spec)
+
+
+def _outline(result: Any) -> Any:
+    """Shapes and Python values of a result."""
+    leaves, spec = tree_flatten(result)
+    return spec, [(tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves]
 
 
 def _run_on_random(child: nn.Module, call: Any, names: Names, path: str, seed: int) -> Any:

@@ -37,7 +37,7 @@ def fake_weights(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
         if id(tensor) not in memo:
             with mode:
                 shadow: torch.Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-            memo[id(tensor)] = nn.Parameter(shadow, requires_grad=False) if isinstance(tensor, nn.Parameter) else shadow
+            memo[id(tensor)] = nn.Parameter(shadow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shadow
         return memo[id(tensor)]
 
     for owner in module.modules():

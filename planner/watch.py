@@ -6,6 +6,7 @@ import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from runtime.errors import UnknownSize
 aten = torch.ops.aten
 _TRUTHS = {aten.equal.default, aten.is_nonzero.default, aten.allclose.default}
 _MAX_QUESTIONS = 10_000
+# Values of tensors up to this many elements are known where they do not depend on unknown ones: paddings, sizes, masks.
+KNOWN_ELEMENTS = 4096
 
 
 class Answers:
@@ -119,7 +122,8 @@ class Watch(FaithfulFakes):
         return result
 
     def _execute(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
-        if tensors and not any(isinstance(t, FakeTensor) for t in tensors):
+        known = not any(isinstance(t, FakeTensor) for t in tensors) if tensors else _is_small(func, args)
+        if known:
             with _disable_current_modes():  # values that are known stay known
                 return func(*args, **kwargs)
         if func in _TRUTHS:
@@ -160,6 +164,14 @@ class Watch(FaithfulFakes):
             else:
                 expanded.append(index)
         return expanded
+
+
+def _is_small(func: Any, args: Any) -> bool:
+    """Whether an operator without tensors among its arguments makes values worth keeping: masks, ranges, constants."""
+    if torch.Tag.nondeterministic_seeded in func.tags or "empty" in func._schema.name:
+        return False
+    sizes = [prod(size) if isinstance(size, (list, tuple)) else size for size in args]
+    return all(size <= KNOWN_ELEMENTS for size in sizes if isinstance(size, (int, float)))
 
 
 def _is_mask(index: Any) -> bool:

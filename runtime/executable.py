@@ -13,7 +13,7 @@ from runtime.layout import Layout
 
 @dataclass(frozen=True)
 class WeightView:
-    """Geometry of one weight in an arena; `nbytes` is the span that its strides reach."""
+    """Geometry of one weight in an arena; `nbytes` is the span that its strides reach, `grad` whether it requires gradients."""
 
     name: str
     aliases: tuple[str, ...]
@@ -22,6 +22,7 @@ class WeightView:
     dtype: torch.dtype
     nbytes: int
     state: bool
+    grad: bool = False
 
     def on(self, buffer: torch.Tensor, offset: int) -> torch.Tensor:
         """The weight as a view of a byte buffer (uint8, 1-d) from byte `offset` on."""
@@ -29,6 +30,13 @@ class WeightView:
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=buffer.device)
         flat = buffer[offset : offset + self.nbytes].view(self.dtype)
         return flat.as_strided(self.shape, self.stride, flat.storage_offset())
+
+    def argument(self, buffer: torch.Tensor, offset: int) -> torch.Tensor:
+        """As `on`, for operators: `matmul` takes another kernel, with other bits, for a weight that requires gradients.
+
+        Detached, since what counts is whether the base of a view does.
+        """
+        return self.on(buffer, offset).detach().requires_grad_(self.grad)
 
 
 @dataclass(frozen=True)

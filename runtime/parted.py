@@ -253,31 +253,19 @@ class PartedRunner(Runner):
 
     def _python(self, path: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A module's own Python, with the weights it reads on the device and what it writes brought home."""
-        direct = {self._names[id(t)] for t in _direct(self._modules[path])}
-        names = [
-            n for n in dict.fromkeys((*self._opaque.get(path, ()), *direct)) if n not in self._held and n not in self.state
-        ]
-        if not names:
-            return function(*args, **kwargs)
-        buffer = self._bring(names)
+        slots = _slots(self._modules[path])
+        wanted = dict.fromkeys((*self._opaque.get(path, ()), *(self._names[id(tensor)] for _, _, tensor in slots)))
+        names = [name for name in wanted if name not in self._held and name not in self.state]
+        buffer = self._bring(names) if names else None
         self._held.update(names)
         before = {name: self._tensors[name]._version for name in names}
-        slots = [
-            (table, key, tensor) for table, key, tensor in _slots(self._modules[path]) if self._names[id(tensor)] in before
-        ]
         try:
             result = function(*args, **kwargs)
         finally:
             self._held.difference_update(names)
             with _disable_current_modes():
                 self._take_home(before, slots)
-        own = buffer.untyped_storage()._cdata
-        leaves, spec = tree_flatten(result)
-        views = [isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata == own for leaf in leaves]
-        if not any(views):
-            return result
-        # A result that is a weight would keep all of them on the device.
-        return tree_unflatten([leaf.clone() if view else leaf for leaf, view in zip(leaves, views, strict=True)], spec)
+        return result if buffer is None else _without_views(result, buffer)
 
     def _bring(self, names: list[str]) -> torch.Tensor:
         """Copies weights to the device and points the module's tensors at them."""
@@ -299,8 +287,7 @@ class PartedRunner(Runner):
         for table, key, tensor in slots:
             now = table.get(key)
             if now is not tensor and isinstance(now, torch.Tensor) and (now.shape, now.dtype) == (tensor.shape, tensor.dtype):
-                tensor.data.copy_(now)
-                self.store.tensor(self._names[id(tensor)]).copy_(now)
+                tensor.copy_(now)  # an assigned buffer stays the object it was
                 table[key] = tensor
         for name, version in before.items():
             tensor = self._tensors[name]
@@ -315,8 +302,14 @@ class PartedRunner(Runner):
         return known if known is not None else view_of(name, self._tensors[name])
 
 
-def _direct(module: nn.Module) -> list[torch.Tensor]:
-    return [tensor for _, _, tensor in _slots(module)]
+def _without_views(result: Any, buffer: torch.Tensor) -> Any:
+    """The result with copies of what lies in `buffer`: a result that is a weight would keep all of them on the device."""
+    own = buffer.untyped_storage()._cdata
+    leaves, spec = tree_flatten(result)
+    views = [isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata == own for leaf in leaves]
+    if not any(views):
+        return result
+    return tree_unflatten([leaf.clone() if view else leaf for leaf, view in zip(leaves, views, strict=True)], spec)
 
 
 def _slots(module: nn.Module) -> list[tuple[dict[str, Any], str, torch.Tensor]]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
 from runtime.devices.base import Measurement
@@ -123,7 +123,8 @@ class _LinearIsOneKernel(TorchFunctionMode):
         self._counter = counter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.ops.aten.linear.default and func is not torch.nn.functional.linear:
+        counting = _get_current_dispatch_mode() is self._counter  # not so while something is planned within a call
+        if not counting or (func is not torch.ops.aten.linear.default and func is not torch.nn.functional.linear):
             return func(*args, **(kwargs or {}))
         with _disable_current_modes():
             result = func(*args, **(kwargs or {}))

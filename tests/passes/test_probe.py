@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.export import Dim
 
 from passes.probe import OpCost, Prober, call_of
 from passes.program import Program
@@ -227,15 +228,15 @@ def test_aliased_arguments_are_another_call_than_separate_ones() -> None:
     assert key(apart) != key(shared)
 
 
-class _Nonzero(nn.Module):
+class _Double(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.nonzero(x)
+        return torch.mul(x, 2)
 
 
-def test_a_size_that_depends_on_data_is_named() -> None:
-    program = capture(_Nonzero().eval(), (torch.ones(3),))
-    with pytest.raises(UnknownSize, match=r"^nonzero: the size u\d+ depends on data or on a dynamic dimension"):
-        Prober("accounting").cost(program.node("nonzero"))
+def test_a_dynamic_size_is_named() -> None:
+    program = capture(_Double().eval(), (torch.ones(3),), dynamic_shapes=(({0: Dim.DYNAMIC},), {}))
+    with pytest.raises(UnknownSize, match=r"^arg_0: the size s\d+ depends on data or on a dynamic dimension"):
+        Prober("accounting").cost(program.node("mul"))
 
 
 def test_an_operator_that_does_not_run_on_fakes_is_named() -> None:

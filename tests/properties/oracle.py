@@ -60,5 +60,6 @@ def _placeholder(node: fx.Node, program: Program, tensors: dict[str, torch.Tenso
     if node.name in program.constants:
         return program.constants[node.name]
     if node.name in program.weights:
-        return tensors[program.weights[node.name].name].detach().clone(memory_format=torch.preserve_format)
+        own = tensors[program.weights[node.name].name]
+        return own.detach().clone(memory_format=torch.preserve_format).requires_grad_(own.requires_grad)
     return next(leaves)

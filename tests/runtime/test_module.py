@@ -96,6 +96,17 @@ class TestSurface:
         planned(module, torch.arange(4)).build()
         assert {n: id(p) for n, p in module.named_parameters()} == before
 
+    @pytest.mark.parametrize("grad", [True, False])
+    @pytest.mark.parametrize("least", [True, False])
+    def test_weights_that_require_gradients(self, grad: bool, least: bool) -> None:
+        """`matmul` folds a batch, and so rounds otherwise, where a weight requires gradients, also when none are recorded."""
+        module = nn.Linear(32, 32).eval().requires_grad_(grad)
+        values = torch.randn(2, 12, 32).transpose(0, 1)
+        with torch.no_grad():
+            wanted = module(values)
+            built = planned(module, values, least=least).build()
+            assert torch.equal(built(values), wanted)
+
     def test_runs_without_grad(self) -> None:
         built = planned(Mlp(), x()).build()
         value = x().requires_grad_()
