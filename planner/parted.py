@@ -86,7 +86,7 @@ class PartedPlan(Plan):
         self, target: nn.Module, options: Options, problem: PartedProblem, decisions: Mapping[str, Any] | None = None
     ) -> None:
         self._target, self._options, self._parted = target, options, problem
-        self._runner = None
+        self._runner, self.validation = None, None
         self.exploration = problem.exploration
         budget = options.budget.device_bytes
         if budget < problem.shared.minimum_bytes:

@@ -30,6 +30,7 @@ from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions
 from planner.solve.problem import Problem, build_problem
 from planner.solve.simulate import StepTime, simulate
+from planner.validate import Validation, compare, refuse_without_weights, run_alike
 from planner.weights import Lookup, open_weights
 from runtime.devices import open_device
 from runtime.errors import InfeasibleBudget, PlanFileError, PlannerError
@@ -52,6 +53,7 @@ class Plan:
 
     def __init__(self, target: nn.Module, options: Options, solver: Solver, decisions: Decisions | None = None) -> None:
         self._target, self._options, self._solver = target, options, solver
+        self.validation: Validation | None = None
         self._runner: Runner | None = None
         if options.budget.device_bytes < solver.minimum.peak_bytes:
             raise _infeasible(solver, options.budget.device_bytes)
@@ -305,6 +307,36 @@ class Plan:
         if self._runner is None:
             raise PlannerError("nothing was measured yet: m = p.build(), call m, then p.report()")
         return self._runner.report()
+
+    def validate(self, inputs: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None) -> Validation:
+        """Runs the module and the plan on the same inputs and compares; what comes out is printed with the plan from then on.
+
+        The module runs whole, where its weights are. A plan that is not built is built for this and restored; the module's
+        attributes, buffers and all random state are as before afterwards.
+
+        Args:
+            inputs, kwargs: real tensors of the planned shapes; by default the example inputs.
+
+        Raises:
+            PlannerError: the module has no weights (meta device), or the plan is built on another device than the module's.
+        """
+        call = (self._options.args, self._options.kwargs) if inputs is None and kwargs is None else (inputs or (), kwargs or {})
+        built = self._runner is not None and not self._runner.closed
+        if built and self.device.startswith("cuda"):
+            raise PlannerError("this plan is built, and the module's weights are in its arenas: validate() before build()")
+        refuse_without_weights(self._target)
+        function = getattr(self._target, self._options.method)
+        own, other = (run_alike(self._target, function, *call, seed=seed) for seed in (0, 1))
+        module = None if built else self.build()
+        runner = self._runner
+        assert runner is not None
+        try:
+            mine = run_alike(self._target, lambda *args, **named: runner.call(args, named), *call)
+        finally:
+            if module is not None:
+                module.close()
+        self.validation = compare(mine, own, draws=not compare(other, own, draws=False).equal)
+        return self.validation
 
     def restore(self) -> nn.Module:
         """Closes the built module and gives the original back, its weights where they were."""

@@ -44,6 +44,8 @@ def describe(plan: Plan) -> str:
         ("weights", _weights(plan)),
     ]
     size = f"{_count(len(plan.problem.names), 'operator')}, {_count(len(plan.program.weights), 'weight')}"
+    if plan.validation is not None:
+        rows.append(("validated", str(plan.validation)))
     lines = [f"{plan.program.name}: {size}"]
     for label, text in rows:
         lines += wrap(label, text)

@@ -27,6 +27,8 @@ def describe_parts(plan: PartedPlan) -> str:
         ("Python", f"{python}; found on fakes, along {paths}"),
         ("because", found.reasons[""]),
     ]
+    if plan.validation is not None:
+        rows.append(("validated", str(plan.validation)))
     lines = [f"{plan.title}: its Python runs as it is, {len(plan.parts)} calls in it as programs"]
     for label, text in rows:
         lines += wrap(label, text)
