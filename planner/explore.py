@@ -323,6 +323,8 @@ class _Explorer:
             changed = held.changed()
             for module in child.modules():
                 module.__dict__["forward"] = shims[id(module)]
+        if not any(True for _ in program.ops()):
+            return None, "it computes nothing"
         if changed:
             return None, f"it changes the attribute {'.'.join(changed[0]).lstrip('.')!r} of another module"
         return program, ""

@@ -26,7 +26,7 @@ from planner.refuse import refuse_shared_state
 from planner.sizes import format_bytes
 from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions
-from planner.solve.problem import build_problem
+from planner.solve.problem import Problem, build_problem
 from planner.solve.share import PartInPlace, Share, SharedBudget, Shares
 from planner.solve.simulate import StepTime
 from planner.weights import Lookup
@@ -109,6 +109,15 @@ class PartedPlan(Plan):
             self._options, budget=Budget(share.budget_bytes), method="forward", args=part.call[0], kwargs=part.call[1]
         )
         return Plan(child, options, solver, share.schedule.decisions(solver.problem))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("decisions", "emitted", "executable", "layout", "problem", "program", "proof"):
+            raise AttributeError(f"a plan in parts has no {name!r} of its own; each of its parts has one: p.parts[name].{name}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    @property
+    def problem(self) -> Problem:
+        return self.__getattr__("problem")
 
     # What was found.
 

@@ -15,7 +15,7 @@ from passes.visits import Visit, weight_visits
 from planner.costs import node_seconds
 from planner.machine import Machine
 from planner.memory import MemoryModel
-from runtime.errors import CaptureError
+from runtime.errors import InvalidCall
 from runtime.layout import align
 
 
@@ -59,13 +59,13 @@ def build_problem(
     """Analyses a canonical program. Weights for which `keep(module name)` holds are pinned on the device, as is state.
 
     Raises:
-        CaptureError: the program has no operator.
+        InvalidCall: the program has no operator.
         UnknownSize: an operator's bytes cannot be known.
     """
     prober = Prober(memory.device, machine.capability)
     liveness = analyse_liveness(program, prober, memory.round_activation)
     if not liveness.nodes:
-        raise CaptureError(f"{program.name} computes nothing: there is no operator to plan")
+        raise InvalidCall(f"{program.name} computes nothing: there is no operator to plan")
     seconds = np.empty(len(liveness.nodes))
     for i, node in enumerate(liveness.nodes):
         cost = prober.cost(node)  # known by now

@@ -25,6 +25,7 @@ from planner import (
     PlannerError,
     plan,
 )
+from planner.capture import capture
 from tests.planner.toys import Counter, Lookup, Mlp, planned, snapshot, x
 
 
@@ -317,8 +318,9 @@ class _Branch(nn.Module):
 
 def test_data_dependent_control_flow() -> None:
     module = _Branch().eval()
-    action = lambda: planned(module, x())  # noqa: E731
+    action = lambda: capture(module, (x(),))  # noqa: E731
     message = refused(module, action, CaptureError, "test_bad_input.py:", "if x.sum() > 0", "method=...")
+    assert "`if x.sum() > 0:" in " ".join(str(planned(module, x())).split()), "a plan in parts says why"
     line = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if "the line to be named" in text)
     assert f"test_bad_input.py:{line} " in message
 
@@ -348,7 +350,8 @@ class _Effect(nn.Module):
 @pytest.mark.parametrize("what", ["calls", "last", "cache", "seen", "plain"])
 def test_a_call_that_changes_attributes(what: str) -> None:
     module = _Effect(what).eval()
-    refused(module, lambda: planned(module, x()), CaptureError, repr(what), f"self.register_buffer({what!r}, ...)")
+    refused(module, lambda: capture(module, (x(),)), CaptureError, repr(what), f"self.register_buffer({what!r}, ...)")
+    planned(module, x())
     assert module.calls == 0
     assert module.last is None
     assert (module.cache, module.seen) == ({}, [])
