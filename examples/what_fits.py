@@ -28,9 +28,10 @@ QUICK = ("clip-l-text", "sd-vae-decoder")
 TITLE = """\
 # What fits where
 
-Written by `python examples/what_fits.py --output examples/what_fits.md`: predicted for the machine models of `vramplan machines`,
-not measured. A cell is the seconds of one call (one step of a denoiser) and how many times the physical bound of that machine and
-budget they are; `needs` says the least budget, where none of this size fits; `-` is more than the card has."""
+Written by `python examples/what_fits.py --output examples/what_fits.md`: predicted for the machine models of
+`vramplan machines`, not measured. A cell is the seconds of one call (one step of a denoiser) and how many times the physical
+bound of that machine and budget they are; `needs` says the least budget, where none of this size fits; `-` is more than the
+card has."""
 
 
 def main() -> None:

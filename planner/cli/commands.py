@@ -9,6 +9,7 @@ import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from planner.presets import Preset
 from planner.recipes import SIZES
 from planner.show import where
 from planner.sizes import format_bytes
+from runtime.errors import PlannerError
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,26 @@ class Answer:
 
 def plan_command(arguments: Namespace) -> Answer:
     """`vramplan plan`."""
+    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
+        raise PlannerError(f"cannot write the plan {arguments.output!r}: there is no such folder; make it first")
     target = target_of(arguments)
     p = make_plan(target, arguments)
     data, parts = plan_data(target, p), [f"{p}\n{_inputs_text(target)}"]
     if arguments.output:
-        p.save(arguments.output)
+        _save(p, arguments.output)
         data["file"] = arguments.output
         parts.append(f"saved as {arguments.output}")
     if arguments.code:
         data["code"] = p.code
         parts.append(p.code)
     return Answer("\n\n".join(parts), data)
+
+
+def _save(p: Plan, path: str) -> None:
+    try:
+        p.save(path)
+    except OSError as error:
+        raise PlannerError(f"cannot write the plan {path!r}: {error.strerror or error}") from error
 
 
 def run_command(arguments: Namespace) -> Answer:

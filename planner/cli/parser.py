@@ -40,7 +40,8 @@ RUN_FIELDS = """\
 fields of --json:
   plan (as of `vramplan plan --json`), weights ("checkpoint", "random" or "factory"),
   call_seconds (a list), and measured: device, calls, peak_bytes, reserved_bytes, step_seconds
-  (the last call), copied_bytes, copy_seconds, link_fraction, host_bytes
+  (the last call), copied_bytes (streamed_bytes and what aligns them), copy_seconds,
+  link_fraction, host_bytes
 """
 
 SHOW_FIELDS = """\
