@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from passes.spec import TensorSpec
-from planner import PlannerError, plan
+from planner import Machine, PlannerError, plan
 from planner.presets import Preset, frontend, model_dtype
 from planner.recipes import Recipe, RecipeError, random_tensor
 
@@ -158,16 +158,15 @@ def test_random_inputs_respect_their_bounds() -> None:
     assert random_tensor((3,), torch.bfloat16, None).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"), [("clip-l-text", {}), ("sd-vae-decoder", {"height": 64, "width": 128})], ids=lambda v: str(v)
-)
-def test_small_presets_plan(name: str, sizes: dict[str, int]) -> None:
-    preset = Preset.load(name)
-    module, args, kwargs = preset.build(**sizes)
-    p = plan(module, "1GB", inputs=args, kwargs=kwargs, method=preset.method, machine="rtx-4090")
-    assert p.replan(p.minimum_bytes, machine="rtx-3060") == plan(
-        module, p.minimum_bytes, inputs=args, kwargs=kwargs, method=preset.method, machine="rtx-3060"
-    )
+def test_small_presets_plan() -> None:
+    module, args, kwargs = Preset.load("clip-l-text").build()
+    p = plan(module, "1GB", inputs=args, kwargs=kwargs, machine="rtx-4090")
+    again = plan(module, p.minimum_bytes, inputs=args, kwargs=kwargs, machine="rtx-3060")
+    assert p.replan(p.minimum_bytes, machine="rtx-3060") == again
+    assert p.replan(p.minimum_bytes, machine=Machine.preset("rtx-3060")) == again
+    assert p.replan(p.minimum_bytes) != again
+    module, args, kwargs = Preset.load("sd-vae-decoder").build(height=64, width=128)
+    assert plan(module, "1GB", inputs=args, kwargs=kwargs, method="decode", machine="rtx-4090").minimum_bytes < 10**9
 
 
 @pytest.mark.slow
