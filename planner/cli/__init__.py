@@ -14,6 +14,7 @@ from runtime.errors import CaptureError, CheckError, InfeasibleBudget, PlannerEr
 __all__ = ["main"]
 
 OK, UNEXPECTED, WRONG_INPUT, INFEASIBLE, NO_CAPTURE = range(5)
+INTERRUPTED = 130  # as shells say it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         answer = COMMANDS[arguments.command](arguments)
+    except KeyboardInterrupt:
+        print("vramplan: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except Exception as error:  # noqa: BLE001  the outermost frame: whatever went wrong becomes one message and a code
         return _fail(error, arguments.json, arguments.debug)
     print(json.dumps(answer.data, indent=1) if arguments.json else answer.text)

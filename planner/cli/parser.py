@@ -15,6 +15,7 @@ exit codes:
   2  wrong usage or input: arguments, files, sizes, devices
   3  infeasible: no plan fits the budget; the message says the least that does
   4  the model cannot be captured, or a size in it cannot be known
+130  interrupted
 An error is one message on standard error. With --json standard output has an object besides:
   {"error", "kind", "exit_code"}, for code 3 also {"budget_bytes", "minimum_bytes", "node"}
 """

@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
 from planner import Machine, Plan, PlannerError
 from planner.cli import main
+from planner.cli.parser import make_parser
 from planner.cli.random_weights import RandomWeights
 from planner.cli.run import require_host_memory
 from planner.cli.targets import resolve
@@ -273,6 +274,23 @@ def test_unexpected_errors_are_code_1(capsys: pytest.CaptureFixture[str], monkey
     monkeypatch.setattr("planner.cli.COMMANDS", {"machines": fail})
     assert main(["machines"]) == 1
     assert capsys.readouterr().err == "vramplan: ZeroDivisionError: a bug (unexpected; --debug shows where)\n"
+
+
+def test_an_interrupt_is_no_traceback(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("planner.cli.COMMANDS", {"machines": stop})
+    assert main(["machines"]) == 130
+    assert capsys.readouterr().err == "vramplan: interrupted\n"
+
+
+def test_the_commands_of_the_readme_exist() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    lines = [line.partition("#")[0].split() for line in readme.splitlines() if line.startswith("vramplan ")]
+    assert len(lines) >= 5
+    for line in lines:
+        make_parser().parse_args(line[1:])
 
 
 def test_weights_that_do_not_fit_the_host() -> None:
