@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,17 +95,20 @@ def _recipe(folder: Path, library: str, class_name: str, module: nn.Module, conf
 
 
 def _dtype(folder: Path, config: Mapping[str, Any]) -> str:
-    """As the config says, else that of the first weight in the folder."""
+    """As the config says, else what most of the weights in the folder are (some models keep a few in float32)."""
     said = config.get("dtype") or config.get("torch_dtype")
     if isinstance(said, str) and said.removeprefix("torch.") in _DTYPES.values():
         return said.removeprefix("torch.")
+    elements: Counter[str] = Counter()
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as shard:
                 for key in shard.keys():  # noqa: SIM118  no mapping: it cannot be iterated
-                    found = _DTYPES.get(shard.get_slice(key).get_dtype())
-                    if found:
-                        return found
+                    view = shard.get_slice(key)  # of the header alone
+                    elements[_DTYPES.get(view.get_dtype(), "")] += math.prod(view.get_shape())
         except (SafetensorError, OSError) as error:
             raise PlannerError(f"{path} is no readable safetensors file ({error}); download or copy it again") from error
+    del elements[""]
+    if elements:
+        return elements.most_common(1)[0][0]
     raise PlannerError(f"{str(folder)!r} does not say its dtype, and holds no weights that would; add --dtype bfloat16")
