@@ -1,6 +1,6 @@
 """What fits where: published models, budgets and machines. Predicted, without weights and without a GPU.
 
-    python examples/what_fits.py            # every preset; about five minutes on two cores
+    python examples/what_fits.py            # every preset; about a quarter of an hour of one core
     python examples/what_fits.py --quick    # two small presets
     python examples/what_fits.py --output examples/what_fits.md
 
