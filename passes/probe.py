@@ -99,7 +99,9 @@ class Prober:
 
             def fake(spec: TensorSpec) -> torch.Tensor:
                 whole = bases[spec.storage][: sizes[spec.storage] // spec.dtype.itemsize * spec.dtype.itemsize]
-                return whole.view(spec.dtype).as_strided(spec.shape, spec.stride, spec.offset).detach().requires_grad_(spec.grad)
+                return (
+                    whole.view(spec.dtype).as_strided(spec.shape, spec.stride, spec.offset).detach().requires_grad_(spec.grad)
+                )
 
             fake_args, fake_kwargs = tree_map_only(TensorSpec, fake, (args, kwargs))
             watch.ignore(bases)

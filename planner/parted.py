@@ -16,6 +16,7 @@ from planner.bounds import Bound
 from planner.budget import Budget
 from planner.capture import capture
 from planner.explore import Exploration, explore
+from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.names import Names
 from planner.options import Options, check_patterns
@@ -54,17 +55,23 @@ def prepare_parts(model: nn.Module, options: Options, reason: str) -> PartedProb
         UnknownSize: bytes of its Python depend on values, and nobody says how many; names the module.
         CaptureError: its Python fails on fakes.
     """
-    kind = options.device.partition(":")[0]
-    memory = MemoryModel.of(kind, options.machine.capability)
     call = bind_call(getattr(model, options.method), options.args, options.kwargs)
     with working(f"exploring {type(model).__name__}.{options.method}, which cannot be captured whole"):
         found = explore(model, call, options.method, reason=reason, opaque_bytes=options.opaque_bytes)
-    solvers = {}
-    for key, part in found.parts.items():
+    for part in found.parts.values():
         refuse_shared_state(model, part.program)
-        solvers[key] = Solver(build_problem(part.program, options.machine, memory, options.keeps_resident))
+    check_patterns(options.keep, list(Names(model).tensors))
+    return _problem(model, options, found)
+
+
+def _problem(model: nn.Module, options: Options, found: Exploration) -> PartedProblem:
+    """What was explored, for the machine and device of the options."""
+    memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
+    solvers = {
+        key: Solver(build_problem(part.program, options.machine, memory, options.keeps_resident))
+        for key, part in found.parts.items()
+    }
     names = Names(model)
-    check_patterns(options.keep, list(names.tensors))
     places = {key: PartInPlace(solver, found.outside[key], found.calls[key]) for key, solver in solvers.items()}
     opaque = {
         path: sum(align(names.nbytes(name), memory.weight_alignment) for name in weights)
@@ -201,9 +208,15 @@ class PartedPlan(Plan):
 
     # What can be done with it.
 
-    def replan(self, budget: int | str | Mapping[str | int, int | str] | Budget) -> Plan:
-        parsed = Budget.parse(budget, self.device)
-        return PartedPlan(self._target, dataclasses.replace(self._options, budget=parsed), self._parted)
+    def replan(
+        self, budget: int | str | Mapping[str | int, int | str] | Budget, *, machine: str | Machine | None = None
+    ) -> Plan:
+        options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
+        if machine is None:
+            return PartedPlan(self._target, options, self._parted)
+        described = Machine.preset(machine) if isinstance(machine, str) else machine
+        options = dataclasses.replace(options, machine=described)
+        return PartedPlan(self._target, options, _problem(self._target, options, self.exploration))
 
     def save(self, path: str | Path) -> None:
         parts = {

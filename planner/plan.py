@@ -199,14 +199,20 @@ class Plan:
 
     # What can be done with it.
 
-    def replan(self, budget: int | str | Mapping[str | int, int | str] | Budget) -> Plan:
-        """The same captured call under another budget; capture and analyses are reused.
+    def replan(
+        self, budget: int | str | Mapping[str | int, int | str] | Budget, *, machine: str | Machine | None = None
+    ) -> Plan:
+        """The same captured call under another budget, and for another machine where one is named; the capture is reused.
 
         Raises:
-            BudgetError, InfeasibleBudget: as `plan()`.
+            BudgetError, InfeasibleBudget, MachineError: as `plan()`.
         """
-        parsed = Budget.parse(budget, self.device)
-        return Plan(self._target, dataclasses.replace(self._options, budget=parsed), self._solver)
+        options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
+        if machine is None:
+            return Plan(self._target, options, self._solver)
+        described = Machine.preset(machine) if isinstance(machine, str) else machine
+        options = dataclasses.replace(options, machine=described)
+        return Plan(self._target, options, _solver(self.program, options))
 
     def save(self, path: str | Path) -> None:
         """Writes decisions and fingerprint as JSON, atomically. No weights."""
@@ -351,8 +357,11 @@ def prepare(model: nn.Module, options: Options) -> Solver:
         program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
     refuse_shared_state(model, program)
     check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
-    kind = options.device.partition(":")[0]
-    memory = MemoryModel.of(kind, options.machine.capability)
+    return _solver(program, options)
+
+
+def _solver(program: Program, options: Options) -> Solver:
+    memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
     return Solver(build_problem(program, options.machine, memory, options.keeps_resident))
 
 

@@ -7,14 +7,17 @@ import sys
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
 
 
 @contextlib.contextmanager
 def working(what: str) -> Iterator[None]:
     """Shows a spinner with `what` while the block runs."""
-    console = Console(file=sys.stderr)  # this stream, whatever stands in for it meanwhile
+    console = Console(file=sys.__stderr__ or sys.stderr)  # also where the command line holds back what libraries print
     if not console.is_terminal:
         yield
         return
-    with console.status(what):
+    spinner = Spinner("dots", what)
+    with Live(spinner, console=console, transient=True, refresh_per_second=12, redirect_stdout=False, redirect_stderr=False):
         yield

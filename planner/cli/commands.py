@@ -1,0 +1,213 @@
+"""What each command does. A command takes the parsed arguments and gives its answer as text and as data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import logging
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import keystr, tree_flatten_with_path
+
+from passes.spec import TensorSpec
+from planner.api import plan
+from planner.cli.targets import Target, resolve
+from planner.machine import Machine
+from planner.plan import Plan
+from planner.plan_file import read_plan
+from planner.presets import Preset
+from planner.recipes import SIZES
+from planner.show import where
+from planner.sizes import format_bytes
+from runtime.errors import PlannerError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """`text` for people, `data` for programs (JSON)."""
+
+    text: str
+    data: Any
+
+
+def plan_command(arguments: Namespace) -> Answer:
+    """`vramplan plan`."""
+    if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
+        raise PlannerError(f"cannot write the plan {arguments.output!r}: there is no such folder; make it first")
+    target = target_of(arguments)
+    p = make_plan(target, arguments)
+    data, parts = plan_data(target, p), [f"{p}\n{_inputs_text(target)}"]
+    if arguments.output:
+        _save(p, arguments.output)
+        data["file"] = arguments.output
+        parts.append(f"saved as {arguments.output}")
+    if arguments.code:
+        data["code"] = p.code
+        parts.append(p.code)
+    return Answer("\n\n".join(parts), data)
+
+
+def _save(p: Plan, path: str) -> None:
+    try:
+        p.save(path)
+    except OSError as error:
+        raise PlannerError(f"cannot write the plan {path!r}: {error.strerror or error}") from error
+
+
+def run_command(arguments: Namespace) -> Answer:
+    """`vramplan run`."""
+    from planner.cli.run import run
+
+    return run(arguments)
+
+
+def show_command(arguments: Namespace) -> Answer:
+    """`vramplan show`."""
+    data = read_plan(arguments.file)
+    streams = data["decisions"]["streams"]
+    lines = [
+        f"{data['program']} on {data['device']}, planned for {data['machine']['name']}",
+        f"  budget    {format_bytes(data['budget']['device_bytes'])}",
+        f"  program   {len(data['fingerprint'])} nodes",
+        f"  streams   {len(streams)} bundles through the {data['decisions']['staging']}",
+    ]
+    lines += [f"    before {s['prefetch']} for {s['first']}: {', '.join(s['weights'])}" for s in streams]
+    return Answer("\n".join(lines), data)
+
+
+def machines_command(arguments: Namespace) -> Answer:
+    """`vramplan machines`."""
+    machines = [Machine.preset(name) for name in Machine.names()]
+    rows = [f"{m.name:<14} {format_bytes(m.capacity_bytes):>8}  link {m.link_bandwidth / 1e9:>5.1f} GB/s" for m in machines]
+    return Answer("\n".join(rows), [dataclasses.asdict(m) for m in machines])
+
+
+def presets_command(arguments: Namespace) -> Answer:
+    """`vramplan presets`."""
+    rows, data = [], []
+    for name in Preset.names():
+        preset = Preset.load(name)
+        rows.append(f"{name:<16} {_count(preset.parameters):>7}  {preset.dtype:<8}  {preset.description}")
+        data.append(
+            {
+                "name": name,
+                "description": preset.description,
+                "library": preset.library,
+                "class": preset.class_name,
+                "method": preset.method,
+                "dtype": preset.dtype,
+                "parameters": preset.parameters,
+                "sizes": {
+                    size.name: {"default": size.default, "step": size.step, "offset": size.offset, "most": size.most}
+                    for size in preset.recipe.sizes.values()
+                },
+            }
+        )
+    return Answer("\n".join(rows), data)
+
+
+COMMANDS: dict[str, Callable[[Namespace], Answer]] = {
+    "plan": plan_command,
+    "run": run_command,
+    "show": show_command,
+    "machines": machines_command,
+    "presets": presets_command,
+}
+
+
+def target_of(arguments: Namespace) -> Target:
+    """The target that the arguments name."""
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    with quiet(arguments.debug):
+        return resolve(arguments.target, sizes, dtype=arguments.dtype, method=arguments.method)
+
+
+@contextlib.contextmanager
+def quiet(debug: bool) -> Iterator[None]:
+    """Holds back what libraries log and print on standard error: an error here is one message."""
+    if debug:
+        yield
+        return
+    log = logging.getLogger("torch")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(before)
+
+
+def make_plan(target: Target, arguments: Namespace) -> Plan:
+    """The target's plan for the budget, device and machine that the arguments name."""
+    with quiet(arguments.debug):
+        return plan(
+            target.module,
+            _budget(arguments.budget),
+            inputs=target.args,
+            kwargs=target.kwargs,
+            method=target.method,
+            device=arguments.device,
+            machine=arguments.machine,
+        )
+
+
+def plan_data(target: Target, p: Plan) -> dict[str, Any]:
+    """A plan as the documented fields of `--json`."""
+    return {
+        "target": target.name,
+        "program": p.program.name,
+        "method": target.method,
+        "device": p.device,
+        "machine": p.machine.name,
+        "inputs": inputs_of(target),
+        "budget_bytes": p.budget_bytes,
+        "peak_bytes": p.peak_bytes,
+        "reserved_bytes": p.reserved_bytes,
+        "minimum_bytes": p.minimum_bytes,
+        "unplanned_bytes": p.unplanned_bytes,
+        "peak_at": where(p),
+        "peak_parts": p.peak_parts,
+        "weight_bytes": sum(w.nbytes for w in p.program.weights.values()),
+        "resident_bytes": p.layout.resident_bytes + p.layout.state_bytes,
+        "streamed_bytes": p.layout.streamed_bytes,
+        "bundles": len(p.layout.bundles),
+        "step_seconds": p.step_seconds,
+        "bound_seconds": p.bound_seconds,
+        "limited_by": p.bound.limited_by,
+    }
+
+
+def inputs_of(target: Target) -> dict[str, str]:
+    """Every input of the call by name: the type of a tensor, the repr of anything else."""
+    named: Any = {**{f"args[{i}]": value for i, value in enumerate(target.args)}, **target.kwargs}
+    leaves, _ = tree_flatten_with_path(named)
+    return {
+        keystr(path).removeprefix("['").replace("']", "", 1): str(TensorSpec.of(leaf)) if _is_tensor(leaf) else repr(leaf)
+        for path, leaf in leaves
+    }
+
+
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor)
+
+
+def _inputs_text(target: Target) -> str:
+    inputs = inputs_of(target)
+    width = max(map(len, inputs), default=0)
+    return "\n".join(["  inputs", *(f"    {name:<{width}}  {kind}" for name, kind in inputs.items())])
+
+
+def _budget(text: str) -> int | str:
+    """Digits alone are bytes, as integers are in Python: a shell has no integers."""
+    return int(text) if text.isascii() and text.isdigit() else text
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"

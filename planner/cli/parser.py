@@ -1,0 +1,121 @@
+"""The arguments of `vramplan`, and what its `--help` says."""
+
+from __future__ import annotations
+
+import argparse
+from importlib.metadata import PackageNotFoundError, version
+
+from planner.presets import MODEL_DTYPES
+from planner.recipes import SIZES
+
+EXIT_CODES = """\
+exit codes:
+  0  done
+  1  unexpected: a bug here or in a library; --debug shows where
+  2  wrong usage or input: arguments, files, sizes, devices
+  3  infeasible: no plan fits the budget; the message says the least that does
+  4  the model cannot be captured, or a size in it cannot be known
+130  interrupted
+An error is one message on standard error. With --json standard output has an object besides:
+  {"error", "kind", "exit_code"}, for code 3 also {"budget_bytes", "minimum_bytes", "node"}
+"""
+
+TARGETS = """\
+TARGET is one of
+  a preset        sdxl-unet (vramplan presets lists them): published models at full size, no weights
+  a folder        ./flux/transformer: a checkpoint with a config.json, of transformers or diffusers;
+                  `plan` does not read its weights, `run` does
+  module:factory  my_models:make: called with those of --batch, --height, ... that are given; returns
+                  a module, (module, args) or (module, args, kwargs), on the meta device or real;
+                  the working directory can be imported
+"""
+
+PLAN_FIELDS = """\
+fields of --json (bytes and seconds, all but budget_bytes predicted):
+  target, program, method, device, machine, inputs, budget_bytes, peak_bytes, reserved_bytes,
+  minimum_bytes, unplanned_bytes, peak_at, peak_parts, weight_bytes, resident_bytes,
+  streamed_bytes, bundles, step_seconds, bound_seconds, limited_by; file with -o, code with --code
+"""
+
+RUN_FIELDS = """\
+fields of --json:
+  plan (as of `vramplan plan --json`), weights ("checkpoint", "random" or "factory"),
+  call_seconds (a list), and measured: device, calls, peak_bytes, reserved_bytes, step_seconds
+  (the last call), copied_bytes (streamed_bytes and what aligns them), copy_seconds,
+  link_fraction, host_bytes
+"""
+
+SHOW_FIELDS = """\
+--json prints the file itself: format, version, program, method, device, budget, machine, call,
+  keep, offload, decisions, fingerprint
+"""
+
+MACHINE_FIELDS = """\
+fields of --json (a list; bandwidths in bytes per second): name, description, capacity_bytes,
+  memory_bandwidth, flops (by dtype), launch_seconds, link_bandwidth, link_latency_seconds,
+  pageable_bandwidth, disk_bandwidth, capability
+"""
+
+PRESET_FIELDS = """\
+fields of --json (a list): name, description, library, class, method, dtype, parameters, sizes
+  (by name: default, step, offset, most; text is arithmetic over the model's config)
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; every command has `json` and `debug`."""
+    parser = argparse.ArgumentParser(
+        prog="vramplan",
+        description="PyTorch programs within a byte budget.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"vramplan {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    plan = _command(commands, "plan", "plan a model for a budget and say what was decided", f"{TARGETS}\n{PLAN_FIELDS}")
+    _add_target(plan)
+    plan.add_argument("-o", "--output", metavar="FILE", help="save the plan there, for Plan.load and `vramplan show`")
+    plan.add_argument("--code", action="store_true", help="print the emitted program too")
+
+    run = _command(commands, "run", "plan, build and call a model; measured beside predicted", f"{TARGETS}\n{RUN_FIELDS}")
+    _add_target(run)
+    run.add_argument("--calls", type=int, default=2, metavar="N", help="how often (default 2); the last one is reported")
+
+    show = _command(commands, "show", "say what a plan file decides", SHOW_FIELDS)
+    show.add_argument("file", metavar="FILE")
+    _command(commands, "presets", "list presets", PRESET_FIELDS)
+    _command(commands, "machines", "list machine models", MACHINE_FIELDS)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_: str, epilog: str
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=help_, description=help_, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return command
+
+
+def _add_target(command: argparse.ArgumentParser) -> None:
+    command.add_argument("target", metavar="TARGET")
+    command.add_argument("--budget", required=True, metavar="SIZE", help="6GB (powers of 1000) or 6GiB (of 1024)")
+    command.add_argument("--machine", metavar="NAME", help="plan for that one (vramplan machines); default: this one")
+    command.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1 or accounting (CPU kernels, every byte counted)")
+    command.add_argument("--dtype", metavar="DTYPE", help=f"of the weights: {', '.join(MODEL_DTYPES)}")
+    command.add_argument("--method", metavar="NAME", help="which method of the module (default: the preset's, or forward)")
+    sizes = command.add_argument_group(
+        "sizes of the call", "where the model has them; defaults are the preset's or the config's"
+    )
+    for name in SIZES:
+        sizes.add_argument(f"--{name}", type=int, metavar="N")
+
+
+def _version() -> str:
+    try:
+        return version("vramplan")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"

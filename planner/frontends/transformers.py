@@ -1,0 +1,109 @@
+"""Modules of transformers: from a config without weights, and from a checkpoint folder with them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from planner.frontends.empty import keep_in_float32, without_weights
+from planner.recipes import Recipe, Size
+from runtime.errors import PlannerError
+
+
+def build(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+    """The module that the config describes: parameters on the meta device, in eval mode, its float32 parts in float32.
+
+    Raises:
+        PlannerError: no such model class, or a config that it does not take.
+    """
+    kind = _model_class(class_name)
+    try:
+        described = kind.config_class.from_dict(dict(config))
+        described.dtype = dtype
+        with without_weights(dtype):
+            module = kind(described)
+    except (TypeError, ValueError) as error:
+        raise PlannerError(f"transformers.{class_name} does not take this config: {error}") from error
+    module.tie_weights()
+    kept = set(module._keep_in_fp32_modules_strict or ()) if dtype.itemsize < 4 else set()
+    if dtype == torch.float16:  # the others have the range that these parts need
+        kept |= set(module._keep_in_fp32_modules or ())
+    if kept:
+        pattern = re.compile("|".join(name.replace("*", ".*") for name in sorted(kept)))
+        keep_in_float32(module, lambda name: pattern.search(name) is not None)
+    return module.eval()
+
+
+def load(folder: Path, class_name: str, dtype: torch.dtype) -> nn.Module:
+    """The module of a checkpoint folder with its weights, on the CPU in eval mode. Nothing is downloaded."""
+    try:
+        return _model_class(class_name).from_pretrained(str(folder), dtype=dtype, local_files_only=True).eval()
+    except (OSError, ValueError) as error:
+        raise PlannerError(f"transformers cannot load {str(folder)!r}: {error}") from error
+
+
+def config_of(module: nn.Module) -> dict[str, Any]:
+    """The config with all defaults put in."""
+    config: Any = module.config
+    return config.to_dict()
+
+
+def recipe(module: nn.Module) -> Recipe | None:
+    """Inputs for a model of one modality, from its config and `main_input_name`; None where they cannot be known.
+
+    Text: `input_ids` [batch, tokens]; images: `pixel_values` [batch, channels, height, width]; audio: `input_features`
+    [batch, mel bins, frames] or `input_values` [batch, samples given by tokens].
+    """
+    names, takes = config_of(module), inspect.signature(module.forward).parameters
+    sizes, inputs = {"batch": Size("batch", 1)}, {}
+    main = str(getattr(module, "main_input_name", ""))
+    if "text_config" in names and "vision_config" in names:
+        return None  # several modalities: what a call has is the caller's choice
+    if main == "input_ids" and "vocab_size" in names:
+        most = names.get("max_position_embeddings") or names.get("n_positions")
+        inputs["input_ids"] = _tokens()
+        sizes["tokens"] = Size("tokens", min(512, most or 512), most=most)
+    elif main == "pixel_values" and "num_channels" in names and "image_size" in names:
+        side = names["image_size"]
+        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        step = names.get("patch_size") if isinstance(names.get("patch_size"), int) else 1
+        sizes |= {"height": Size("height", height, step=step or 1), "width": Size("width", width, step=step or 1)}
+        inputs["pixel_values"] = {"shape": ["batch", "num_channels", "height", "width"]}
+    elif main == "input_features" and {"num_mel_bins", "max_source_positions"} <= names.keys():
+        frames = 2 * names["max_source_positions"]  # the stem halves them
+        inputs["input_features"] = {"shape": ["batch", "num_mel_bins", frames]}
+    elif main == "input_values" and "num_mel_bins" not in names and "conv_stride" in names:
+        inputs["input_values"] = {"shape": ["batch", "tokens"]}
+        sizes["tokens"] = Size("tokens", 16_000)  # one second
+    else:
+        return None
+    if "decoder_input_ids" in takes and names.get("is_encoder_decoder"):
+        inputs["decoder_input_ids"] = _tokens()
+        sizes.setdefault("tokens", Size("tokens", 64, most=names.get("max_target_positions")))
+    if "use_cache" in takes:
+        inputs["use_cache"] = {"value": False}
+    return Recipe(sizes, inputs)
+
+
+def _tokens() -> dict[str, Any]:
+    return {"shape": ["batch", "tokens"], "dtype": "int64", "below": "vocab_size"}
+
+
+def _model_class(name: str) -> Any:
+    kind = getattr(transformers, name, None)
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind
+    known = [n for n in dir(transformers) if n.endswith("Model") or "For" in n]
+    close = difflib.get_close_matches(name, known, n=2)
+    hint = (
+        f"did you mean {' or '.join(close)}?" if close else f"it may need a newer transformers than {transformers.__version__}"
+    )
+    raise PlannerError(f"transformers has no model class {name!r}; {hint}")
