@@ -16,6 +16,7 @@ from runtime.emit import attribute_names, compile_source
 from runtime.executable import Executable
 from runtime.layout import Bundle
 from runtime.store import HostStore
+from runtime.weight_file import Source
 
 
 class Executor:
@@ -30,10 +31,10 @@ class Executor:
         self._staging: torch.Tensor | None = None
         self._w = SimpleNamespace()
         # Per bundle: where its bytes are on the host, its memory, its typed weights, the copies, the events.
-        self._sources: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        self._sources: dict[int, list[tuple[int, Source]]] = {}
         self._buffers: dict[int, torch.Tensor] = {}
         self._views: dict[int, tuple[torch.Tensor, ...]] = {}
-        self._copies: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._copies: dict[int, list[tuple[torch.Tensor, Source]]] = {}
         self._arrived: dict[int, Any] = {}
         self._evicted: dict[int, Any] = {}
 
@@ -67,6 +68,7 @@ class Executor:
             if bundle.offset is not None:
                 assert self._staging is not None
                 self._place(bundle, self._staging[bundle.offset : bundle.offset + bundle.nbytes])
+        self.device.loaded(program)
         self.refresh()
 
     def refresh(self) -> None:
@@ -134,5 +136,5 @@ class Executor:
         self._copies.pop(index, None)
 
 
-def _onto(buffer: torch.Tensor, runs: list[tuple[int, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _onto(buffer: torch.Tensor, runs: list[tuple[int, Source]]) -> list[tuple[torch.Tensor, Source]]:
     return [(buffer[offset : offset + source.numel()], source) for offset, source in runs]

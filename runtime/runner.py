@@ -91,7 +91,7 @@ class Runner:
         sources = {name: _source(name, views[name], tensors, lookup) for name in order if name in tensors}
         constants = {v.name: program.constants[node] for node, v in program.weights.items() if node in program.constants}
         sources |= {name: _source(name, views[name], constants, lookup) for name in order if name not in tensors}
-        self.store = HostStore({name: views[name] for name in order}, program.layout.alignment)
+        self.store = HostStore({name: views[name] for name in order}, program.layout.alignment, self.device.home())
         owners = _owners(self.module)
         for name in order:
             value = sources.pop(name)()
@@ -123,10 +123,10 @@ class Runner:
                 slots[key] = real
                 self._undo.append(functools.partial(slots.__setitem__, key, tensor))
             return
-        origin = tensor.device
+        origin, store = tensor.device, self.store
 
         def undo() -> None:
-            tensor.data = tensor.data.to(origin)
+            tensor.data = store.leave(tensor.data).to(origin)
 
         with torch.no_grad():
             tensor.data = self.store.fill(name, value)
@@ -308,6 +308,8 @@ class Runner:
                     self._registered(name).data = self.store.tensor(name).copy_(own)
             for step in reversed(self._undo):
                 step()
+        if self.store is not None:
+            self.store.close()
         self.state.clear()
         self.device.close()
 
