@@ -1,6 +1,7 @@
-"""Scratch folders on disk: one per built plan, never shared, gone when the plan, the process or (at the next start) a crash ends it.
+"""Scratch folders on disk: one per built plan, never shared, gone with the plan or the process.
 
-A folder is locked (`flock`) by its process for as long as that lives: what is not locked belongs to nobody and is removed.
+A folder is locked (`flock`) by its process for as long as that lives: what is not locked was left by a
+process that was killed, and is removed when the next one makes a folder.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from passes.calibrate import calibrating
 from passes.liveness import Liveness, analyse_liveness, is_view
 from passes.probe import Prober
 from passes.program import Program
@@ -62,8 +63,9 @@ def build_problem(
         CaptureError: the program has no operator.
         UnknownSize: an operator's bytes cannot be known.
     """
-    prober = Prober(memory.device, machine.capability)
-    liveness = analyse_liveness(program, prober, memory.round_activation)
+    with calibrating(memory.device) as calibrator:
+        prober = Prober(memory.device, machine.capability, calibrator)
+        liveness = analyse_liveness(program, prober, memory.round_activation)
     if not liveness.nodes:
         raise CaptureError(f"{program.name} computes nothing: there is no operator to plan")
     seconds = np.empty(len(liveness.nodes))

@@ -16,9 +16,9 @@ from runtime.weight_file import Source
 class Measurement:
     """Counters of one call, by means the planner does not share (I7).
 
-    `peak_bytes`: most bytes live (accounting) or allocated (cuda, cpu) by the program, inputs included. `reserved_bytes`: most that
-    the allocator held, where there is one. `copied_bytes` went from host to device, in `copy_seconds` of copy-engine time where
-    the device can tell.
+    `peak_bytes`: most bytes live (accounting) or allocated (cuda, cpu) by the program, inputs included. `reserved_bytes`: most
+    that the allocator held, where there is one. `copied_bytes` went from host to device, in `copy_seconds` of copy-engine time
+    where the device can tell.
     """
 
     peak_bytes: int

@@ -22,8 +22,8 @@ from runtime.weight_file import Source
 class CpuDevice:
     """See the module.
 
-    `peak_bytes` is what PyTorch's C++ allocator says of a call, with arenas and inputs. Asking it slows a call down, so it is asked
-    in the first call of each program; in every one with `measure_every_call`.
+    `peak_bytes` is what PyTorch's C++ allocator says of a call, with arenas and inputs. Asking it slows a call down, so it is
+    asked in the first call of each program; in every one with `measure_every_call`.
     """
 
     kind = "cpu"

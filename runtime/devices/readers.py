@@ -145,14 +145,14 @@ class _BusyClock:
 def _read(pieces: queue.SimpleQueue[_Piece | None], clock: _BusyClock) -> None:
     """What a thread does. It knows the queue and not the pool, which can thus be collected."""
     while (piece := pieces.get()) is not None:
-        error: Exception | None = None
+        arrival, error = piece.arrival, None
         try:
             with clock:
                 _transfer(piece.target, piece.source)
         except Exception as caught:  # noqa: BLE001 - whatever it is, the thread that waits raises it
-            error = caught
-        piece.arrival.finished(error)
-        del piece
+            error = caught.with_traceback(None)  # whose frames hold the memory
+        del piece  # before anybody learns of the end: memory that is evicted then is given back there, not here and later
+        arrival.finished(error)
 
 
 def _end(pieces: queue.SimpleQueue[_Piece | None], count: int) -> None:
@@ -171,6 +171,8 @@ def _cut(target: torch.Tensor, source: Source) -> list[tuple[torch.Tensor, Sourc
     pieces: list[tuple[torch.Tensor, Source]] = []
     for start in range(0, source.numel(), PIECE_BYTES):
         stop = min(start + PIECE_BYTES, source.numel())
-        part = FileRange(source.file, source.offset + start, stop - start) if isinstance(source, FileRange) else source[start:stop]
+        part = (
+            FileRange(source.file, source.offset + start, stop - start) if isinstance(source, FileRange) else source[start:stop]
+        )
         pieces.append((target[start:stop], part))
     return pieces
