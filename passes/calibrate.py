@@ -107,7 +107,8 @@ def _run(
     stands, and what a dispatcher sees if that is more.
     """
     traces: list[AllocationTrace] = []
-    with torch.no_grad(), torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+    # In this order: leaving inference mode turns gradients on, and RNNs then take memory to remember.
+    with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for _ in range(_MOST_RUNS):
             bases = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
             own_args, own_kwargs = tree_map_only(TensorSpec, lambda spec: _tensor(spec, bases, fill), (args, kwargs))  # noqa: B023

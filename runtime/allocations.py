@@ -7,6 +7,7 @@ libraries allocate past the allocator (MKL's packing buffers, compiled oneDNN ke
 
 from __future__ import annotations
 
+import gc
 from typing import Any, Self
 
 import torch
@@ -31,11 +32,16 @@ class AllocationTrace:
         return not _autograd._profiler_enabled()
 
     def __enter__(self) -> Self:
+        # Garbage of before must not be collected within: its death would be taken off what was allocated here.
+        self._collects = gc.isenabled()
+        gc.disable()
         config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
         _autograd._enable_profiler_legacy(config)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._collects:
+            gc.enable()
         for thread in _autograd._disable_profiler_legacy():
             self.events += [event.cpu_memory_usage() for event in thread if event.kind() == "memory_alloc"]
         live = 0

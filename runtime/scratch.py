@@ -20,9 +20,9 @@ from pathlib import Path
 from runtime.errors import BudgetError, StoreError
 
 VARIABLE = "VRAMPLAN_SCRATCH"
-_PREFIX, _UNFINISHED = "vramplan-", ".vramplan-"
+_PREFIX, _UNFINISHED = "vramplan-weights-", ".vramplan-weights-"
 _LOCK = "lock"
-# A folder without a lock file this old was left by a process that died between two system calls.
+# An empty folder this old, without a lock file, was left by a process that died between two system calls.
 _UNLOCKED_SECONDS = 60.0
 
 
@@ -90,8 +90,8 @@ def remove_stale(parent: Path) -> None:
             if folder.is_symlink() or not folder.is_dir() or folder.stat().st_uid != os.getuid():
                 continue
             if not (folder / _LOCK).exists():
-                if time.time() - folder.stat().st_mtime > _UNLOCKED_SECONDS:
-                    shutil.rmtree(folder, ignore_errors=True)
+                if folder.name.startswith(_UNFINISHED) and time.time() - folder.stat().st_mtime > _UNLOCKED_SECONDS:
+                    folder.rmdir()  # only if it is empty
                 continue
             lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC)
             try:
