@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from passes.calibrate import free_ram_bytes
 from planner.budget import Budget
 from planner.machine import Machine
 from planner.options import Options, check_allow, check_keep
@@ -110,7 +110,7 @@ def _machine(machine: str | Machine | None, device: str) -> Machine:
 
 def _free_bytes(device: str) -> int:
     if device in ("cpu", "accounting"):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return free_ram_bytes()
     if not torch.cuda.is_available():
         raise BudgetError("budget=None means what is free now, and there is no CUDA device here: write budget='6GB'")
     return int(torch.cuda.mem_get_info(torch.device(device))[0])
