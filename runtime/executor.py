@@ -64,7 +64,7 @@ class Executor:
             setattr(self._w, attributes[slot.weight], self._state[program.weights[slot.weight].name])
         self._program = program
         for bundle in layout.bundles:
-            self._sources[bundle.index] = self.store.runs([(program.weights[s.weight].name, s.offset) for s in bundle.slots])
+            self._sources[bundle.index] = self._locate(bundle)
             if bundle.offset is not None:
                 assert self._staging is not None
                 self._place(bundle, self._staging[bundle.offset : bundle.offset + bundle.nbytes])
@@ -79,6 +79,18 @@ class Executor:
             runs = self.store.runs([(names[s.weight].name, s.offset) for s in self._program.layout.resident])
             # Behind whatever still reads this memory: its last owner, or the call before.
             self.device.wait(self.device.copy(_onto(self._resident, runs), [self.device.allocated()]))
+
+    def relocate(self) -> None:
+        """Asks the store again where the streamed weights are."""
+        assert self._program is not None
+        for bundle in self._program.layout.bundles:
+            self._sources[bundle.index] = self._locate(bundle)
+            if bundle.offset is not None:
+                self._copies[bundle.index] = _onto(self._buffers[bundle.index], self._sources[bundle.index])
+
+    def _locate(self, bundle: Bundle) -> list[tuple[int, Source]]:
+        assert self._program is not None
+        return self.store.runs([(self._program.weights[s.weight].name, s.offset) for s in bundle.slots])
 
     def unload(self) -> None:
         """Gives up the loaded program and all arena memory; state stays."""

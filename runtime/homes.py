@@ -88,6 +88,28 @@ class _MemorySegment:
         return self.buffer[offset : offset + nbytes]
 
 
+class CheckpointSegment:
+    """A checkpoint's own file, which is never written: what is written in place is private to this process, in memory."""
+
+    def __init__(self, file: OpenFile) -> None:
+        self._file = file
+        self._map = mmap.mmap(file.fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        self.buffer = _nothing()
+
+    def tensor(self, view: WeightView, offset: int) -> torch.Tensor:
+        return view.on(torch.frombuffer(self._map, dtype=torch.uint8, count=view.nbytes, offset=offset), 0)
+
+    def write(self, view: WeightView, offset: int, value: torch.Tensor) -> None:
+        self.tensor(view, offset).copy_(value)
+
+    def source(self, offset: int, nbytes: int) -> Source:
+        return FileRange(self._file, offset, nbytes)
+
+    def private(self, offset: int, nbytes: int) -> Source:
+        """The bytes as this process sees them."""
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=offset)
+
+
 class DiskHome:
     """Safetensors files in a scratch folder of its own, made when the first weight comes.
 
@@ -101,6 +123,8 @@ class DiskHome:
         self._files = 0
 
     def segment(self, views: Mapping[str, WeightView], places: Mapping[str, int], nbytes: int) -> Segment:
+        if nbytes == 0:
+            return _MemorySegment(0)
         if self._folder is None:
             self._folder = ScratchFolder(self._limit_bytes)
         header = safetensors_header(views, places, nbytes)

@@ -7,7 +7,7 @@ import functools
 import logging
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,11 @@ from runtime.errors import InputError, ModuleUnusable, PlannerError
 from runtime.executable import Executable, WeightView
 from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
+from runtime.homes import DiskHome
 from runtime.report import Report
 from runtime.signature import CallSignature, bind_call
 from runtime.store import HostStore
+from runtime.weight_file import FileRange, FileTensor
 
 log = logging.getLogger("vramplan")
 # Weights by name, None where there is none.
@@ -91,7 +93,9 @@ class Runner:
         sources = {name: _source(name, views[name], tensors, lookup) for name in order if name in tensors}
         constants = {v.name: program.constants[node] for node, v in program.weights.items() if node in program.constants}
         sources |= {name: _source(name, views[name], constants, lookup) for name in order if name not in tensors}
-        self.store = HostStore({name: views[name] for name in order}, program.layout.alignment, self.device.home())
+        home = self.device.home()
+        given = _in_files(order, views, tensors, lookup) if isinstance(home, DiskHome) else {}
+        self.store = HostStore({name: views[name] for name in order}, program.layout.alignment, home, given)
         owners = _owners(self.module)
         for name in order:
             value = sources.pop(name)()
@@ -260,8 +264,11 @@ class Runner:
         for name, value in self._constants.items():
             if name not in self.state and versions[name] != self.versions[name]:
                 self.store.fill(name, value)
+        relocated = self.store.written([n for n, version in versions.items() if version != self.versions[n]])
         self.versions = versions
         if self.executor.program is not None:
+            if relocated:
+                self.executor.relocate()
             self.executor.refresh()
 
     def _versions(self) -> dict[str, tuple[int, int]]:
@@ -352,6 +359,21 @@ def _source(name: str, view: WeightView, tensors: dict[str, torch.Tensor], looku
         where = "the weights given lack it" if lookup is not None else "pass build(weights=<module, state dict or folder>)"
         raise PlannerError(f"the weight {name!r} is on the meta device (or fake): {where}")
     return lambda: tensors[name].data
+
+
+def _in_files(
+    order: list[str], views: Mapping[str, WeightView], tensors: dict[str, torch.Tensor], lookup: Lookup | None
+) -> dict[str, FileRange]:
+    """Weights that a checkpoint's files hold just as the program reads them, with their places there."""
+    place: Callable[[str], FileTensor | None] | None = getattr(lookup, "place", None)
+    found: dict[str, FileRange] = {}
+    if place is None:
+        return found
+    for name in order:
+        known = next((at for n in (name, *views[name].aliases) if (at := place(n)) is not None), None)
+        if name in tensors and known is not None and views[name].nbytes and known.is_laid_out_as(views[name]):
+            found[name] = known.where
+    return found
 
 
 def _has_no_bytes(tensor: torch.Tensor) -> bool:

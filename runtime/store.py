@@ -5,29 +5,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from runtime.executable import WeightView
-from runtime.homes import Home, MemoryHome, Segment
-from runtime.weight_file import Source
+from runtime.homes import CheckpointSegment, Home, MemoryHome, Segment
+from runtime.weight_file import FileRange, OpenFile, Source
 
 
 class HostStore:
     """Weights by their module name, in the order given, at multiples of `alignment` bytes, in memory unless `home` is another.
 
+    Weights in `given` stay in the files where they are; of those `fill` only gives the tensor.
+
     The store is filled one weight at a time, and its caller may free each original before the next is copied, so that the host
     never holds the model twice.
     """
 
-    def __init__(self, views: Mapping[str, WeightView], alignment: int, home: Home | None = None) -> None:
+    def __init__(
+        self,
+        views: Mapping[str, WeightView],
+        alignment: int,
+        home: Home | None = None,
+        given: Mapping[str, FileRange] | None = None,
+    ) -> None:
         self.views: dict[str, WeightView] = {}
         self.nbytes, self._alignment = 0, alignment
         self._home: Home = home if home is not None else MemoryHome()
         self._places: dict[str, tuple[int, int]] = {}  # segment and offset
         self._segments: list[Segment] = []
-        self.extend(views)
+        self._given = dict(given or {})
+        self._written: set[str] = set()  # of those: what the process changed in its own memory
+        self.extend({name: view for name, view in views.items() if name not in self._given})
+        self._take(views)
 
     @property
     def buffers(self) -> list[torch.Tensor]:
@@ -56,8 +67,29 @@ class HostStore:
         self.nbytes += cursor
         return segment.buffer
 
+    def _take(self, views: Mapping[str, WeightView]) -> None:
+        segments: dict[OpenFile, int] = {}
+        for name, where in self._given.items():
+            if where.file not in segments:
+                segments[where.file] = len(self._segments)
+                self._segments.append(CheckpointSegment(where.file))
+            self._places[name] = segments[where.file], where.offset
+            self.views[name] = views[name]
+            self.nbytes += where.nbytes
+
+    def written(self, names: Iterable[str]) -> bool:
+        """Says that tensors of the store were written in place; gives whether `runs` changed by that.
+
+        A file that is not ours is not written: the new value is in this process's memory only.
+        """
+        fresh = (self._given.keys() & set(names)) - self._written
+        self._written |= fresh
+        return bool(fresh)
+
     def fill(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Copies one weight in; gives the tensor that now holds it."""
+        if name in self._given:
+            return self.tensor(name)
         segment, offset = self._places[name]
         if self.views[name].nbytes:
             self._segments[segment].write(self.views[name], offset, value)
@@ -78,16 +110,22 @@ class HostStore:
     def runs(self, places: list[tuple[str, int]]) -> list[tuple[int, Source]]:
         """(offset, source bytes) that put the named weights at the given offsets; neighbours on both sides are one copy."""
         joined: list[list[int]] = []  # segment, start, offset, bytes
+        private: list[tuple[int, Source]] = []
         for name, offset in places:
             (segment, start), nbytes = self._places[name], self.views[name].nbytes
             if nbytes == 0:
+                continue
+            own = self._segments[segment]
+            if name in self._written and isinstance(own, CheckpointSegment):
+                private.append((offset, own.private(start, nbytes)))
                 continue
             last = joined[-1] if joined and joined[-1][0] == segment else None
             if last is not None and start - last[1] == offset - last[2] and last[1] < start:
                 last[3] = start - last[1] + nbytes
             else:
                 joined.append([segment, start, offset, nbytes])
-        return [(offset, self._segments[segment].source(start, nbytes)) for segment, start, offset, nbytes in joined]
+        files = [(offset, self._segments[segment].source(start, nbytes)) for segment, start, offset, nbytes in joined]
+        return files + private
 
     def close(self) -> None:
         """Gives up what is on disk; tensors that are still held stay readable."""

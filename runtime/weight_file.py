@@ -85,6 +85,20 @@ class FileRange:
         return self.nbytes
 
 
+@dataclass(frozen=True)
+class FileTensor:
+    """A contiguous tensor in a safetensors file."""
+
+    where: FileRange
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def is_laid_out_as(self, view: WeightView) -> bool:
+        """Whether its bytes are those of the weight, where the weight's dtype can be read."""
+        same = (self.dtype, self.shape, self.where.nbytes) == (view.dtype, view.shape, view.nbytes)
+        return same and _is_contiguous(view) and self.where.offset % self.dtype.itemsize == 0
+
+
 # What a copy reads: bytes in host memory (uint8, 1-d), or bytes of a file.
 Source = torch.Tensor | FileRange
 
@@ -116,3 +130,29 @@ def safetensors_header(views: Mapping[str, WeightView], places: Mapping[str, int
 
 def _is_contiguous(view: WeightView) -> bool:
     return torch.empty_strided(view.shape, view.stride, dtype=view.dtype, device="meta").is_contiguous()
+
+
+def read_places(file: OpenFile) -> dict[str, FileTensor]:
+    """The tensors of a safetensors file, by name.
+
+    Raises:
+        StoreError: the file is too short, or its header is none.
+    """
+    length = bytearray(8)
+    file.read_into(memoryview(length), 0)
+    start = 8 + int.from_bytes(length, "little")
+    dtypes = {name: dtype for dtype, name in _NAMES.items()}
+    try:
+        text = bytearray(min(start - 8, os.fstat(file.fd).st_size))
+        file.read_into(memoryview(text), 8)
+        return {
+            name: FileTensor(
+                FileRange(file, start + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0]),
+                dtypes[entry["dtype"]],
+                tuple(entry["shape"]),
+            )
+            for name, entry in json.loads(text).items()
+            if name != "__metadata__" and entry["dtype"] in dtypes
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{file.path} is no safetensors file ({error!r}); download or copy it again") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from planner import Plan, PlannerError, plan
@@ -17,7 +18,7 @@ from runtime.devices import readers
 from runtime.devices.cpu import CpuDevice
 from runtime.devices.readers import Readers
 from runtime.errors import StoreError
-from runtime.weight_file import FileRange, OpenFile
+from runtime.weight_file import FileRange, OpenFile, read_places
 
 
 @pytest.fixture(autouse=True)
@@ -239,3 +240,57 @@ def test_a_trace_counts_what_its_code_allocates() -> None:
         del gone, before
     assert (trace.peak_bytes, trace.end_bytes) == (10_000, 2000)
     assert kept.numel() == 500
+
+
+def on_meta() -> nn.Module:
+    return Mlp().to("meta").eval()
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> tuple[nn.Module, Path]:
+    """A module, and a folder with its weights in two files."""
+    module, folder = Mlp().eval(), tmp_path / "checkpoint"
+    folder.mkdir()
+    state = dict(module.state_dict())
+    half = len(state) // 2
+    save_file(dict(list(state.items())[:half]), folder / "a.safetensors")
+    save_file(dict(list(state.items())[half:]), folder / "b.safetensors")
+    return module, folder
+
+
+def test_a_checkpoint_is_read_where_it_is(checkpoint: tuple[nn.Module, Path], scratch: Path) -> None:
+    (module, folder), x = checkpoint, torch.randn(2, 64)
+    content = {path: path.read_bytes() for path in folder.iterdir()}
+    empty = on_meta()
+    p = least(empty, x)
+    m = p.build(weights=folder)
+    assert list(scratch.iterdir()) == [folder]  # nothing was copied
+    with torch.no_grad():
+        assert torch.equal(m(x), module.layers(x))
+        for changed in (m, module):  # what is written in place runs, and stays out of the file
+            changed.layers[0].weight.mul_(2)
+            changed.layers[5].bias.fill_(0.5)
+        for _ in range(2):
+            assert torch.equal(m(x), module.layers(x))
+    assert m.report().host_bytes >= sum(t.nbytes for t in module.state_dict().values())
+    m.close()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == content
+    assert all(t.is_meta for t in empty.parameters())
+
+
+def test_what_a_checkpoint_has_in_another_dtype_is_copied(checkpoint: tuple[nn.Module, Path], scratch: Path) -> None:
+    (module, folder), x = checkpoint, torch.randn(2, 64)
+    state = dict(load_file(folder / "b.safetensors"))
+    save_file({n: t.double() for n, t in state.items()}, folder / "b.safetensors")
+    m = least(on_meta(), x).build(weights=folder)
+    assert len(list(scratch.iterdir())) == 2
+    with torch.no_grad():
+        assert torch.equal(m(x), module.layers(x))
+    m.close()
+    assert list(scratch.iterdir()) == [folder]
+
+
+def test_a_checkpoint_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes((8).to_bytes(8, "little") + b"no json!")
+    with pytest.raises(StoreError, match=r"f is no safetensors file \(.*\); download or copy it again"):
+        read_places(OpenFile(tmp_path / "f", os.O_RDONLY))
