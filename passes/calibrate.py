@@ -1,8 +1,9 @@
 """Calibration: what operators take besides their outputs on this CPU, where fakes cannot tell, measured by running them.
 
 Kernels make scratch that no dispatcher sees: `im2col` of a 3-d convolution, reorders of oneDNN, buffers of RNNs (up to 45 times
-the visible bytes). So each distinct call is run on zeros, and PyTorch's own allocator says what it gave. The results are kept
-in a file, because planning the same model again must not run it again.
+the visible bytes). So each distinct call is run on zeros, and PyTorch's own allocator says what it gave; planning needs that
+memory too, but for weights, whose zeros nobody writes. The results are kept in a file: planning the model again runs nothing.
+They hold for the number of threads that planning had.
 """
 
 from __future__ import annotations

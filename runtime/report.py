@@ -21,7 +21,8 @@ class Report:
         step_seconds: wall time of the last call.
         copied_bytes: host to device in the last call.
         copy_seconds: time the copy engine was busy, or None where the device cannot tell.
-        link_fraction: achieved share of the machine's link bandwidth while copying, or None.
+        link_fraction: achieved share of the machine's link bandwidth while copying, or None; above 1 on `cpu` where the system
+            has the file in memory.
         host_bytes: where the weights live, each once: the host arena; on `cpu` the bytes of the scratch file on disk.
         host_pinned: whether they are page-locked; True on `cpu` and `accounting`, where there is nothing to lock.
     """

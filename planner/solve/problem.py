@@ -17,6 +17,7 @@ from passes.visits import Visit, weight_visits
 from planner.costs import node_seconds
 from planner.machine import Machine
 from planner.memory import MemoryModel
+from planner.progress import working
 from runtime.errors import CaptureError
 
 
@@ -63,7 +64,7 @@ def build_problem(
         CaptureError: the program has no operator.
         UnknownSize: an operator's bytes cannot be known.
     """
-    with calibrating(memory.device) as calibrator:
+    with working(f"analysing {program.name}"), calibrating(memory.device) as calibrator:
         prober = Prober(memory.device, machine.capability, calibrator)
         liveness = analyse_liveness(program, prober, memory.round_activation)
     if not liveness.nodes:

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import mmap
 import time
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -45,6 +46,7 @@ class CpuDevice:
         self._program: object = None
         self._peaks: dict[int, tuple[object, int]] = {}  # by identity of the program, which the entry keeps alive
         self._last: Measurement | None = None
+        self._threads = torch.get_num_threads()
         self._copied_bytes = 0
 
     def allocate(self, nbytes: int) -> torch.Tensor:
@@ -79,6 +81,7 @@ class CpuDevice:
 
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
+        self._check_threads()
         self._copied_bytes, busy, started = 0, self._readers.busy_seconds(), time.perf_counter()
         fixed = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*inputs, *arenas)}
         wanted = self.measure_every_call or id(self._program) not in self._peaks
@@ -95,6 +98,16 @@ class CpuDevice:
             busy = self._readers.busy_seconds() - busy
             _, peak = self._peaks[id(self._program)]
             self._last = Measurement(peak, None, seconds, self._copied_bytes, busy or None)
+
+    def _check_threads(self) -> None:
+        threads = torch.get_num_threads()
+        if threads > self._threads:
+            warnings.warn(
+                f"the model was built with {self._threads} threads and runs with {threads}: kernels keep scratch for each, and "
+                "the peak may pass what was predicted. Call torch.set_num_threads before plan()",
+                stacklevel=2,
+            )
+            self._threads = threads  # said once
 
     def measurement(self) -> Measurement | None:
         return self._last

@@ -209,11 +209,9 @@ def _print(results: dict[str, Any], size: int) -> None:
     print(f"T5 v1.1 XL encoder, {size / 1e9:.2f} GB in bfloat16, {TOKENS} tokens, budget {BUDGET}")
     print(f"{'':12}{'cold call':>12}{'warm call':>12}{'CPU time':>12}{'peak RSS':>12}{'over import':>14}{'equal':>8}")
     for name, r in results.items():
-        extra = (r["peak_rss_bytes"] - r["imported_rss_bytes"]) / 1e9
-        print(
-            f"{name:12}{r['cold_seconds']:10.2f} s{r['warm_seconds']:10.2f} s{r['warm_cpu_seconds']:10.2f} s{r['peak_rss_bytes'] / 1e9:9.2f} GB"
-            f"{extra:11.2f} GB{r['equal']!s:>8}"
-        )
+        times = "".join(f"{r[key]:10.2f} s" for key in ("cold_seconds", "warm_seconds", "warm_cpu_seconds"))
+        extra = r["peak_rss_bytes"] - r["imported_rss_bytes"]
+        print(f"{name:12}{times}{r['peak_rss_bytes'] / 1e9:9.2f} GB{extra / 1e9:11.2f} GB{r['equal']!s:>8}")
     print(results["ours"]["plan"])
 
 

@@ -294,3 +294,16 @@ def test_a_checkpoint_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes((8).to_bytes(8, "little") + b"no json!")
     with pytest.raises(StoreError, match=r"f is no safetensors file \(.*\); download or copy it again"):
         read_places(OpenFile(tmp_path / "f", os.O_RDONLY))
+
+
+def test_more_threads_than_were_planned_for_are_said() -> None:
+    module, x = Mlp().eval(), torch.randn(2, 64)
+    m = least(module, x).build()
+    try:
+        torch.set_num_threads(2)
+        with pytest.warns(UserWarning, match="built with 1 threads and runs with 2"):
+            m(x)
+        m(x)
+    finally:
+        torch.set_num_threads(1)
+    m.close()
