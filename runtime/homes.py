@@ -17,7 +17,7 @@ import torch
 from runtime.errors import StoreError
 from runtime.executable import WeightView
 from runtime.scratch import VARIABLE, ScratchFolder
-from runtime.weight_file import PAGE_BYTES, FileRange, OpenFile, Source, safetensors_header
+from runtime.weight_file import FileRange, OpenFile, Source, safetensors_header
 
 
 class Segment(Protocol):
@@ -94,7 +94,7 @@ class CheckpointSegment:
     def __init__(self, file: OpenFile) -> None:
         self._file = file
         self._map = mmap.mmap(file.fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        self.buffer = _nothing()
+        self.buffer = torch.empty(0, dtype=torch.uint8)
 
     def tensor(self, view: WeightView, offset: int) -> torch.Tensor:
         return view.on(torch.frombuffer(self._map, dtype=torch.uint8, count=view.nbytes, offset=offset), 0)
@@ -128,11 +128,17 @@ class DiskHome:
         if self._folder is None:
             self._folder = ScratchFolder(self._limit_bytes)
         header = safetensors_header(views, places, nbytes)
-        self._folder.reserve(len(header) + nbytes)
+        weights = sum(view.nbytes > 0 for view in views.values())
+        first = self._files == 0
+        try:
+            self._folder.reserve(len(header) + nbytes)
+            segment = _FileSegment(self._folder, f"weights-{self._files + 1}.safetensors", header, nbytes, weights, first)
+        except BaseException:
+            if first:
+                self.close()
+            raise
         self._files += 1
-        # The folder has its name from what the first file holds; constants of later programs follow.
-        waiting = {name for name, view in views.items() if view.nbytes}
-        return _FileSegment(self._folder, f"weights-{self._files}.safetensors", header, nbytes, len(waiting), self._files == 1)
+        return segment
 
     def leave(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone() if tensor.device.type == "cpu" else tensor
@@ -146,23 +152,21 @@ class _FileSegment:
     """One safetensors file, written weight by weight under a temporary name."""
 
     def __init__(self, folder: ScratchFolder, name: str, header: bytes, nbytes: int, weights: int, first: bool) -> None:
+        # The folder is named by what the first file holds; constants of later programs follow.
         self._folder, self._name, self._first = folder, name, first
         self._start, self._waiting = len(header), weights
         self._digest = hashlib.sha256(header)
         self._file = OpenFile(folder.path / f"{name}.part", os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             # All blocks now: a full disk is an error here, and would be a bus error in a write through the mapping.
-            os.posix_fallocate(self._file.fd, 0, self._start + max(nbytes, PAGE_BYTES))
-            os.ftruncate(self._file.fd, self._start + nbytes)
+            os.posix_fallocate(self._file.fd, 0, self._start + nbytes)
         except OSError as error:
             raise StoreError(
                 f"no room for {nbytes} bytes of weights in {folder.parent} ({error.strerror}); set {VARIABLE} to another folder"
             ) from error
         self._file.write(memoryview(header), 0)
         self._map = mmap.mmap(self._file.fd, self._start + nbytes)
-        self.buffer = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=self._start) if nbytes else _nothing()
-        if not weights:
-            self._finish()
+        self.buffer = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=self._start)
 
     def tensor(self, view: WeightView, offset: int) -> torch.Tensor:
         own = torch.frombuffer(self._map, dtype=torch.uint8, count=view.nbytes, offset=self._start + offset)
@@ -198,7 +202,3 @@ def _bytes_of(view: WeightView, value: torch.Tensor) -> torch.Tensor:
     own = torch.zeros(view.nbytes, dtype=torch.uint8)
     view.on(own, 0).copy_(value)
     return own
-
-
-def _nothing() -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8)
