@@ -47,8 +47,8 @@ def minilm() -> tuple[BertModel, dict[str, torch.Tensor]]:
 
 def run_under_budgets() -> None:
     """The main job: the same outputs at 100 %, 75 % and the least memory there can be."""
-    device = "cuda" if torch.cuda.is_available() else "accounting"
-    where = torch.cuda.get_device_name() if device == "cuda" else "the accounting device: CPU kernels, every byte counted"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else "the CPU: the budget is RAM, weights are read from disk"
     model, tokens = minilm()
     home = torch.device("cuda" if device == "cuda" else "cpu")
     tokens = {name: value.to(home) for name, value in tokens.items()}

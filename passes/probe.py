@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from passes.calibrate import Calibrator
 from passes.fakes import FaithfulFakes
 from passes.program import operator_name, storage_id, tensors_of
 from passes.spec import TensorSpec
@@ -68,10 +69,10 @@ def call_of(node: fx.Node) -> Call:
 
 
 class Prober:
-    """Costs of nodes on one device, cached by operator and argument geometry."""
+    """Costs of nodes on one device, cached by operator and argument geometry; with a calibrator, kernels' own scratch too."""
 
-    def __init__(self, device: str, capability: tuple[int, int] | None = None) -> None:
-        self.device, self.capability = device, capability
+    def __init__(self, device: str, capability: tuple[int, int] | None = None, calibrator: Calibrator | None = None) -> None:
+        self.device, self.capability, self._calibrator = device, capability, calibrator
         self._cache: dict[Any, OpCost] = {}
 
     def cost(self, node: fx.Node) -> OpCost:
@@ -84,11 +85,30 @@ class Prober:
             return OpCost()
         call = call_of(node)
         if call.key not in self._cache:
-            self._cache[call.key] = self._probe(node, call.args, call.kwargs, call.outputs, call.fresh_bytes)
+            self._cache[call.key] = self._probe(node, call)
         return self._cache[call.key]
 
-    def _probe(self, node: fx.Node, args: Any, kwargs: Any, outputs: tuple[TensorSpec, ...], fresh: tuple[int, ...]) -> OpCost:
+    def cost_of(self, target: Any, args: Any, kwargs: Any, result: Any) -> OpCost:
+        """The cost of a call outside of any program, on fakes or real tensors, that gave `result`.
+
+        Raises:
+            UnknownSize: as `cost`.
+        """
+        graph = fx.Graph()
+
+        def argument(value: Any) -> fx.Node:
+            node = graph.placeholder(f"arg_{len(graph.nodes)}")
+            node.meta["val"] = value
+            return node
+
+        own_args, own_kwargs = tree_map_only(torch.Tensor, argument, (args, kwargs))
+        node = graph.call_function(target, own_args, own_kwargs)
+        node.meta["val"] = result
+        return self.cost(node)
+
+    def _probe(self, node: fx.Node, call: Call) -> OpCost:
         target: Any = node.target
+        args, kwargs, outputs, fresh = call.args, call.kwargs, call.outputs, call.fresh_bytes
         watch = _Watch()
         specs = _specs((args, kwargs))
         sizes = [0] * (1 + max((s.storage for s in specs), default=-1))
@@ -115,6 +135,8 @@ class Prober:
             del result
         declared = workspace_bytes(self.device, OpCall(target, args, kwargs, outputs, self.capability))
         workspace = max(0, watch.peak_bytes - sum(fresh)) if declared is None else declared
+        if self._calibrator is not None and (fresh or target._schema.is_mutable):  # a view allocates nothing
+            workspace = self._calibrator.workspace_bytes(target, args, kwargs, sizes, sum(fresh), workspace, call.key)
         return OpCost(fresh, workspace, watch.flops, _moved(target, args, kwargs, outputs, fresh))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from passes.calibrate import free_ram_bytes
 from planner.budget import Budget
 from planner.machine import Machine
 from planner.options import Options, check_allow, check_keep, check_opaque_bytes
@@ -45,8 +46,8 @@ def plan(
         budget: bytes, a size such as "6GB" (6e9) or "6GiB", a mapping such as {"cuda": "6GB"}; None for what is free now.
         inputs, kwargs: an example call; real, fake or meta tensors, of which only shapes, strides and dtypes are read.
         method: which method to plan.
-        device: "cuda", "cuda:1" or "accounting" (CPU kernels, every byte counted). Default: CUDA where it is or where
-            `machine` is one, else accounting.
+        device: "cuda", "cuda:1", "cpu" (the budget is RAM, weights live on disk) or "accounting" (CPU kernels, every byte
+            counted). Default: CUDA where it is or where `machine` is one, else cpu.
         machine: a preset's name, a `Machine`, or None for this one.
         allow: transforms that may be used; without "offload" every weight stays on the device.
         keep: patterns of weight names to pin, such as {"embeddings.*": {"resident": True}}.
@@ -91,11 +92,11 @@ def _device(device: str | None, budget: BudgetLike | None, machine: str | Machin
     if device is None and isinstance(budget, (Mapping, Budget)):
         device = Budget.parse(budget).device
     if device is None:
-        foreign = machine is not None and _machine(machine, "accounting").capability is not None
-        device = "cuda" if foreign or torch.cuda.is_available() else "accounting"
+        foreign = machine is not None and _machine(machine, "cpu").capability is not None
+        device = "cuda" if foreign or torch.cuda.is_available() else "cpu"
     kind, _, index = device.partition(":")
-    if kind not in ("cuda", "accounting") or (index and not index.isdigit()) or (index and kind != "cuda"):
-        raise BudgetError(f"no device {device!r}; write device='cuda', 'cuda:1' or 'accounting'")
+    if kind not in ("cuda", "cpu", "accounting") or (index and not index.isdigit()) or (index and kind != "cuda"):
+        raise BudgetError(f"no device {device!r}; write device='cuda', 'cuda:1', 'cpu' or 'accounting'")
     if kind == "cuda" and machine is None and int(index or 0) >= torch.cuda.device_count():
         raise BudgetError(
             f"device {device!r} does not exist here ({torch.cuda.device_count()} CUDA devices); to plan for one that is "
@@ -106,13 +107,16 @@ def _device(device: str | None, budget: BudgetLike | None, machine: str | Machin
 
 def _machine(machine: str | Machine | None, device: str) -> Machine:
     if machine is None:
-        return Machine.detect(device)
-    return Machine.preset(machine) if isinstance(machine, str) else machine
+        machine = Machine.detect(device)
+    elif isinstance(machine, str):
+        machine = Machine.preset(machine)
+    # On a CPU the copy engine is the disk.
+    return replace(machine, link_bandwidth=machine.disk_bandwidth) if device == "cpu" else machine
 
 
 def _free_bytes(device: str) -> int:
-    if device == "accounting":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device in ("cpu", "accounting"):
+        return free_ram_bytes()
     if not torch.cuda.is_available():
         raise BudgetError("budget=None means what is free now, and there is no CUDA device here: write budget='6GB'")
     return int(torch.cuda.mem_get_info(torch.device(device))[0])

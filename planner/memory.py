@@ -24,7 +24,11 @@ class MemoryModel:
 
     @classmethod
     def of(cls, device: str, capability: tuple[int, int] | None = None) -> MemoryModel:
-        """The model of `cuda`, or of `cpu` and `accounting`, where storages count as they are."""
+        """The model of `cuda`, or of `cpu` and `accounting`, where storages count as they are.
+
+        On `cpu` that is what PyTorch's C++ allocator is asked for, the scratch of kernels included (`passes.calibrate`).
+        Outside are malloc's headers, its rounding and what it holds for reuse, Python, code, and libraries' private memory.
+        """
         if device == "cuda":
             return cls("cuda", 512, 512, cublas_workspace_bytes(capability or (8, 0)))
         return cls(device, 64, 1)

@@ -293,7 +293,7 @@ class Plan:
         runner = Runner(
             self._target,
             self._options.method,
-            open_device(self.device),
+            open_device(self.device, self.budget.disk_bytes),
             self.budget_bytes,
             self.machine.link_bandwidth,
             self._replan_call,

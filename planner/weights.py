@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from runtime.errors import PlannerError
+from runtime.weight_file import FileTensor, OpenFile, read_places
 
 Lookup = Callable[[str], "torch.Tensor | None"]
 
@@ -31,11 +33,18 @@ def open_weights(weights: nn.Module | Mapping[str, torch.Tensor] | str | Path) -
         raise PlannerError(
             f"weights={weights!r} is a {type(weights).__name__}; pass build(weights=<module, state dict or checkpoint folder>)"
         )
-    folder = Path(weights)
-    files = _shards(folder)
+    return Checkpoint(Path(weights))
 
-    def read(name: str) -> torch.Tensor | None:
-        path = files.get(name)
+
+class Checkpoint:
+    """A folder of safetensors files as a look-up; `place` says where bytes are, for a store that reads them there."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = _shards(folder)
+        self._places: dict[Path, dict[str, FileTensor]] = {}
+
+    def __call__(self, name: str) -> torch.Tensor | None:
+        path = self._files.get(name)
         if path is None:
             return None
         try:
@@ -44,7 +53,14 @@ def open_weights(weights: nn.Module | Mapping[str, torch.Tensor] | str | Path) -
         except (SafetensorError, OSError) as error:
             raise PlannerError(f"{path} cannot give the tensor {name!r} ({error}); download or copy the file again") from error
 
-    return read
+    def place(self, name: str) -> FileTensor | None:
+        """Where the tensor is; None where there is none of that name, or of a dtype that PyTorch has not."""
+        path = self._files.get(name)
+        if path is None:
+            return None
+        if path not in self._places:
+            self._places[path] = read_places(OpenFile(path, os.O_RDONLY))
+        return self._places[path].get(name)
 
 
 def _plain_attribute(module: nn.Module, name: str) -> torch.Tensor | None:

@@ -55,5 +55,9 @@ class PlanFileError(PlannerError):
     """A saved plan that is damaged, of another version, or made for another model."""
 
 
+class StoreError(PlannerError):
+    """The files that hold the weights cannot be made, written or read; names the file or folder."""
+
+
 class ModuleUnusable(PlannerError):
     """A planned module was used after `close()`, trained, moved, or entered twice at once."""

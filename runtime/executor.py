@@ -16,13 +16,17 @@ from runtime.emit import attribute_names, compile_source
 from runtime.executable import Executable
 from runtime.layout import Bundle
 from runtime.store import HostStore
+from runtime.weight_file import Source
 
 
 class Executor:
-    """Runs executables on a device. `state` maps module names to the device tensors that programs write (I6)."""
+    """Runs executables on a device. `state` maps module names to the device tensors that programs write (I6).
 
-    def __init__(self, device: Device, store: HostStore, state: Mapping[str, torch.Tensor]) -> None:
-        self.device, self.store = device, store
+    `alone`: a call of the module is a call of its program; not so where several executors serve one call.
+    """
+
+    def __init__(self, device: Device, store: HostStore, state: Mapping[str, torch.Tensor], *, alone: bool = True) -> None:
+        self.device, self.store, self._alone = device, store, alone
         self._state = state
         self._program: Executable | None = None
         self._run: Any = None
@@ -30,10 +34,10 @@ class Executor:
         self._staging: torch.Tensor | None = None
         self._w = SimpleNamespace()
         # Per bundle: where its bytes are on the host, its memory, its typed weights, the copies, the events.
-        self._sources: dict[int, list[tuple[int, torch.Tensor]]] = {}
+        self._sources: dict[int, list[tuple[int, Source]]] = {}
         self._buffers: dict[int, torch.Tensor] = {}
         self._views: dict[int, tuple[torch.Tensor, ...]] = {}
-        self._copies: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._copies: dict[int, list[tuple[torch.Tensor, Source]]] = {}
         self._arrived: dict[int, Any] = {}
         self._evicted: dict[int, Any] = {}
 
@@ -63,10 +67,12 @@ class Executor:
             setattr(self._w, attributes[slot.weight], self._state[program.weights[slot.weight].name])
         self._program = program
         for bundle in layout.bundles:
-            self._sources[bundle.index] = self.store.runs([(program.weights[s.weight].name, s.offset) for s in bundle.slots])
+            self._sources[bundle.index] = self._locate(bundle)
             if bundle.offset is not None:
                 assert self._staging is not None
                 self._place(bundle, self._staging[bundle.offset : bundle.offset + bundle.nbytes])
+        if self._alone:
+            self.device.loaded(program)
         self.refresh()
 
     def refresh(self) -> None:
@@ -77,6 +83,18 @@ class Executor:
             runs = self.store.runs([(names[s.weight].name, s.offset) for s in self._program.layout.resident])
             # Behind whatever still reads this memory: its last owner, or the call before.
             self.device.wait(self.device.copy(_onto(self._resident, runs), [self.device.allocated()]))
+
+    def relocate(self) -> None:
+        """Asks the store again where the streamed weights are."""
+        assert self._program is not None
+        for bundle in self._program.layout.bundles:
+            self._sources[bundle.index] = self._locate(bundle)
+            if bundle.offset is not None:
+                self._copies[bundle.index] = _onto(self._buffers[bundle.index], self._sources[bundle.index])
+
+    def _locate(self, bundle: Bundle) -> list[tuple[int, Source]]:
+        assert self._program is not None
+        return self.store.runs([(self._program.weights[s.weight].name, s.offset) for s in bundle.slots])
 
     def unload(self) -> None:
         """Gives up the loaded program and all arena memory; state stays."""
@@ -142,5 +160,5 @@ class Executor:
         self._copies.pop(index, None)
 
 
-def _onto(buffer: torch.Tensor, runs: list[tuple[int, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _onto(buffer: torch.Tensor, runs: list[tuple[int, Source]]) -> list[tuple[torch.Tensor, Source]]:
     return [(buffer[offset : offset + source.numel()], source) for offset, source in runs]

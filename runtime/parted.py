@@ -84,6 +84,7 @@ class PartedRunner(Runner):
         self._kept: list[Executor] = []
         self._kept_names: list[str] = []
         self._active: Parted | None = None
+        self._moved = False  # whether a weight's bytes are elsewhere on the host than executors know
         self._opaque: dict[str, tuple[str, ...]] = {}
         self._held: set[str] = set()  # weights that running Python has on the device
 
@@ -138,6 +139,10 @@ class PartedRunner(Runner):
             self._kept.append(executor)
         self._programs[part.path, part.signature] = program, executor
 
+    def _new_executor(self) -> Executor:
+        assert self.store is not None
+        return Executor(self.device, self.store, self.state, alone=False)
+
     def _keep(self, name: str) -> None:
         """Puts a weight that Python reads on the device for good, like state: whatever writes it writes it there."""
         assert self.store is not None
@@ -181,6 +186,7 @@ class PartedRunner(Runner):
             with torch.inference_mode(False):
                 self._choose(args, kwargs)
             self.calls += 1
+            self.device.loaded(self._active)
             arenas = [arena for executor in self._kept for arena in executor.arenas]
             tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
             with torch.inference_mode(False), torch.no_grad(), self.device.call(tensors, [*arenas, *self.state.values()]):
@@ -192,6 +198,10 @@ class PartedRunner(Runner):
         finally:
             self._watched = {**named_tensors(self.module), **self._constants}
             self.versions = self._versions()  # what the module's own Python wrote is no news
+            if self._moved:
+                self._moved = False
+                for executor in self._kept:
+                    executor.relocate()
             self._leave()
 
     @contextlib.contextmanager
@@ -294,6 +304,7 @@ class PartedRunner(Runner):
             host = self.store.tensor(name)
             if tensor._version != version:
                 host.copy_(tensor.data)
+                self._moved |= self.store.written([name])
             tensor.data = host
 
     def _view(self, name: str) -> WeightView:

@@ -12,7 +12,8 @@ class Report:
     Attributes:
         device: where it ran.
         calls: calls so far, of all programs of the module.
-        peak_bytes: most bytes that the last call had on the device, arenas and inputs included.
+        peak_bytes: most bytes that the last call had on the device, arenas and inputs included; on `cpu` the first call of its
+            program, because counting slows a call down.
         predicted_peak_bytes: what the plan said.
         budget_bytes: what the user said.
         predicted_reserved_bytes: likewise.
@@ -20,9 +21,10 @@ class Report:
         step_seconds: wall time of the last call.
         copied_bytes: host to device in the last call.
         copy_seconds: time the copy engine was busy, or None where the device cannot tell.
-        link_fraction: achieved share of the machine's link bandwidth while copying, or None.
-        host_bytes: the host arena, which holds every weight once.
-        host_pinned: whether it is page-locked.
+        link_fraction: achieved share of the machine's link bandwidth while copying, or None; above 1 on `cpu` where the system
+            has the file in memory.
+        host_bytes: where the weights live, each once: the host arena; on `cpu` the bytes of the scratch file on disk.
+        host_pinned: whether they are page-locked; True on `cpu` and `accounting`, where there is nothing to lock.
     """
 
     device: str

@@ -20,9 +20,11 @@ from runtime.errors import InputError, ModuleUnusable, PlannerError
 from runtime.executable import Executable, WeightView
 from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
+from runtime.homes import DiskHome
 from runtime.report import Report
 from runtime.signature import CallSignature, bind_call
 from runtime.store import HostStore
+from runtime.weight_file import FileRange, FileTensor
 
 log = logging.getLogger("vramplan")
 ALIGNMENT = 512  # of weights, where no program says another
@@ -104,7 +106,10 @@ class Runner:
         sources = {name: _source(name, views[name], tensors, lookup) for name in order if name in tensors}
         constants = {v.name: p.constants[node] for p in programs for node, v in p.weights.items() if node in p.constants}
         sources |= {name: _source(name, views[name], constants, lookup) for name in order if name not in tensors}
-        self.store = HostStore({name: views[name] for name in order}, programs[0].layout.alignment if programs else ALIGNMENT)
+        home = self.device.home()
+        given = _in_files(order, views, tensors, lookup) if isinstance(home, DiskHome) else {}
+        alignment = programs[0].layout.alignment if programs else ALIGNMENT
+        self.store = HostStore({name: views[name] for name in order}, alignment, home, given)
         owners = _owners(self.module)
         for name in order:
             value = sources.pop(name)()
@@ -132,10 +137,10 @@ class Runner:
                 slots[key] = real
                 self._undo.append(functools.partial(slots.__setitem__, key, tensor))
             return
-        origin = tensor.device
+        origin, store = tensor.device, self.store
 
         def undo() -> None:
-            tensor.data = tensor.data.to(origin)
+            tensor.data = store.leave(tensor.data).to(origin)
 
         with torch.no_grad():
             tensor.data = self.store.fill(name, value)
@@ -280,10 +285,14 @@ class Runner:
         for name, value in self._constants.items():
             if name not in self.state and versions[name] != self.versions[name]:
                 self.store.fill(name, value)
+        relocated = self.store.written([n for n, version in versions.items() if version != self.versions[n]])
         self.versions = versions
         for executor in self._executors():
-            if executor.program is not None:
-                executor.refresh()
+            if executor.program is None:
+                continue
+            if relocated:
+                executor.relocate()
+            executor.refresh()
 
     def _executors(self) -> list[Executor]:
         executor: Executor | None = getattr(self, "executor", None)  # none where attaching failed before
@@ -337,6 +346,8 @@ class Runner:
                     self._registered(name).data = self.store.tensor(name).copy_(own)
             for step in reversed(self._undo):
                 step()
+        if self.store is not None:
+            self.store.close()
         self.state.clear()
         self.device.close()
 
@@ -379,6 +390,21 @@ def _source(name: str, view: WeightView, tensors: dict[str, torch.Tensor], looku
         where = "the weights given lack it" if lookup is not None else "pass build(weights=<module, state dict or folder>)"
         raise PlannerError(f"the weight {name!r} is on the meta device (or fake): {where}")
     return lambda: tensors[name].data
+
+
+def _in_files(
+    order: list[str], views: Mapping[str, WeightView], tensors: dict[str, torch.Tensor], lookup: Lookup | None
+) -> dict[str, FileRange]:
+    """Weights that a checkpoint's files hold just as the program reads them, with their places there."""
+    place: Callable[[str], FileTensor | None] | None = getattr(lookup, "place", None)
+    found: dict[str, FileRange] = {}
+    if place is None:
+        return found
+    for name in order:
+        known = next((at for n in (name, *views[name].aliases) if (at := place(n)) is not None), None)
+        if name in tensors and known is not None and views[name].nbytes and known.is_laid_out_as(views[name]):
+            found[name] = known.where
+    return found
 
 
 def _has_no_bytes(tensor: torch.Tensor) -> bool:

@@ -1,72 +1,125 @@
-"""The host's copy of the weights: one exactly sized arena, each tensor a storage of its own over it.
+"""The host's copy of the weights: each tensor a storage of its own, over bytes in memory or in a file (`runtime.homes`).
 
-`pin_memory()` rounds up to powers of two and `torch.save` of one view saves the whole arena; both are why this is a memory map
-that tensors are laid over one by one.
+`torch.save` of one view saves all that it is a view of, which is why tensors are laid over the bytes one by one.
 """
 
 from __future__ import annotations
 
-import mmap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from runtime.executable import WeightView
+from runtime.homes import CheckpointSegment, Home, MemoryHome, Segment
+from runtime.weight_file import FileRange, OpenFile, Source
 
 
 class HostStore:
-    """Weights by their module name, in the order given, at multiples of `alignment` bytes.
+    """Weights by their module name, in the order given, at multiples of `alignment` bytes, in memory unless `home` is another.
 
-    The arena is filled one weight at a time, and its caller may free each original before the next is copied, so that the host
+    Weights in `given` stay in the files where they are; of those `fill` only gives the tensor.
+
+    The store is filled one weight at a time, and its caller may free each original before the next is copied, so that the host
     never holds the model twice.
     """
 
-    def __init__(self, views: Mapping[str, WeightView], alignment: int) -> None:
+    def __init__(
+        self,
+        views: Mapping[str, WeightView],
+        alignment: int,
+        home: Home | None = None,
+        given: Mapping[str, FileRange] | None = None,
+    ) -> None:
         self.views: dict[str, WeightView] = {}
         self.nbytes, self._alignment = 0, alignment
+        self._home: Home = home if home is not None else MemoryHome()
         self._places: dict[str, tuple[int, int]] = {}  # segment and offset
-        self._maps: list[mmap.mmap] = []
-        self.buffers: list[torch.Tensor] = []
-        self.extend(views)
+        self._segments: list[Segment] = []
+        self._given = dict(given or {})
+        self._written: set[str] = set()  # of those: what the process changed in its own memory
+        self.extend({name: view for name, view in views.items() if name not in self._given})
+        self._take(views)
+
+    @property
+    def buffers(self) -> list[torch.Tensor]:
+        """The bytes of every segment."""
+        return [segment.buffer for segment in self._segments]
 
     @property
     def buffer(self) -> torch.Tensor:
         """The first segment, which holds the module's weights."""
-        return self.buffers[0]
+        return self._segments[0].buffer
 
     def extend(self, views: Mapping[str, WeightView]) -> torch.Tensor:
-        """Adds a segment (the constants that a later program brings) and gives its bytes."""
-        cursor = 0
+        """Adds a segment (the constants that a later program brings) and gives its bytes.
+
+        Raises:
+            StoreError, BudgetError: its home has no room.
+        """
+        places, cursor = {}, 0
         for name, view in views.items():
-            self._places[name] = len(self._maps), cursor
+            places[name] = cursor
             cursor += -(-view.nbytes // self._alignment) * self._alignment
+        segment = self._home.segment(views, places, cursor)
+        self._places |= {name: (len(self._segments), offset) for name, offset in places.items()}
+        self._segments.append(segment)
         self.views.update(views)
         self.nbytes += cursor
-        self._maps.append(mmap.mmap(-1, max(cursor, 1)))
-        self.buffers.append(torch.frombuffer(self._maps[-1], dtype=torch.uint8, count=max(cursor, 1)))
-        return self.buffers[-1]
+        return segment.buffer
+
+    def _take(self, views: Mapping[str, WeightView]) -> None:
+        segments: dict[OpenFile, int] = {}
+        for name, where in self._given.items():
+            if where.file not in segments:
+                segments[where.file] = len(self._segments)
+                self._segments.append(CheckpointSegment(where.file))
+            self._places[name] = segments[where.file], where.offset
+            self.views[name] = views[name]
+            self.nbytes += where.nbytes
+
+    def written(self, names: Iterable[str]) -> bool:
+        """Says that tensors of the store were written in place; gives whether `runs` changed by that.
+
+        A file that is not ours is not written: the new value is in this process's memory only.
+        """
+        fresh = (self._given.keys() & set(names)) - self._written
+        self._written |= fresh
+        return bool(fresh)
 
     def fill(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """Copies one weight in; gives the tensor that now holds it."""
-        return self.tensor(name).copy_(value)
+        if name in self._given:
+            return self.tensor(name)
+        segment, offset = self._places[name]
+        if self.views[name].nbytes:
+            self._segments[segment].write(self.views[name], offset, value)
+        return self.tensor(name)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The weight as a tensor with a storage of its own over the arena."""
+        """The weight as a tensor with a storage of its own over the store's bytes."""
         view = self.views[name]
         if view.nbytes == 0:
             return torch.empty_strided(view.shape, view.stride, dtype=view.dtype)
         segment, offset = self._places[name]
         with _disable_current_modes():  # bytes of the host are none of the device's, whoever counts those
-            own = torch.frombuffer(self._maps[segment], dtype=torch.uint8, count=view.nbytes, offset=offset)
-            return view.on(own, 0)
+            return self._segments[segment].tensor(view, offset)
 
-    def runs(self, places: list[tuple[str, int]]) -> list[tuple[int, torch.Tensor]]:
+    def leave(self, tensor: torch.Tensor) -> torch.Tensor:
+        """One of the store's tensors as it can outlive the store: in memory."""
+        return self._home.leave(tensor)
+
+    def runs(self, places: list[tuple[str, int]]) -> list[tuple[int, Source]]:
         """(offset, source bytes) that put the named weights at the given offsets; neighbours on both sides are one copy."""
         joined: list[list[int]] = []  # segment, start, offset, bytes
+        private: list[tuple[int, Source]] = []
         for name, offset in places:
             (segment, start), nbytes = self._places[name], self.views[name].nbytes
             if nbytes == 0:
+                continue
+            own = self._segments[segment]
+            if name in self._written and isinstance(own, CheckpointSegment):
+                private.append((offset, own.private(start, nbytes)))
                 continue
             last = joined[-1] if joined and joined[-1][0] == segment else None
             if last is not None and start - last[1] == offset - last[2] and last[1] < start:
@@ -74,4 +127,9 @@ class HostStore:
             else:
                 joined.append([segment, start, offset, nbytes])
         with _disable_current_modes():
-            return [(offset, self.buffers[segment][start : start + nbytes]) for segment, start, offset, nbytes in joined]
+            files = [(offset, self._segments[segment].source(start, nbytes)) for segment, start, offset, nbytes in joined]
+        return files + private
+
+    def close(self) -> None:
+        """Gives up what is on disk; tensors that are still held stay readable."""
+        self._home.close()

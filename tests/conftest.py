@@ -1,8 +1,15 @@
 """Shared by all tests: Hypothesis profiles, one thread, seeded randomness, no network, GPU tests skipped."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers or diffusers are imported
+# What operators were measured to take is not believed from one run of the tests to the next.
+if "VRAMPLAN_CACHE" not in os.environ:
+    os.environ["VRAMPLAN_CACHE"] = tempfile.mkdtemp(prefix="vramplan-test-cache-")
+    atexit.register(shutil.rmtree, os.environ["VRAMPLAN_CACHE"], ignore_errors=True)
 
 from collections.abc import Iterator
 

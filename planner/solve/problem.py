@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from passes.calibrate import calibrating
 from passes.liveness import Liveness, analyse_liveness, is_view
 from passes.probe import Prober
 from passes.program import Program
@@ -15,6 +16,7 @@ from passes.visits import Visit, weight_visits
 from planner.costs import node_seconds
 from planner.machine import Machine
 from planner.memory import MemoryModel
+from planner.progress import working
 from runtime.errors import InvalidCall
 from runtime.layout import align
 
@@ -62,8 +64,9 @@ def build_problem(
         InvalidCall: the program has no operator.
         UnknownSize: an operator's bytes cannot be known.
     """
-    prober = Prober(memory.device, machine.capability)
-    liveness = analyse_liveness(program, prober, memory.round_activation)
+    with working(f"analysing {program.name}"), calibrating(memory.device) as calibrator:
+        prober = Prober(memory.device, machine.capability, calibrator)
+        liveness = analyse_liveness(program, prober, memory.round_activation)
     if not liveness.nodes:
         raise InvalidCall(f"{program.name} computes nothing: there is no operator to plan")
     seconds = np.empty(len(liveness.nodes))

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from runtime.devices.base import Measurement
+from runtime.homes import Home, MemoryHome
+from runtime.weight_file import Source
 
 _POISON = 0xFF
 
@@ -42,8 +44,12 @@ class AccountingDevice:
     def unpin(self, buffer: torch.Tensor) -> None:
         return None
 
-    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: list[Any]) -> None:
+    def home(self) -> Home:
+        return MemoryHome()
+
+    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any]) -> None:
         for target, source in pairs:
+            assert isinstance(source, torch.Tensor)  # its home is memory
             target.copy_(source)
             self._copied_bytes += source.numel()
 
@@ -54,6 +60,9 @@ class AccountingDevice:
         buffer.fill_(_POISON)
 
     def wait(self, event: Any) -> None:
+        return None
+
+    def loaded(self, program: object) -> None:
         return None
 
     @contextlib.contextmanager

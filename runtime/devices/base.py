@@ -8,14 +8,17 @@ from typing import Any, Protocol
 
 import torch
 
+from runtime.homes import Home
+from runtime.weight_file import Source
+
 
 @dataclass(frozen=True)
 class Measurement:
     """Counters of one call, by means the planner does not share (I7).
 
-    `peak_bytes`: most bytes live (accounting) or allocated (cuda) by the program, inputs included. `reserved_bytes`: most that
-    the allocator held, where there is one. `copied_bytes` went from host to device, in `copy_seconds` of copy-engine time where
-    the device can tell.
+    `peak_bytes`: most bytes live (accounting) or allocated (cuda, cpu) by the program, inputs included. `reserved_bytes`: most
+    that the allocator held, where there is one. `copied_bytes` went from host to device, in `copy_seconds` of copy-engine time
+    where the device can tell.
     """
 
     peak_bytes: int
@@ -41,7 +44,11 @@ class Device(Protocol):
 
     def unpin(self, buffer: torch.Tensor) -> None: ...
 
-    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: list[Any]) -> Any:
+    def home(self) -> Home:
+        """Where the host keeps the weights: memory, or disk where memory is the device."""
+        ...
+
+    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any]) -> Any:
         """Copies host to device on the copy engine, after the given events; returns the event of its end."""
         ...
 
@@ -55,6 +62,10 @@ class Device(Protocol):
 
     def wait(self, event: Any) -> None:
         """Makes compute wait for an event of the copy engine."""
+        ...
+
+    def loaded(self, program: object) -> None:
+        """The program that the next calls run. What is measured once per program is measured in its first call."""
         ...
 
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
@@ -74,8 +85,12 @@ class Device(Protocol):
         ...
 
 
-def open_device(name: str) -> Device:
-    """`accounting`, `cuda` or `cuda:1`."""
+def open_device(name: str, disk_bytes: int | None = None) -> Device:
+    """`accounting`, `cpu`, `cuda` or `cuda:1`; `disk_bytes` limits what the weights take where their home is disk."""
+    if name == "cpu":
+        from runtime.devices.cpu import CpuDevice
+
+        return CpuDevice(disk_bytes)
     if name == "accounting":
         from runtime.devices.accounting import AccountingDevice
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from runtime.devices.base import Measurement
+from runtime.homes import Home, MemoryHome
+from runtime.weight_file import Source
 
 RING_BYTES = 64 * 1024 * 1024
 # What the planner assumes a convolution plan may take at most (passes/workspace.py); read by cuDNN when it is first used.
@@ -54,13 +56,17 @@ class CudaDevice:
             torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
             self._pinned.discard(buffer.data_ptr())
 
-    def copy(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], after: list[Any]) -> torch.cuda.Event:
+    def home(self) -> Home:
+        return MemoryHome()
+
+    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any]) -> torch.cuda.Event:
         for event in after:
             self._copies.wait_event(event)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.stream(self._copies):
             begin.record(self._copies)
             for target, source in pairs:
+                assert isinstance(source, torch.Tensor)  # its home is memory
                 self._copied_bytes += source.numel()
                 if source.is_pinned():
                     target.copy_(source, non_blocking=True)
@@ -98,6 +104,9 @@ class CudaDevice:
 
     def wait(self, event: Any) -> None:
         torch.cuda.current_stream(self.torch_device).wait_event(event)
+
+    def loaded(self, program: object) -> None:
+        return None
 
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:

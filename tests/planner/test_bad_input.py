@@ -68,7 +68,7 @@ def test_budget(budget: Any, correct: str) -> None:
     refused(module, lambda: plan(module, budget, inputs=(x(),), device=device), BudgetError, correct)
 
 
-@pytest.mark.parametrize("device", ["tpu", "cpu", "cuda:x", "accounting:1", "meta"])
+@pytest.mark.parametrize("device", ["tpu", "cpu:0", "cuda:x", "accounting:1", "meta"])
 def test_no_such_device(device: str) -> None:
     module = Mlp().eval()
     refused(module, lambda: plan(module, "1GB", inputs=(x(),), device=device), BudgetError, "device='cuda'")

@@ -274,3 +274,8 @@ def test_detect_refuses_an_index_beyond_the_last_device(monkeypatch: pytest.Monk
     _pretend(monkeypatch)
     with pytest.raises(MachineError, match=r"^there is no device 'cuda:3': this machine has 1\.$"):
         Machine.detect("cuda:3")
+
+
+def test_the_link_of_a_cpu_is_its_disk() -> None:
+    machine = Machine.preset("cpu")
+    assert machine.link_bandwidth == machine.disk_bandwidth == machine.pageable_bandwidth

@@ -59,7 +59,7 @@ class LazyDevice(AccountingDevice):
 
 @pytest.fixture
 def lazy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("planner.plan"), "open_device", lambda name: LazyDevice())
+    monkeypatch.setattr(importlib.import_module("planner.plan"), "open_device", lambda name, disk_bytes=None: LazyDevice())
 
 
 def through_arena(problem: Problem, slots: int) -> Decisions:
