@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
+from passes.probe import Prober
 from passes.program import Program, storage_id, tensors_of
 from planner.capture import capture, fake_inputs
 from planner.isolate import PlainState, fake_weights, random_draws, untouched_by_hooks
@@ -93,16 +94,18 @@ def explore(
     *,
     reason: str = "",
     opaque_bytes: Mapping[str, int] | None = None,
+    prober: Prober | None = None,
 ) -> Exploration:
     """Explores `module.method(*args, **kwargs)`, the module itself being opaque for `reason`.
 
-    `opaque_bytes` maps patterns of module paths to what their Python takes at most, besides inputs and weights.
+    `opaque_bytes` maps patterns of module paths to what their Python takes at most, besides inputs and weights. `prober` says
+    what kernels of the device take besides their results.
 
     Raises:
         UnknownSize: bytes depend on values, and no `opaque_bytes` says how many; names the module.
         CaptureError: the Python fails on fakes.
     """
-    return _Explorer(module, method, call, reason, dict(opaque_bytes or {})).explore()
+    return _Explorer(module, method, call, reason, dict(opaque_bytes or {}), prober).explore()
 
 
 class _Unsized(UnknownSize):
@@ -121,9 +124,10 @@ class _Explorer:
         call: tuple[tuple[Any, ...], dict[str, Any]],
         reason: str,
         stated: dict[str, int],
+        prober: Prober | None,
     ) -> None:
         self.root, self.method, self.call = module, method, call
-        self.stated = stated
+        self.stated, self.prober = stated, prober
         self.names = Names(module)
         self.modules = dict(module.named_modules())
         self.originals = {path: child.forward for path, child in self.modules.items()}
@@ -192,7 +196,8 @@ class _Explorer:
             self._keep_known(values)
             self.storages = {storage_id(t): self.names.canonical[n] for n, t in Names(self.root).tensors.items()}
             args, kwargs = self._inputs()
-            self.watch = Watch(answers, set(self.storages), self._read, self._note)
+            prober = self.prober if captured else None  # what is rehearsed is measured later
+            self.watch = Watch(answers, set(self.storages), self._read, self._note, prober)
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor):
                     self.watch.count(leaf)

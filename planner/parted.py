@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import nn
 
 from passes.base import run_passes
+from passes.calibrate import calibrating
 from passes.canonicalise import CANONICALISE
 from planner.bounds import Bound
 from planner.budget import Budget
@@ -56,8 +57,11 @@ def prepare_parts(model: nn.Module, options: Options, reason: str) -> PartedProb
         CaptureError: its Python fails on fakes.
     """
     call = bind_call(getattr(model, options.method), options.args, options.kwargs)
-    with working(f"exploring {type(model).__name__}.{options.method}, which cannot be captured whole"):
-        found = explore(model, call, options.method, reason=reason, opaque_bytes=options.opaque_bytes)
+    kind = options.device.partition(":")[0]
+    title = f"exploring {type(model).__name__}.{options.method}, which cannot be captured whole"
+    with working(title), calibrating(kind) as calibrator:
+        prober = Prober(kind, options.machine.capability, calibrator)
+        found = explore(model, call, options.method, reason=reason, opaque_bytes=options.opaque_bytes, prober=prober)
     for part in found.parts.values():
         refuse_shared_state(model, part.program)
     check_patterns(options.keep, list(Names(model).tensors))

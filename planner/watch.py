@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from passes.fakes import FaithfulFakes
+from passes.probe import Prober
 from passes.program import storage_id
 from runtime.errors import UnknownSize
 
@@ -70,10 +71,19 @@ class Watch(FaithfulFakes):
     Args:
         weights: storages that are never counted; `read` is called with one when an operator takes it.
         note: called with the live bytes whenever they grow.
+        prober: says what kernels take besides their results; it is asked where it can know more than these fakes show.
     """
 
-    def __init__(self, answers: Answers, weights: set[int], read: Callable[[int], None], note: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        answers: Answers,
+        weights: set[int],
+        read: Callable[[int], None],
+        note: Callable[[int], None],
+        prober: Prober | None = None,
+    ) -> None:
         super().__init__()
+        self._prober = prober
         self.answers, self._weights, self._read, self._note = answers, weights, read, note
         self.live_bytes = 0
         self.paused = False
@@ -119,7 +129,16 @@ class Watch(FaithfulFakes):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.count(leaf)
+        if self._prober is not None and tensors:
+            self._note_workspace(func, args, kwargs, result)
         return result
+
+    def _note_workspace(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        assert self._prober is not None
+        with _disable_current_modes(), contextlib.suppress(UnknownSize):  # then what dispatching showed is all that is known
+            workspace = self._prober.cost_of(func, args, kwargs, result).workspace_bytes
+            if workspace:
+                self._note(self.live_bytes + workspace)
 
     def _execute(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
         known = not any(isinstance(t, FakeTensor) for t in tensors) if tensors else _is_small(func, args)
