@@ -7,7 +7,7 @@ operator on fake tensors under a dispatch mode that watches storages come and go
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,7 +57,10 @@ def call_of(node: fx.Node) -> Call:
 
     def spec(value: fx.Node) -> Any:
         val = value.meta.get("val")
-        return _spec(val, storages, value) if isinstance(val, torch.Tensor) else _static(val, value)
+        if not isinstance(val, torch.Tensor):
+            return _static(val, value)
+        found = _spec(val, storages, value)
+        return replace(found, requires_grad=True) if value.meta.get("requires_grad") else found
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), spec)
     known = len(storages)
@@ -99,7 +102,8 @@ class Prober:
 
             def fake(spec: TensorSpec) -> torch.Tensor:
                 whole = bases[spec.storage][: sizes[spec.storage] // spec.dtype.itemsize * spec.dtype.itemsize]
-                return whole.view(spec.dtype).as_strided(spec.shape, spec.stride, spec.offset)
+                operand = whole.view(spec.dtype).as_strided(spec.shape, spec.stride, spec.offset)
+                return operand.requires_grad_() if spec.requires_grad else operand
 
             fake_args, fake_kwargs = tree_map_only(TensorSpec, fake, (args, kwargs))
             watch.ignore(bases)

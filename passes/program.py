@@ -26,7 +26,8 @@ class Weight:
     """A tensor that belongs to the module: parameter, buffer or constant.
 
     `name` is the module's own dotted name, `aliases` the other names of the same tensor (tied weights), `node` the name of
-    its placeholder. `state` says that the program writes it (I6).
+    its placeholder. `state` says that the program writes it (I6), `requires_grad` that it is a parameter that does: products of
+    matrices look at that even without autograd (`passes.mark_gradients`).
     """
 
     name: str
@@ -36,6 +37,7 @@ class Weight:
     aliases: tuple[str, ...] = ()
     persistent: bool = True
     state: bool = False
+    requires_grad: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -10,13 +10,17 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Shape, stride, dtype and offset in elements; `storage` is an id: equal ids share memory."""
+    """Shape, stride, dtype and offset in elements; `storage` is an id: equal ids share memory.
+
+    `requires_grad` is told of operands only, whose operators may choose kernels by it.
+    """
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
     offset: int = 0
     storage: int = -1
+    requires_grad: bool = False
 
     @property
     def numel(self) -> int:

@@ -97,7 +97,7 @@ def make_executable(
 
     resident = [s.weight for s in (*layout.resident, *layout.state)]
     weights = {
-        node: WeightView(w.name, w.aliases, w.spec.shape, w.spec.stride, w.spec.dtype, w.nbytes, w.state)
+        node: WeightView(w.name, w.aliases, w.spec.shape, w.spec.stride, w.spec.dtype, w.nbytes, w.state, w.requires_grad)
         for node, w in program.weights.items()
     }
     return Executable(

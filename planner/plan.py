@@ -13,10 +13,13 @@ from torch import nn
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
+from passes.data_sizes import refuse_data_sizes
+from passes.mark_gradients import mark_gradients
 from passes.program import Program
 from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
 from planner.capture import capture
+from planner.frontends.caches import refuse_caches, register_containers
 from planner.machine import Machine, machine_from_mapping
 from planner.memory import MemoryModel
 from planner.options import Options, check_keep, check_patterns
@@ -303,8 +306,13 @@ class Plan:
 
 def prepare(model: nn.Module, options: Options) -> Solver:
     """Captures, canonicalises and analyses: all that does not depend on the budget."""
+    refuse_caches((options.args, options.kwargs))
+    register_containers()
     with working(f"capturing {type(model).__name__}.{options.method}"):
-        program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
+        program = capture(model, options.args, options.kwargs, options.method)
+        refuse_data_sizes(program)
+        program = mark_gradients(program, {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad})
+        program = run_passes(program, CANONICALISE)
     refuse_shared_state(model, program)
     check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
     kind = options.device.partition(":")[0]

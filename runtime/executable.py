@@ -13,7 +13,10 @@ from runtime.layout import Layout
 
 @dataclass(frozen=True)
 class WeightView:
-    """Geometry of one weight in an arena; `nbytes` is the span that its strides reach."""
+    """Geometry of one weight in an arena; `nbytes` is the span that its strides reach.
+
+    Operators get it with the original's `requires_grad`: without autograd too, `matmul` chooses its kernels by that.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -22,6 +25,7 @@ class WeightView:
     dtype: torch.dtype
     nbytes: int
     state: bool
+    requires_grad: bool = False
 
     def on(self, buffer: torch.Tensor, offset: int) -> torch.Tensor:
         """The weight as a view of a byte buffer (uint8, 1-d) from byte `offset` on."""
@@ -29,6 +33,10 @@ class WeightView:
             return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=buffer.device)
         flat = buffer[offset : offset + self.nbytes].view(self.dtype)
         return flat.as_strided(self.shape, self.stride, flat.storage_offset())
+
+    def operand(self, buffer: torch.Tensor, offset: int) -> torch.Tensor:
+        """As `on`, as operators see it: no view to autograd, or its transpose would forget `requires_grad`."""
+        return self.on(buffer, offset).detach().requires_grad_(self.requires_grad)
 
 
 @dataclass(frozen=True)

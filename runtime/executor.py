@@ -58,7 +58,7 @@ class Executor:
                 if self._resident is not None
                 else torch.empty(0, dtype=torch.uint8, device=self.device.torch_device)
             )
-            setattr(self._w, attributes[slot.weight], view.on(home, slot.offset))
+            setattr(self._w, attributes[slot.weight], view.operand(home, slot.offset))
         for slot in layout.state:
             setattr(self._w, attributes[slot.weight], self._state[program.weights[slot.weight].name])
         self._program = program
@@ -125,7 +125,7 @@ class Executor:
         assert self._program is not None
         weights = self._program.weights
         self._buffers[bundle.index] = buffer
-        self._views[bundle.index] = tuple(weights[s.weight].on(buffer, s.offset) for s in bundle.slots)
+        self._views[bundle.index] = tuple(weights[s.weight].operand(buffer, s.offset) for s in bundle.slots)
         self._copies[bundle.index] = _onto(buffer, self._sources[bundle.index])
 
     def _forget(self, index: int) -> None:

@@ -1,0 +1,41 @@
+"""Sizes and numbers that depend on data are refused, with their line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from planner import plan
+from runtime.errors import CaptureError
+from tests.planner.toys import x
+
+
+class _Module(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(8, 8), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+def _picked(y: Tensor) -> Tensor:
+    return y[y.sum(1) > 0]
+
+
+def _split(y: Tensor) -> Tensor:
+    sizes = (y > 0).sum(0).tolist()
+    return y.reshape(-1)[: sizes[0]]
+
+
+def _scaled(y: Tensor) -> Tensor:
+    return y * y.sum().item()
+
+
+@pytest.mark.parametrize("function", [_picked, _split, _scaled])
+def test_a_size_or_number_that_depends_on_data(function: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(CaptureError, match=r"test_data_sizes\.py:\d+ \(`return self.function.*`\): a size or number depends"):
+        plan(_Module(function).eval(), "1GB", inputs=(x(),), device="accounting")
