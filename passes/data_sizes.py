@@ -1,6 +1,7 @@
 """Refuses programs in which a size or a number depends on the data: their memory cannot be planned ahead.
 
-`torch.export` follows `x[mask]`, `nonzero`, `.tolist()` and `.item()` with symbols that get their values only when the program runs.
+`torch.export` follows `x[mask]`, `nonzero`, `.tolist()` and `.item()` with symbols that get their values only when the program
+runs.
 """
 
 from __future__ import annotations
@@ -43,7 +44,11 @@ def _shape(node: fx.Node) -> Any:
 def _place(node: fx.Node) -> str:
     """The innermost line outside torch, as it was written."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    frames = [i for i, line in enumerate(lines) if line.startswith("File") and "/torch/" not in line and "planner/capture.py" not in line]
+    frames = [
+        i
+        for i, line in enumerate(lines)
+        if line.startswith("File") and "/torch/" not in line and "planner/capture.py" not in line
+    ]
     if not frames:
         return ""
     parts = lines[frames[-1]].split('"')

@@ -1,7 +1,8 @@
 """Marks the parameters that require grad, because operators look at that without autograd too.
 
-`matmul` of a batch by a matrix folds the batch into the rows where the matrix requires grad, and may run a batched product where
-it does not (ATen/native/LinearAlgebra.cpp, should_fold): other bits, other bytes. What runs planned must choose as eager does.
+`matmul` of a batch by a matrix folds the batch into the rows where the matrix requires grad, and may run a batched product
+where it does not (ATen/native/LinearAlgebra.cpp, should_fold): other bits, other bytes. What runs planned must choose as
+eager does.
 
 before:  %w_layer_weight : placeholder
 after:   %w_layer_weight : placeholder, meta: requires_grad

@@ -14,6 +14,7 @@ from torch import nn
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
 from passes.data_sizes import refuse_data_sizes
+from passes.inline_vmap import InlineVmap
 from passes.mark_gradients import mark_gradients
 from passes.program import Program
 from planner.bounds import Bound, physical_bound
@@ -311,7 +312,10 @@ def prepare(model: nn.Module, options: Options) -> Solver:
     with working(f"capturing {type(model).__name__}.{options.method}"):
         program = capture(model, options.args, options.kwargs, options.method)
         refuse_data_sizes(program)
-        program = mark_gradients(program, {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad})
+        program = InlineVmap().apply(program)
+        program = mark_gradients(
+            program, {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        )
         program = run_passes(program, CANONICALISE)
     refuse_shared_state(model, program)
     check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])

@@ -1,7 +1,7 @@
 """Containers of transformers and diffusers that hold tensors, as pytrees: key-value caches and the distributions of VAEs.
 
-A program takes and returns trees of tensors. These classes are plain objects to PyTorch, so a model that returns one could not be
-captured. Each becomes a node whose children are the attributes that hold tensors, and whose context is everything else.
+A program takes and returns trees of tensors. These classes are plain objects to PyTorch, so a model that returns one could not
+be captured. Each becomes a node whose children are the attributes that hold tensors, and whose context is everything else.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def refuse_caches(tree: Any) -> None:
         queue += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
 
 
-def _family(base: type | None) -> Iterator[type]:
+def _family(base: Any) -> Iterator[type[Any]]:
     if base is None:  # of another version of the library
         return
     yield base
@@ -106,7 +106,7 @@ def _holds_tensors(part: Any) -> bool:
 
 def _restore(kind: type, children: list[Any], rest: Rest) -> Any:
     """An object of this class without calling its constructor, which may compute."""
-    value = kind.__new__(kind)
+    value: Any = object.__new__(kind)
     tensors = [leaf for leaf in tree_leaves(children) if isinstance(leaf, torch.Tensor)]
     for name, part in rest.values:
         # What was captured on the CPU says so in its caches; they are where their tensors are.

@@ -1,7 +1,7 @@
 """diffusers' model classes with tiny configurations, as data: class, configuration, method, inputs.
 
-Inputs by name: `N(2, 4)` normal, `U(2)` uniform in 0..1, `I(9, 2, 4)` integers below 9, `ONES(2, 4)` a mask of integers; anything
-else is passed as it is. Lists and dicts may hold them.
+Inputs by name: `N(2, 4)` normal, `U(2)` uniform in 0..1, `I(9, 2, 4)` integers below 9, `ONES(2, 4)` a mask of integers;
+anything else is passed as it is. Lists and dicts may hold them.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from tests.survey.diffusers_autoencoders import AUTOENCODERS
-from tests.survey.diffusers_denoisers import DENOISERS
+from tests.survey.diffusers_images import IMAGES
 from tests.survey.diffusers_unets import UNETS
+from tests.survey.diffusers_videos import VIDEOS
 from tests.survey.run import Case, Subject
 from tests.survey.spec import Entry, Random
 from tests.survey.transformers_models import redraw
@@ -25,7 +26,7 @@ LARGEST = 30_000_000
 
 def cases() -> list[Case]:
     """One case for each entry of the tables."""
-    entries = [*AUTOENCODERS, *DENOISERS, *UNETS]
+    entries = [*AUTOENCODERS, *IMAGES, *VIDEOS, *UNETS]
     names = [entry.name for entry in entries]
     assert len(names) == len(set(names)), [n for n in names if names.count(n) > 1]
     return [Case(entry.name, "diffusers", functools.partial(make, entry)) for entry in entries]
@@ -44,6 +45,8 @@ def make(entry: Entry) -> Subject:
     size = sum(p.numel() for p in module.parameters())
     if size > LARGEST:
         raise ValueError(f"{size / 1e6:.0f} M parameters, not tiny")
+    for name in entry.setup:
+        getattr(module, name)()
     return Subject(redraw(module), functools.partial(_inputs, entry.inputs), entry.method)
 
 

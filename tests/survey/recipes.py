@@ -16,17 +16,28 @@ def candidates(model: nn.Module, extra: dict[str, Callable[[torch.Generator], An
     """Sets of arguments worth trying, most telling first."""
     parameters = inspect.signature(model.forward).parameters
     required = [
-        n for n, p in parameters.items()
+        n
+        for n, p in parameters.items()
         if p.default is inspect.Parameter.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
-    ]  # fmt: skip
+    ]
     main = getattr(model, "main_input_name", "input_ids")
     base = [*required, *([main] if main in parameters and main not in required else [])]
     if not base:
         base = [next(iter(parameters))]
     out = [base]
-    for more in (["decoder_input_ids"], ["input_ids"], ["visual_feats", "visual_pos"], ["future_values", "future_time_features"],
-                 ["input_ids", "qformer_input_ids", "decoder_input_ids"], ["pixel_values"], ["input_ids", "pixel_values"], ["attention_mask"],
-                 ["decoder_input_ids", "attention_mask"], ["input_ids", "input_features"], ["bbox"]):  # fmt: skip
+    for more in (
+        ["decoder_input_ids"],
+        ["input_ids"],
+        ["visual_feats", "visual_pos"],
+        ["future_values", "future_time_features"],
+        ["input_ids", "qformer_input_ids", "decoder_input_ids"],
+        ["pixel_values"],
+        ["input_ids", "pixel_values"],
+        ["attention_mask"],
+        ["decoder_input_ids", "attention_mask"],
+        ["input_ids", "input_features"],
+        ["bbox"],
+    ):
         more = [m for m in more if m in parameters and m not in base]
         if more and [*base, *more] not in out:
             out.append([*base, *more])
@@ -98,7 +109,9 @@ def _value(config: Any, name: str, g: torch.Generator, asked: list[str]) -> Any:
         length = config.prediction_length if name == "future_values" else config.context_length + max(config.lags_sequence)
         return torch.ones(BATCH, length) if "mask" in name else _normal(g, BATCH, length)
     if name in ("past_time_features", "future_time_features"):
-        length = config.prediction_length if name == "future_time_features" else config.context_length + max(config.lags_sequence)
+        length = (
+            config.prediction_length if name == "future_time_features" else config.context_length + max(config.lags_sequence)
+        )
         return _normal(g, BATCH, length, config.num_time_features)
     if name == "input_features_mask":
         return torch.ones(BATCH, 256, dtype=torch.bool)

@@ -24,7 +24,10 @@ _RULES: tuple[tuple[str, Any], ...] = (
     (r".*(intermediate_size|ffn_dim|d_ff|d_inner|n_inner|mlp_dim|feedforward_dim|ffn_hidden_size|ff_dim)", 64),
     (r"max_window_layers|first_k_dense_replace|num_hash_layers", lambda v: min(v, 1)),
     (r".*(num_.*layers|n_layers?|_layers|layers|num_blocks|num_stages_layers|depth)$", lambda v: min(v, LAYERS)),
-    (r".*(hidden_size|d_model|n_embd|embed_dim|embedding_size|hidden_dim|projection_dim|model_dim|embedding_dim|emb_dim|hidden_channels)", 32),
+    (
+        r".*(hidden_size|d_model|n_embd|embed_dim|embedding_size|hidden_dim|projection_dim|model_dim|embedding_dim|emb_dim|hidden_channels)",
+        32,
+    ),
     (r"(dim|width|hidden_channels|conv_dim|output_dim|out_hidden_size|cross_attention_dim)", 32),
     (r".*(image_size|img_size|input_size)", lambda v: 32 if v <= 64 or v % 14 else 28),
     (r".*(max_position_embeddings|n_positions|max_sequence_length|n_ctx|max_seq_len|max_source_positions)", 128),
@@ -87,7 +90,9 @@ def _agree(config: Any, before: dict[str, Any]) -> None:
         if isinstance(before.get(heads), int) and before.get(heads) == before.get(pairs):
             put(pairs, getattr(config, heads))
     hidden = getattr(config, "hidden_size", None)
-    if isinstance(getattr(config, "qk_rope_head_dim", None), int) and isinstance(getattr(config, "qk_nope_head_dim", None), int):
+    if isinstance(getattr(config, "qk_rope_head_dim", None), int) and isinstance(
+        getattr(config, "qk_nope_head_dim", None), int
+    ):
         put("qk_head_dim", config.qk_rope_head_dim + config.qk_nope_head_dim)
     for expand, heads, dim in (("mamba_expand", "mamba_n_heads", "mamba_d_head"), ("expand", "num_heads", "head_dim"),
                                ("mamba_expand", "n_mamba_heads", "mamba_headdim")):  # fmt: skip

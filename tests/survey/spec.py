@@ -55,6 +55,7 @@ class Entry:
     inputs: dict[str, Any] = field(default_factory=dict)
     method: str = "forward"
     variant: str = ""
+    setup: tuple[str, ...] = ()  # methods to call once, such as enable_tiling
 
     @property
     def name(self) -> str:
