@@ -15,14 +15,31 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from passes.program import Program
 from runtime.errors import CaptureError
 
+_ASSERTS = {torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_range_for_size.default}
 
-def refuse_data_sizes(program: Program) -> None:
-    """Raises CaptureError at the first operator whose result has a size that depends on data; names its line."""
-    for node in program.graph.nodes:
+
+def settle_data_sizes(program: Program) -> Program:
+    """Without what only assertions read, `assert lengths.max().item() <= n`: the rest has no numbers that depend on data.
+
+    Raises:
+        CaptureError: at the first operator whose result has a size, or is a number, that depends on data; names its line.
+    """
+    if not any(_depends(node) for node in program.graph.nodes if node.op == "call_function"):
+        return program
+    graph = program.copy_graph()
+    for node in reversed(graph.nodes):
+        if node.target in _ASSERTS or (not node.users and _depends(node) and not _is_write(node)):
+            graph.erase_node(node)
+    _refuse(program.name, graph)
+    return program.with_graph(graph)
+
+
+def _refuse(name: str, graph: fx.Graph) -> None:
+    for node in graph.nodes:
         if node.op != "call_function" or not _depends(node):
             continue
         raise CaptureError(
-            f"{program.name} cannot be captured{_place(node)}: a size or number depends on the data there ({node.name} is "
+            f"{name} cannot be captured{_place(node)}: a size or number depends on the data there ({node.name} is "
             f"{_shape(node)}), and memory is planned before the data is known. Plan a submodule without that line, or another "
             "method of it (method=...)"
         )
@@ -34,6 +51,10 @@ def _depends(node: fx.Node) -> bool:
         isinstance(value, (torch.Tensor, torch.SymInt, torch.SymBool, torch.SymFloat)) and bool(free_unbacked_symbols(value))
         for value in (values if isinstance(values, (tuple, list)) else (values,))
     )
+
+
+def _is_write(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _shape(node: fx.Node) -> Any:

@@ -13,7 +13,7 @@ from torch import nn
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
-from passes.data_sizes import refuse_data_sizes
+from passes.data_sizes import settle_data_sizes
 from passes.inline_vmap import InlineVmap
 from passes.mark_gradients import mark_gradients
 from passes.program import Program
@@ -311,8 +311,7 @@ def prepare(model: nn.Module, options: Options) -> Solver:
     register_containers()
     with working(f"capturing {type(model).__name__}.{options.method}"):
         program = capture(model, options.args, options.kwargs, options.method)
-        refuse_data_sizes(program)
-        program = InlineVmap().apply(program)
+        program = InlineVmap().apply(settle_data_sizes(program))
         program = mark_gradients(
             program, {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from planner import plan
@@ -34,7 +35,19 @@ def _scaled(y: Tensor) -> Tensor:
     return y * y.sum().item()
 
 
+def _checked(y: Tensor) -> Tensor:
+    torch._check((y > -100).sum().item() >= 1)
+    return y * 2
+
+
 @pytest.mark.parametrize("function", [_picked, _split, _scaled])
 def test_a_size_or_number_that_depends_on_data(function: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(CaptureError, match=r"test_data_sizes\.py:\d+ \(`return self.function.*`\): a size or number depends"):
         plan(_Module(function).eval(), "1GB", inputs=(x(),), device="accounting")
+
+
+def test_an_assertion_is_left_out() -> None:
+    module = _Module(_checked).eval()
+    with torch.no_grad():
+        wanted = module(x())
+    assert torch.equal(plan(module, "1GB", inputs=(x(),), device="accounting").build()(x()), wanted)
