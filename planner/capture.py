@@ -23,8 +23,10 @@ from torch.export.graph_signature import InputKind
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map
 
+from passes.data_sizes import settle_data_sizes
 from passes.inline_regions import InlineRegions
-from passes.program import Program, Weight, WeightKind, is_symbolic, storage_id
+from passes.inline_vmap import InlineVmap
+from passes.program import Program, Weight, WeightKind, storage_id
 from passes.spec import TensorSpec
 from planner.isolate import PlainState, fake_weights, random_draws, refuse_effects, refuse_hooks
 from planner.refuse import refuse_unplannable
@@ -115,9 +117,7 @@ def capture(
             "would always use those; draw them with torch, on the device of an input, or pass them as an input"
         )
     program = _program(module, method, exported, (fake_args, fake_kwargs))
-    if dynamic_shapes is None:
-        _refuse_symbols(program)
-    return program
+    return program if dynamic_shapes is not None else settle_data_sizes(program)
 
 
 def _export(call: _Call, fakes: tuple[Any, Any], inputs: tuple[Any, Any], dynamic_shapes: Any) -> Any:
@@ -173,13 +173,6 @@ def fake_inputs(tree: Any, mode: FakeTensorMode) -> Any:
         return memo[spec]
 
     return tree_map(fake, tree)
-
-
-def _refuse_symbols(program: Program) -> None:
-    """Raises CaptureError where a size depends on values: `torch.export` follows that with symbols, and a plan needs bytes."""
-    for node in program.ops():
-        if is_symbolic(node) or isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            raise CaptureError(f"{program.name} has a size that depends on values, {node.name}{_place(node)}")
 
 
 def _place(node: fx.Node) -> str:
@@ -261,6 +254,7 @@ def _program(module: nn.Module, method: str, exported: Any, call: tuple[Any, Any
         out_spec=exported.call_spec.out_spec,
     )
     program = InlineRegions().apply(program)  # while the graph module that holds the regions is at hand
+    program = InlineVmap().apply(program)
     _refuse_mixed_dtypes(program)
     return program
 

@@ -13,6 +13,7 @@ from torch import nn
 from passes.base import run_passes
 from passes.calibrate import calibrating
 from passes.canonicalise import CANONICALISE
+from passes.probe import Prober
 from planner.bounds import Bound
 from planner.budget import Budget
 from planner.capture import capture

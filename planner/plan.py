@@ -17,6 +17,7 @@ from passes.program import Program
 from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
 from planner.capture import capture
+from planner.frontends.caches import refuse_caches, register_containers
 from planner.machine import Machine, machine_from_mapping
 from planner.memory import MemoryModel
 from planner.options import Options, check_keep, check_patterns
@@ -353,6 +354,8 @@ class Plan:
 
 def prepare(model: nn.Module, options: Options) -> Solver:
     """Captures, canonicalises and analyses: all that does not depend on the budget."""
+    refuse_caches((options.args, options.kwargs))
+    register_containers()
     with working(f"capturing {type(model).__name__}.{options.method}"):
         program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
     refuse_shared_state(model, program)

@@ -1,0 +1,76 @@
+"""Refuses programs in which a size or a number depends on the data: their memory cannot be planned ahead.
+
+`torch.export` follows `x[mask]`, `nonzero`, `.tolist()` and `.item()` with symbols that get their values only when the program
+runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+from passes.program import Program
+from runtime.errors import CaptureError
+
+_ASSERTS = {torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_range_for_size.default}
+
+
+def settle_data_sizes(program: Program) -> Program:
+    """Without what only assertions read, `assert lengths.max().item() <= n`: the rest has no numbers that depend on data.
+
+    Raises:
+        CaptureError: at the first operator whose result has a size, or is a number, that depends on data; names its line.
+    """
+    if not any(_depends(node) for node in program.graph.nodes if node.op == "call_function"):
+        return program
+    graph = program.copy_graph()
+    for node in reversed(graph.nodes):
+        if node.target in _ASSERTS or (not node.users and _depends(node) and not _is_write(node)):
+            graph.erase_node(node)
+    _refuse(program.name, graph)
+    return program.with_graph(graph)
+
+
+def _refuse(name: str, graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        if node.op != "call_function" or not _depends(node):
+            continue
+        raise CaptureError(
+            f"{name} cannot be captured{_place(node)}: a size or number depends on the data there ({node.name} is "
+            f"{_shape(node)}), and memory is planned before the data is known. Plan a submodule without that line, or another "
+            "method of it (method=...)"
+        )
+
+
+def _depends(node: fx.Node) -> bool:
+    values = node.meta.get("val")
+    return any(
+        isinstance(value, (torch.Tensor, torch.SymInt, torch.SymBool, torch.SymFloat)) and bool(free_unbacked_symbols(value))
+        for value in (values if isinstance(values, (tuple, list)) else (values,))
+    )
+
+
+def _is_write(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _shape(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    return list(value.shape) if isinstance(value, torch.Tensor) else value
+
+
+def _place(node: fx.Node) -> str:
+    """The innermost line outside torch, as it was written."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    frames = [
+        i
+        for i, line in enumerate(lines)
+        if line.startswith("File") and "/torch/" not in line and "planner/capture.py" not in line
+    ]
+    if not frames:
+        return ""
+    parts = lines[frames[-1]].split('"')
+    return f" at {parts[1]}:{parts[2].split()[2].rstrip(',')} (`{' '.join(lines[frames[-1] + 1 : frames[-1] + 2])}`)"
