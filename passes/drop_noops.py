@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.program import Program, storage_id
+from passes.program import Program, geometry, storage_id
+from runtime import ops
 
 aten = torch.ops.aten
 _ASSERTS = {
@@ -28,7 +29,7 @@ _MAYBE_SAME = {
 
 def is_effectful(node: fx.Node) -> bool:
     """Writes memory, draws random numbers, or is unknown: must stay even when nobody uses its value."""
-    if node.target is operator.getitem:
+    if node.target is operator.getitem or node.target in ops.NUMBERS:
         return False
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
@@ -44,13 +45,7 @@ def _same(node: fx.Node) -> fx.Node | None:
     before, after = node.args[0].meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return None
-    same = (
-        storage_id(before) == storage_id(after)
-        and before.dtype == after.dtype
-        and tuple(before.shape) == tuple(after.shape)
-        and tuple(before.stride()) == tuple(after.stride())
-        and before.storage_offset() == after.storage_offset()
-    )
+    same = storage_id(before) == storage_id(after) and before.dtype == after.dtype and geometry(before) == geometry(after)
     return node.args[0] if same else None
 
 

@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from planner.budget import Budget
+from planner.dynamic import read_dynamic
 from planner.machine import Machine
 from planner.options import Options, check_allow, check_keep
 from planner.plan import Plan, prepare
+from planner.refuse import refuse_unplannable
 from runtime.errors import BudgetError, PlannerError
 
 BudgetLike = int | str | Mapping[str | int, int | str] | Budget
@@ -62,21 +64,25 @@ def plan(
         raise PlannerError(f"plan() takes an nn.Module, got {type(target).__name__}: plan(model, budget='6GB', inputs=(x,))")
     for name, value, default in (
         ("call", call, None), ("allow_cast", allow_cast, None), ("max_error", max_error, None),
-        ("repeats", repeats, 1), ("dynamic", dynamic, None), ("profile", profile, False),
+        ("repeats", repeats, 1), ("profile", profile, False),
     ):  # fmt: skip
         if value != default:
             raise PlannerError(f"{name}={value!r} is not supported for a module yet; leave it at {default!r}")
     chosen = _device(device, budget, machine)
     described = _machine(machine, chosen)
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if dynamic is not None:
+        refuse_unplannable(target, method)  # before its method is looked at
     options = Options(
         budget=Budget.parse(_free_bytes(chosen) if budget is None else budget, chosen),
         machine=described,
         device=chosen,
         method=method,
-        args=tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,),
+        args=args,
         kwargs=dict(kwargs or {}),
         keep=check_keep(keep),
         offload="offload" in check_allow(allow),
+        dynamic=None if dynamic is None else read_dynamic(target, method, args, dict(kwargs or {}), dynamic),
     )
     return Plan(target, options, prepare(target, options))
 

@@ -67,6 +67,13 @@ class _Call(nn.Module):
         return result
 
 
+class _PackedCall(_Call):
+    """The same with the arguments as one tuple and one dict: `torch.export` loses dynamic shapes beside `**kwargs`."""
+
+    def forward(self, args: Any, kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
 def capture(
     module: nn.Module,
     args: tuple[Any, ...] = (),
@@ -94,7 +101,7 @@ def capture(
             if dynamic_shapes is None:
                 exported = torch.export.export(_Call(module, method), fake_args, fake_kwargs, strict=False)
             else:
-                exported = _export_symbolic(_Call(module, method), (args, kwargs), dynamic_shapes)
+                exported = _export_symbolic(_PackedCall(module, method), (args, kwargs), dynamic_shapes)
         except CaptureError:
             raise
         except Exception as error:
@@ -108,10 +115,7 @@ def _export_symbolic(call: _Call, inputs: tuple[Any, Any], dynamic_shapes: Any) 
     def empty(leaf: Any) -> Any:
         return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
-    args, kwargs = tree_map(empty, inputs)
-    shapes = {"args": dynamic_shapes[0], "kwargs": dynamic_shapes[1]}
-    wanted = {key: value for key, value in shapes.items() if (args if key == "args" else kwargs)}
-    return torch.export.export(call, args, kwargs, dynamic_shapes=wanted, strict=False)
+    return torch.export.export(call, tree_map(empty, inputs), dynamic_shapes=tuple(dynamic_shapes), strict=False)
 
 
 def fake_inputs(tree: Any, mode: FakeTensorMode) -> Any:

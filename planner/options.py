@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from planner.budget import Budget
+from planner.dynamic import DynamicShapes
 from planner.machine import Machine
 from runtime.errors import PlannerError
 
@@ -27,6 +28,7 @@ class Options:
     kwargs: dict[str, Any] = field(default_factory=dict)
     keep: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     offload: bool = True
+    dynamic: DynamicShapes | None = None
 
     def keeps_resident(self, name: str) -> bool:
         """Whether a weight may not leave the device."""

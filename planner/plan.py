@@ -13,10 +13,12 @@ from torch import nn
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
+from passes.concretise import Concretise
 from passes.program import Program
 from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
 from planner.capture import capture
+from planner.dynamic import capture_dynamic, dynamic_signature
 from planner.machine import Machine, machine_from_mapping
 from planner.memory import MemoryModel
 from planner.options import Options, check_keep, check_patterns
@@ -38,7 +40,7 @@ from runtime.layout import Layout
 from runtime.module import PlannedModule, planned
 from runtime.report import Report
 from runtime.runner import Runner
-from runtime.signature import CallSignature, bind_call
+from runtime.signature import CallSignature, Signature, bind_call
 
 
 class Plan:
@@ -267,9 +269,10 @@ class Plan:
             return self._build(lookup, concurrent)
 
     def _build(self, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PlannedModule:
-        signature, _ = CallSignature.of(
-            *bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs)
-        )
+        call = bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs)
+        signature: Signature = CallSignature.of(*call)[0]
+        if self.program.origin is not None:
+            signature = dynamic_signature(self.program.origin, call)
         runner = Runner(
             self._target,
             self._options.method,
@@ -285,7 +288,7 @@ class Plan:
         return planned(self._target, runner)
 
     def _replan_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
-        options = dataclasses.replace(self._options, args=args, kwargs=kwargs)
+        options = dataclasses.replace(self._options, args=args, kwargs=kwargs, dynamic=None)
         return Plan(self._target, options, prepare(self._target, options)).executable
 
     def report(self) -> Report:
@@ -304,7 +307,11 @@ class Plan:
 def prepare(model: nn.Module, options: Options) -> Solver:
     """Captures, canonicalises and analyses: all that does not depend on the budget."""
     with working(f"capturing {type(model).__name__}.{options.method}"):
-        program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
+        if options.dynamic is None:
+            program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
+        else:
+            program = capture_dynamic(model, options.method, options.args, options.kwargs, options.dynamic)
+            program = run_passes(program, (Concretise(options.dynamic.largest),))
     refuse_shared_state(model, program)
     check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
     kind = options.device.partition(":")[0]

@@ -1,0 +1,135 @@
+"""`Dims`: what varies in a program with symbolic sizes, under the names that the user gave.
+
+`torch.export` calls symbols `s33`; a plan calls them `batch`. Everything that leaves this library (expressions, printed programs,
+guards) is in the user's symbols, which are positive integers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import sympy
+import torch
+from torch.utils._sympy.printers import PythonPrinter
+
+# Sizes of 0 and 1 are constants to torch.export: it reasons as if a symbol were at least this.
+LEAST_SIZE = 2
+
+
+def dim_symbol(name: str) -> sympy.Symbol:
+    """The symbol of a dim: equal names are equal symbols."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of an input whose size is `scale * dim + shift`."""
+
+    dim: str
+    scale: int = 1
+    shift: int = 0
+
+    def size(self, dim: int) -> int:
+        return self.scale * dim + self.shift
+
+    def dim_of(self, size: int) -> int | None:
+        """The dim's size for which the axis has this one, if there is one."""
+        quotient, rest = divmod(size - self.shift, self.scale)
+        return quotient if rest == 0 else None
+
+    @property
+    def expr(self) -> sympy.Expr:
+        return self.scale * dim_symbol(self.dim) + self.shift
+
+    def __str__(self) -> str:
+        return str(self.expr)
+
+
+@dataclass(frozen=True, eq=False)
+class Dims:
+    """Names, ranges and guards of a program's dynamic dimensions.
+
+    Attributes:
+        ranges: per dim the least and the largest size that one program serves, both inclusive.
+        axes: per input leaf (in the order of `Program.inputs`) its dynamic axes.
+        symbols: the capture's symbols as expressions in the user's.
+        guards: what the capture took for granted of the sizes: all true, or the program is not the model's.
+    """
+
+    ranges: Mapping[str, tuple[int, int]]
+    axes: tuple[Mapping[int, Axis], ...]
+    symbols: Mapping[sympy.Symbol, sympy.Expr]
+    guards: tuple[sympy.Expr, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.ranges)
+
+    @property
+    def largest(self) -> dict[str, int]:
+        return {name: high for name, (_, high) in self.ranges.items()}
+
+    @property
+    def smallest(self) -> dict[str, int]:
+        return {name: low for name, (low, _) in self.ranges.items()}
+
+    def corners(self) -> list[dict[str, int]]:
+        """Every combination of least and largest sizes."""
+        ends = [dict.fromkeys(pair) for pair in self.ranges.values()]
+        return [dict(zip(self.names, sizes, strict=True)) for sizes in itertools.product(*ends)]
+
+    def expr(self, value: Any) -> sympy.Expr:
+        """A size of the program (int, SymInt, SymFloat or the capture's expression) in the user's symbols."""
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            value = value.node.expr
+        return sympy.sympify(value).xreplace(dict(self.symbols))
+
+    def holds(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the program is the model's at these sizes, whatever range was declared."""
+        axes = (axis for leaf in self.axes for axis in leaf.values())
+        return all(axis.size(sizes[axis.dim]) >= LEAST_SIZE for axis in axes) and bool(self._guard(sizes))
+
+    @cached_property
+    def _guard(self) -> Evaluator:
+        return Evaluator(sympy.And(*self.guards) if self.guards else sympy.true)
+
+    @property
+    def guard_text(self) -> str:
+        """The guards as one Python expression in the dims' names."""
+        return " and ".join(f"({python_text(guard)})" for guard in self.guards) or "True"
+
+
+class Evaluator:
+    """An expression in dims as a function of their sizes; exact for integers of any length."""
+
+    def __init__(self, expr: sympy.Expr) -> None:
+        self._code = compile(python_text(expr), "<sizes>", "eval")
+
+    def __call__(self, sizes: Mapping[str, int]) -> Any:
+        return eval(self._code, SCOPE, dict(sizes))
+
+
+SCOPE = {"math": math, "torch": torch, "min": min, "max": max, "float": float, "int": int, "__builtins__": {}}
+
+
+def python_text(expr: sympy.Expr) -> str:
+    """The expression as Python over plain ints; the names in it are the dims'."""
+    return str(_Printer().doprint(expr))
+
+
+class _Printer(PythonPrinter):  # type: ignore[misc]
+    """As torch prints guards, with the simple form where there is one."""
+
+    def _print_ToFloat(self, expr: sympy.Expr) -> str:
+        return f"float({self._print(expr.args[0])})"
+
+    def _print_BooleanTrue(self, expr: sympy.Expr) -> str:
+        return "True"
+
+    def _print_BooleanFalse(self, expr: sympy.Expr) -> str:
+        return "False"
