@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -58,12 +58,14 @@ class Dims:
         ranges: per dim the least and the largest size that one program serves, both inclusive.
         axes: per input leaf (in the order of `Program.inputs`) its dynamic axes.
         symbols: the capture's symbols as expressions in the user's.
-        guards: what the capture took for granted of the sizes: all true, or the program is not the model's.
+        multiples: dims of which only multiples of a number are served, with the number.
+        guards: what else the capture took for granted of the sizes: all true, or the program is not the model's.
     """
 
     ranges: Mapping[str, tuple[int, int]]
     axes: tuple[Mapping[int, Axis], ...]
     symbols: Mapping[sympy.Symbol, sympy.Expr]
+    multiples: Mapping[str, int] = field(default_factory=dict)
     guards: tuple[sympy.Expr, ...] = ()
 
     @property
@@ -87,21 +89,39 @@ class Dims:
         """A size of the program (int, SymInt, SymFloat or the capture's expression) in the user's symbols."""
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
             value = value.node.expr
-        return sympy.sympify(value).xreplace(dict(self.symbols))
+        return self.tidy(sympy.sympify(value).xreplace(self._symbols))
+
+    def tidy(self, expr: sympy.Expr) -> sympy.Expr:
+        """The same for all sizes that the guards let in: `(height - 1) // 2 + 1` is `height / 2` where height is even."""
+        if not self.multiples or expr.is_Integer or expr.is_Symbol:
+            return expr
+        units, back = self._units
+        return sympy.expand(expr.xreplace(units)).xreplace(back)
+
+    @cached_property
+    def _symbols(self) -> dict[sympy.Symbol, sympy.Expr]:
+        return dict(self.symbols)
+
+    @cached_property
+    def _units(self) -> tuple[dict[sympy.Symbol, sympy.Expr], dict[sympy.Symbol, sympy.Expr]]:
+        """Dims as multiples of dims, and back."""
+        pairs = [(dim_symbol(name), dim_symbol(f"{name}_unit"), n) for name, n in self.multiples.items()]
+        return {dim: n * unit for dim, unit, n in pairs}, {unit: dim / n for dim, unit, n in pairs}
 
     def holds(self, sizes: Mapping[str, int]) -> bool:
         """Whether the program is the model's at these sizes, whatever range was declared."""
         axes = (axis for leaf in self.axes for axis in leaf.values())
-        return all(axis.size(sizes[axis.dim]) >= LEAST_SIZE for axis in axes) and bool(self._guard(sizes))
+        return all(axis.size(sizes[axis.dim]) >= LEAST_SIZE for axis in axes) and bool(eval(self._guard, SCOPE, dict(sizes)))
 
     @cached_property
-    def _guard(self) -> Evaluator:
-        return Evaluator(sympy.And(*self.guards) if self.guards else sympy.true)
+    def _guard(self) -> Any:
+        return compile(self.guard_text, "<guards>", "eval")
 
-    @property
+    @cached_property
     def guard_text(self) -> str:
-        """The guards as one Python expression in the dims' names."""
-        return " and ".join(f"({python_text(guard)})" for guard in self.guards) or "True"
+        """The guards, multiples first, as one Python expression in the dims' names."""
+        texts = [f"{name} % {n} == 0" for name, n in self.multiples.items()] + [python_text(guard) for guard in self.guards]
+        return " and ".join(f"({text})" for text in texts) or "True"
 
 
 class Evaluator:
@@ -127,6 +147,13 @@ class _Printer(PythonPrinter):  # type: ignore[misc]
 
     def _print_ToFloat(self, expr: sympy.Expr) -> str:
         return f"float({self._print(expr.args[0])})"
+
+    def _print_Mul(self, expr: sympy.Expr) -> str:
+        """A fraction of a size is a whole number (`Dims.tidy`): printed as a division that is exact for any length."""
+        factor, rest = expr.as_coeff_Mul()
+        if not factor.is_Rational or factor.is_Integer:
+            return str(super()._print_Mul(expr))
+        return f"({self._print(factor.p * rest)} // {factor.q})"
 
     def _print_BooleanTrue(self, expr: sympy.Expr) -> str:
         return "True"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ import sympy
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._sympy.functions import Mod
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
@@ -289,7 +291,7 @@ def _dims(program: Program, shapes: DynamicShapes) -> Dims:
                 f"say so: dynamic={{...: {{...: {_as_dim(known)}}}}}, or pass an example in which they differ"
             )
     symbols = {**{s: sympy.sympify(e).xreplace(symbols) for s, e in _resolved(env).items()}, **symbols}
-    return Dims(dict(shapes.ranges), tuple(shapes.leaves), symbols, _guards(env, symbols))
+    return _guarded(Dims(dict(shapes.ranges), tuple(shapes.leaves), symbols), _guards(env, symbols))
 
 
 def _resolved(env: Any) -> dict[sympy.Symbol, sympy.Expr]:
@@ -313,6 +315,19 @@ def _guards(env: Any, symbols: Mapping[sympy.Symbol, sympy.Expr]) -> tuple[sympy
     guards = dict.fromkeys(sympy.sympify(expr).xreplace(dict(symbols)) for expr in assumed)
     known = {dim for expr in symbols.values() for dim in expr.free_symbols}
     return tuple(g for g in guards if g is not sympy.true and g.free_symbols <= known)
+
+
+def _guarded(dims: Dims, guards: tuple[sympy.Expr, ...]) -> Dims:
+    """Dims with guards, those that say `dim % n == 0` apart: they make all other expressions simpler."""
+    multiples: dict[str, int] = {}
+    for guard in guards:
+        if isinstance(guard, sympy.Eq) and guard.rhs == 0 and isinstance(guard.lhs, Mod):
+            dim, n = guard.lhs.args
+            if dim.is_Symbol and n.is_Integer:
+                multiples[dim.name] = math.lcm(multiples.get(dim.name, 1), int(n))
+    dims = replace(dims, multiples=multiples)
+    left = dict.fromkeys(dims.tidy(guard) for guard in guards)
+    return replace(dims, guards=tuple(guard for guard in left if guard is not sympy.true))
 
 
 def _as_dim(expr: sympy.Expr) -> str:

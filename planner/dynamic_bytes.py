@@ -1,0 +1,186 @@
+"""Bytes of a dynamic plan at any sizes: as expressions in the user's dims where operators can be counted in symbols, and by the
+concrete analysis everywhere.
+
+The two are compared where both exist (at the largest sizes and at the least), before an expression is believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import sympy
+
+from passes.concretise import Concretise
+from passes.dims import Dims, Evaluator, dim_symbol
+from passes.growth import Growth
+from passes.liveness import analyse_liveness
+from passes.probe import Prober
+from passes.program import Program
+from passes.symbolic import SymbolicProber
+from runtime import ops
+from runtime.errors import PlannerError, UnknownSize
+
+if TYPE_CHECKING:
+    from planner.solve.problem import Problem
+
+# So many sizes are looked at one by one where nothing can be shown about them.
+EXHAUSTIVE = 256
+
+
+class DynamicBytes:
+    """The activation bytes of one captured program, at any sizes that its guards let in. Belongs to a `Problem`."""
+
+    def __init__(self, problem: Problem) -> None:
+        origin = problem.program.origin
+        assert origin is not None
+        assert origin.dims is not None
+        self.problem, self.origin = problem, origin
+        self.dims: Dims = origin.dims
+        self._prober = Prober(problem.memory.device, problem.machine.capability)
+        self._problems: dict[tuple[int, ...], Problem] = {tuple(self.dims.largest.values()): problem}
+
+    def problem_at(self, sizes: Mapping[str, int]) -> Problem:
+        """The planning problem at other sizes: the same operators and weights, other activation bytes (and the seconds of before).
+
+        Raises:
+            PlannerError: the guards do not let the sizes in.
+        """
+        key = tuple(sizes[name] for name in self.dims.names)
+        if key not in self._problems:
+            if not self.dims.holds(sizes):
+                raise PlannerError(
+                    f"the program does not serve {spell(sizes)}: it needs {self.dims.guard_text} and sizes of at least 2; "
+                    "plan such a call by itself"
+                )
+            program = Concretise(dict(sizes)).apply(self.origin)
+            liveness = analyse_liveness(program, self._prober, self.problem.memory.round_activation)
+            self._problems[key] = replace(self.problem, program=program, liveness=liveness)
+        return self._problems[key]
+
+    @cached_property
+    def profile(self) -> tuple[sympy.Expr, ...] | None:
+        """Per operator its activation bytes in the user's symbols; None where no expression is exact.
+
+        None for devices whose allocator rounds or whose operators take declared workspaces (`cuda`), and where an operator's bytes
+        in symbols are not those of the concrete analysis.
+        """
+        if self.problem.memory.device == "cuda":
+            return None
+        try:
+            liveness = analyse_liveness(_without_numbers(self.origin), SymbolicProber())
+        except UnknownSize:
+            return None
+        found = {node.name: nbytes for node, nbytes in zip(liveness.nodes, liveness.bytes_at, strict=True)}
+        exprs = _translated(self.dims, [found[name] for name in self.problem.names])
+        for sizes in self.references:
+            expected = self.problem_at(sizes).liveness.bytes_at
+            if not _agree(exprs, expected, sizes):
+                return None
+        return exprs
+
+    @cached_property
+    def references(self) -> list[dict[str, int]]:
+        """The largest sizes, the least ones, and each dim alone at its least; as near to that as the guards let in."""
+        largest, least = self.dims.largest, self.dims.smallest
+        wanted = [largest, least, *({**largest, name: least[name]} for name in self.dims.names)]
+        found = [self._nearest(sizes) for sizes in wanted]
+        return [dict(key) for key in dict.fromkeys(tuple(sizes.items()) for sizes in found if sizes is not None)]
+
+    def _nearest(self, sizes: dict[str, int]) -> dict[str, int] | None:
+        """The sizes, rounded up to what is served; None where nothing near is."""
+        rounded = {}
+        for name, n in sizes.items():
+            unit = self.dims.multiples.get(name, 1)
+            rounded[name] = min(-(-n // unit) * unit, self.dims.ranges[name][1] // unit * unit)
+        for step in range(64):
+            moved = {n: min(s + step * self.dims.multiples.get(n, 1), max(s, self.dims.largest[n])) for n, s in rounded.items()}
+            if self.dims.holds(moved):
+                return moved
+        return None
+
+    @cached_property
+    def growth(self) -> Growth:
+        return Growth({dim_symbol(name): max(1, low) for name, low in self.dims.smallest.items()})
+
+    def peak_expr(self, extra: Sequence[int] | np.ndarray) -> sympy.Expr | None:
+        """`max over operators of (activations + extra)`, `extra` in bytes per operator; None without a profile."""
+        if self.profile is None:
+            return None
+        most: dict[sympy.Expr, int] = {}
+        for expr, nbytes in zip(self.profile, extra, strict=True):
+            most[expr] = max(most.get(expr, 0), int(nbytes))
+        kept = self.growth.largest(expr + nbytes for expr, nbytes in most.items())
+        return sympy.Max(*kept, evaluate=False) if len(kept) > 1 else kept[0]
+
+    @cached_property
+    def most(self) -> tuple[dict[str, int], str]:
+        """The sizes at which activations are largest, and how that is known, in words.
+
+        Raises:
+            PlannerError: nothing shows it, and there are too many sizes to look at each.
+        """
+        largest = self.dims.largest
+        if self.profile is not None and all(self.growth.grows(expr) for expr in dict.fromkeys(self.profile)):
+            return largest, "bytes grow with every size"
+        count = int(np.prod([float(high - low + 1) for low, high in self.dims.ranges.values()]))
+        if count <= EXHAUSTIVE:
+            points = [sizes for sizes in self._grid() if self.dims.holds(sizes)]
+            self._check(points)
+            return largest, f"all {len(points)} sizes were looked at"
+        if self.problem.memory.device == "cuda":
+            self._check(self.references)
+            return largest, f"looked at {len(self.references)} sizes, the least and the largest of every dim"
+        ranges = ", ".join(f"{name} from {low} to {high}" for name, (low, high) in self.dims.ranges.items())
+        raise PlannerError(
+            f"nothing shows that {self.problem.program.name} needs the most memory at its largest sizes ({ranges}), and these are "
+            f"too many to look at each: leave a dim out of dynamic=, or give it a smaller range"
+        )
+
+    def _check(self, points: Sequence[Mapping[str, int]]) -> None:
+        """Raises PlannerError where an operator needs more bytes at some sizes than at the largest ones."""
+        limit = self.problem.activation_bytes
+        for sizes in points:
+            more = np.flatnonzero(self.problem_at(sizes).activation_bytes > limit)
+            if more.size:
+                raise PlannerError(
+                    f"{self.problem.names[int(more[0])]} needs more memory at {spell(sizes)} than at the largest sizes; "
+                    "plan these sizes apart: give the dims smaller ranges"
+                )
+
+    def _grid(self) -> Iterator[dict[str, int]]:
+        names = self.dims.names
+        spans = [range(low, high + 1) for low, high in self.dims.ranges.values()]
+        for index in np.ndindex(*(len(span) for span in spans)):
+            yield {name: span[i] for name, span, i in zip(names, spans, index, strict=True)}
+
+
+def _without_numbers(program: Program) -> Program:
+    """The same program; `analyse_liveness` sees numbers as operators that cost nothing."""
+    return program
+
+
+def _translated(dims: Dims, exprs: Sequence[Any]) -> tuple[sympy.Expr, ...]:
+    known: dict[Any, sympy.Expr] = {}
+    for expr in exprs:
+        if expr not in known:
+            known[expr] = dims.expr(expr)
+    return tuple(known[expr] for expr in exprs)
+
+
+def _agree(exprs: Sequence[sympy.Expr], expected: Sequence[int], sizes: Mapping[str, int]) -> bool:
+    known = {expr: Evaluator(expr)(sizes) for expr in dict.fromkeys(exprs)}
+    return all(known[expr] == nbytes for expr, nbytes in zip(exprs, expected, strict=True))
+
+
+def spell(sizes: Mapping[str, int]) -> str:
+    """`batch=2, height=64`."""
+    return ", ".join(f"{name}={n}" for name, n in sizes.items())
+
+
+def numbers(program: Program) -> list[str]:
+    """Names of the nodes that compute numbers."""
+    return [node.name for node in program.ops() if node.target in ops.NUMBERS]
