@@ -52,7 +52,7 @@ class _Run:
     def __init__(self, program: Program, dims: Dims, sizes: dict[str, int], known: Program | None) -> None:
         self._program, self._dims, self._sizes = program, dims, sizes
         values = (n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder")
-        self.mode: FakeTensorMode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))  # type: ignore[union-attr]
+        self.mode: FakeTensorMode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
         self._known = {n.name: n.meta["val"] for n in known.graph.nodes if "val" in n.meta} if known is not None else {}
         self._numbers: dict[fx.Node, Any] = {}
         self._values: dict[fx.Node, Any] = {}
@@ -91,7 +91,9 @@ class _Run:
         if node.target is operator.getitem:
             source, index = node.args
             return self._values[source][index]  # type: ignore[index]
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._numbers[n] if n in self._numbers else self._values[n])
+        args, kwargs = fx.map_arg(
+            (node.args, node.kwargs), lambda n: self._numbers[n] if n in self._numbers else self._values[n]
+        )
         target: Any = node.target
         try:
             with FaithfulFakes():

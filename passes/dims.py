@@ -1,7 +1,7 @@
 """`Dims`: what varies in a program with symbolic sizes, under the names that the user gave.
 
-`torch.export` calls symbols `s33`; a plan calls them `batch`. Everything that leaves this library (expressions, printed programs,
-guards) is in the user's symbols, which are positive integers.
+`torch.export` calls symbols `s33`; a plan calls them `batch`. Everything that leaves this library (expressions, printed
+programs, guards) is in the user's symbols, which are positive integers.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from torch.utils._sympy.printers import PythonPrinter
 
 # Sizes of 0 and 1 are constants to torch.export: it reasons as if a symbol were at least this.
 LEAST_SIZE = 2
+
+
+def corners(ranges: Mapping[str, tuple[int, int]]) -> list[dict[str, int]]:
+    """Every combination of least and largest sizes."""
+    return [
+        dict(zip(ranges, sizes, strict=True)) for sizes in itertools.product(*(dict.fromkeys(ends) for ends in ranges.values()))
+    ]
 
 
 def dim_symbol(name: str) -> sympy.Symbol:
@@ -80,11 +87,6 @@ class Dims:
     def smallest(self) -> dict[str, int]:
         return {name: low for name, (low, _) in self.ranges.items()}
 
-    def corners(self) -> list[dict[str, int]]:
-        """Every combination of least and largest sizes."""
-        ends = [dict.fromkeys(pair) for pair in self.ranges.values()]
-        return [dict(zip(self.names, sizes, strict=True)) for sizes in itertools.product(*ends)]
-
     def expr(self, value: Any) -> sympy.Expr:
         """A size of the program (int, SymInt, SymFloat or the capture's expression) in the user's symbols."""
         if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -142,7 +144,7 @@ def python_text(expr: sympy.Expr) -> str:
     return str(_Printer().doprint(expr))
 
 
-class _Printer(PythonPrinter):  # type: ignore[misc]
+class _Printer(PythonPrinter):
     """As torch prints guards, with the simple form where there is one."""
 
     def _print_ToFloat(self, expr: sympy.Expr) -> str:

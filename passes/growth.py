@@ -1,7 +1,7 @@
 """How expressions in sizes grow: which of them is never the largest, and whether more size always means more bytes.
 
-Everything here is a sufficient condition, decided by coefficients alone: over `size = least + t` with t >= 0, a polynomial with no
-negative coefficient is never negative, and one with none but the constant grows in every size. A False means "not shown".
+Everything here is a sufficient condition, decided by coefficients alone: over `size = least + t` with t >= 0, a polynomial with
+no negative coefficient is never negative, and one with none but the constant grows in every size. A False means "not shown".
 """
 
 from __future__ import annotations
@@ -96,9 +96,7 @@ def _number(value: sympy.Expr) -> float:
     return float(value) if value.is_number else 0.0
 
 
-def _covers(
-    above: dict[sympy.Expr, sympy.Expr] | None, below: dict[sympy.Expr, sympy.Expr] | None
-) -> bool:
+def _covers(above: dict[sympy.Expr, sympy.Expr] | None, below: dict[sympy.Expr, sympy.Expr] | None) -> bool:
     """Whether `above - below` has no negative coefficient."""
     if above is None or below is None:
         return False

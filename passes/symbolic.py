@@ -89,7 +89,10 @@ def _key(node: fx.Node) -> Any:
             return tuple(map(leaf, value))
         return (type(value), value)
 
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Held(n.meta.get("val")))
+    def held(argument: fx.Node) -> Any:
+        return _Held(argument.meta.get("val"))
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), held)
 
     def frozen(tree: Any) -> Any:
         if isinstance(tree, _Held):

@@ -1,8 +1,8 @@
 """`plan(..., dynamic=...)`: which dimensions vary, in `torch.export`'s vocabulary, and the capture that keeps them symbols.
 
-`{"x": {0: "batch", 2: Dim("height", min=16, max=128)}}` names the axes of the argument `x`. A string names a dim whose largest size
-is the one in the example; a `torch.export.Dim` with a maximum says it itself. Equal names are equal sizes. One program then serves
-all sizes from the least (at least 2: `torch.export` takes 0 and 1 for constants) to the largest.
+`{"x": {0: "batch", 2: Dim("height", min=16, max=128)}}` names axes of the argument `x`. A string names a dim whose largest size
+is the one in the example; a `torch.export.Dim` with a maximum says it itself. Equal names are equal sizes. One program then
+serves all sizes from the least (at least 2: `torch.export` takes 0 and 1 for constants) to the largest.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from passes.canonicalise import CANONICALISE
 from passes.dims import LEAST_SIZE, Axis, Dims, python_text
 from passes.program import Program, storage_bytes, storage_id
 from passes.sizes_first import SizesFirst
+from passes.spec import TensorSpec
 from planner.capture import capture
 from runtime.dynamic_signature import DimSource, DynamicSignature, Formula
 from runtime.errors import CaptureError, PlannerError
@@ -44,6 +45,11 @@ class DynamicShapes:
     def largest(self) -> dict[str, int]:
         return {name: high for name, (_, high) in self.ranges.items()}
 
+    @staticmethod
+    def bound(module: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+        """The call with one spelling, as the leaves are ordered."""
+        return bind_call(getattr(module, method), args, kwargs)
+
     def at(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], sizes: Mapping[str, int]) -> tuple[Any, Any]:
         """The example call, bound, with its dynamic axes at `sizes`: meta tensors where a size differs."""
         flat, spec = tree_flatten((args, dict(kwargs)))
@@ -61,7 +67,9 @@ class DynamicShapes:
         return cls({str(name): (int(low), int(high)) for name, (low, high) in data["ranges"].items()}, leaves)
 
 
-def read_dynamic(module: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any) -> DynamicShapes:
+def read_dynamic(
+    module: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any
+) -> DynamicShapes:
     """Resolves `dynamic=` against an example call.
 
     Raises:
@@ -76,13 +84,11 @@ def read_dynamic(module: nn.Module, method: str, args: tuple[Any, ...], kwargs: 
     if not reader.ranges:
         raise PlannerError(f"dynamic={dynamic!r} names no dimension; write {_EXAMPLE}")
     shapes = DynamicShapes(reader.finished(leaves), tuple(leaves))
-    _refuse_shared(args, kwargs, shapes)
+    _refuse_shared(args, kwargs)
     return shapes
 
 
-def _arguments(
-    function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any
-) -> Iterator[tuple[str, Any, Any]]:
+def _arguments(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], dynamic: Any) -> Iterator[tuple[str, Any, Any]]:
     """(name, value, what `dynamic` says of it) for every argument of the bound call, in the order of its leaves."""
     parameters = inspect.signature(function).parameters.values()
     names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(args)]
@@ -214,12 +220,13 @@ def _bound(value: Any) -> int | None:
     return int(value) if isinstance(value, int) and value > 0 else None
 
 
-def _refuse_shared(args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: DynamicShapes) -> None:
+def _refuse_shared(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raises PlannerError for inputs that are views of more memory than they show, or of each other's."""
     seen: set[int] = set()
     for leaf in tree_leaves((args, dict(kwargs))):
         if isinstance(leaf, torch.Tensor):
-            if storage_id(leaf) in seen:
-                raise PlannerError("dynamic= needs inputs that share no memory; pass copies (x.clone())")
+            if storage_id(leaf) in seen or storage_bytes(leaf) != TensorSpec.of(leaf).span_bytes:
+                raise PlannerError("dynamic= needs inputs with memory of their own, all of it; pass copies (x.clone())")
             seen.add(storage_id(leaf))
 
 
@@ -235,7 +242,7 @@ def _resized(leaf: torch.Tensor, axes: Mapping[int, Axis], sizes: Mapping[str, i
             step *= int(at[axis])
     if any(n > 1 and have != want for n, have, want in zip(leaf.shape, leaf.stride(), dense, strict=True)):
         raise PlannerError(
-            f"dynamic= needs dense inputs, and one of shape {tuple(leaf.shape)} has strides {leaf.stride()}; pass x.contiguous()"
+            f"dynamic= needs dense inputs; one of shape {tuple(leaf.shape)} has strides {leaf.stride()}: pass x.contiguous()"
         )
     return torch.empty_strided(shape, stride, dtype=leaf.dtype, device="meta")
 
@@ -243,11 +250,13 @@ def _resized(leaf: torch.Tensor, axes: Mapping[int, Axis], sizes: Mapping[str, i
 # Capture.
 
 
-def capture_dynamic(module: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: DynamicShapes) -> Program:
+def capture_dynamic(
+    module: nn.Module, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], shapes: DynamicShapes
+) -> Program:
     """The canonical program in symbols; `Program.dims` says under which names, in which range, with which guards.
 
-    Captured at the largest sizes. The model may restrict them (`height % 8 == 0`): what it took for granted becomes guards, and a call
-    that breaks one is another program.
+    Captured at the largest sizes. The model may restrict them (`height % 8 == 0`): what it took for granted becomes guards, and a
+    call that breaks one is another program.
 
     Raises:
         CaptureError: the model makes a dim a constant, or ties two of different names to each other.
@@ -349,7 +358,7 @@ def dynamic_signature(program: Program, call: tuple[tuple[Any, ...], dict[str, A
     """Which calls a program in symbols serves; `call` is the bound example."""
     dims = program.dims
     assert dims is not None
-    example, leaves = CallSignature.of(*call)
+    example, _ = CallSignature.of(*call)
     nodes = {n.name: n for n in program.graph.nodes}
     keys: list[Any] = []
     sources: dict[str, DimSource] = {}

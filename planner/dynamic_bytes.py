@@ -6,6 +6,7 @@ The two are compared where both exist (at the largest sizes and at the least), b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -19,9 +20,7 @@ from passes.dims import Dims, Evaluator, dim_symbol
 from passes.growth import Growth
 from passes.liveness import analyse_liveness
 from passes.probe import Prober
-from passes.program import Program
 from passes.symbolic import SymbolicProber
-from runtime import ops
 from runtime.errors import PlannerError, UnknownSize
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ class DynamicBytes:
         self._problems: dict[tuple[int, ...], Problem] = {tuple(self.dims.largest.values()): problem}
 
     def problem_at(self, sizes: Mapping[str, int]) -> Problem:
-        """The planning problem at other sizes: the same operators and weights, other activation bytes (and the seconds of before).
+        """The planning problem at other sizes: the same operators and weights, other activation bytes, the seconds of before.
 
         Raises:
             PlannerError: the guards do not let the sizes in.
@@ -65,18 +64,18 @@ class DynamicBytes:
     def profile(self) -> tuple[sympy.Expr, ...] | None:
         """Per operator its activation bytes in the user's symbols; None where no expression is exact.
 
-        None for devices whose allocator rounds or whose operators take declared workspaces (`cuda`), and where an operator's bytes
-        in symbols are not those of the concrete analysis.
+        None for devices whose allocator rounds or whose operators take declared workspaces (`cuda`), and where an operator's
+        bytes in symbols are not those of the concrete analysis.
         """
         if self.problem.memory.device == "cuda":
             return None
         try:
-            liveness = analyse_liveness(_without_numbers(self.origin), SymbolicProber())
+            liveness = analyse_liveness(self.origin, SymbolicProber())
         except UnknownSize:
             return None
         found = {node.name: nbytes for node, nbytes in zip(liveness.nodes, liveness.bytes_at, strict=True)}
         exprs = _translated(self.dims, [found[name] for name in self.problem.names])
-        for sizes in self.references:
+        for sizes in self.references[:2]:
             expected = self.problem_at(sizes).liveness.bytes_at
             if not _agree(exprs, expected, sizes):
                 return None
@@ -116,51 +115,48 @@ class DynamicBytes:
         kept = self.growth.largest(expr + nbytes for expr, nbytes in most.items())
         return sympy.Max(*kept, evaluate=False) if len(kept) > 1 else kept[0]
 
+    def minimum_expr(self) -> sympy.Expr | None:
+        """The least budget in symbols: that of `Solver.minimum`, whose schedules do not depend on sizes. None without profile."""
+        from planner.solve.decide import Solver  # which imports the problem, which imports this
+
+        solver = Solver(self.problem)
+        found = []
+        for schedule in dict.fromkeys((solver.tightest, solver.resident)):
+            expr = self.peak_expr(solver.weights_at(schedule) + self.problem.memory.fixed_bytes)
+            if expr is None or Evaluator(expr)(self.dims.largest) != schedule.peak_bytes:
+                return None
+            found.append(expr)
+        return sympy.Min(*found, evaluate=False) if len(found) > 1 else found[0]
+
     @cached_property
-    def most(self) -> tuple[dict[str, int], str]:
-        """The sizes at which activations are largest, and how that is known, in words.
+    def doubtful(self) -> tuple[list[dict[str, int]], str]:
+        """The sizes at which a plan that fits at the largest has to be looked at too, and in words why these are enough.
+
+        None where expressions show that bytes grow with every size. Where the allocator rounds (`cuda`) nothing shows that: a
+        plan is looked at where it is most likely to surprise, and the runtime enforces the rest.
 
         Raises:
             PlannerError: nothing shows it, and there are too many sizes to look at each.
         """
-        largest = self.dims.largest
         if self.profile is not None and all(self.growth.grows(expr) for expr in dict.fromkeys(self.profile)):
-            return largest, "bytes grow with every size"
-        count = int(np.prod([float(high - low + 1) for low, high in self.dims.ranges.values()]))
+            return [], "bytes grow with every size"
+        count = math.prod(high - low + 1 for low, high in self.dims.ranges.values())
         if count <= EXHAUSTIVE:
             points = [sizes for sizes in self._grid() if self.dims.holds(sizes)]
-            self._check(points)
-            return largest, f"all {len(points)} sizes were looked at"
+            return points, f"all {len(points)} sizes were looked at"
         if self.problem.memory.device == "cuda":
-            self._check(self.references)
-            return largest, f"looked at {len(self.references)} sizes, the least and the largest of every dim"
+            return self.references, f"{len(self.references)} sizes were looked at: the least and largest of each dim"
         ranges = ", ".join(f"{name} from {low} to {high}" for name, (low, high) in self.dims.ranges.items())
         raise PlannerError(
-            f"nothing shows that {self.problem.program.name} needs the most memory at its largest sizes ({ranges}), and these are "
-            f"too many to look at each: leave a dim out of dynamic=, or give it a smaller range"
+            f"nothing shows that {self.problem.program.name} needs the most memory at its largest sizes ({ranges}), and these "
+            "are too many to look at each: leave a dim out of dynamic=, or give it a smaller range"
         )
-
-    def _check(self, points: Sequence[Mapping[str, int]]) -> None:
-        """Raises PlannerError where an operator needs more bytes at some sizes than at the largest ones."""
-        limit = self.problem.activation_bytes
-        for sizes in points:
-            more = np.flatnonzero(self.problem_at(sizes).activation_bytes > limit)
-            if more.size:
-                raise PlannerError(
-                    f"{self.problem.names[int(more[0])]} needs more memory at {spell(sizes)} than at the largest sizes; "
-                    "plan these sizes apart: give the dims smaller ranges"
-                )
 
     def _grid(self) -> Iterator[dict[str, int]]:
         names = self.dims.names
         spans = [range(low, high + 1) for low, high in self.dims.ranges.values()]
         for index in np.ndindex(*(len(span) for span in spans)):
             yield {name: span[i] for name, span, i in zip(names, spans, index, strict=True)}
-
-
-def _without_numbers(program: Program) -> Program:
-    """The same program; `analyse_liveness` sees numbers as operators that cost nothing."""
-    return program
 
 
 def _translated(dims: Dims, exprs: Sequence[Any]) -> tuple[sympy.Expr, ...]:
@@ -179,8 +175,3 @@ def _agree(exprs: Sequence[sympy.Expr], expected: Sequence[int], sizes: Mapping[
 def spell(sizes: Mapping[str, int]) -> str:
     """`batch=2, height=64`."""
     return ", ".join(f"{name}={n}" for name, n in sizes.items())
-
-
-def numbers(program: Program) -> list[str]:
-    """Names of the nodes that compute numbers."""
-    return [node.name for node in program.ops() if node.target in ops.NUMBERS]

@@ -11,8 +11,8 @@ from torch import fx
 from passes.base import run_passes
 from passes.check_plan import Proof, check_plan
 from passes.concretise import Concretise
-from passes.insert_frees import InsertFrees
 from passes.dims import Dims
+from passes.insert_frees import InsertFrees
 from passes.program import Program
 from passes.spec import TensorSpec, short_dtype
 from passes.stream_weights import StreamWeights
@@ -69,13 +69,14 @@ def emit_program(problem: Problem, decisions: Decisions, budget_bytes: int) -> t
     program = order_refills(replace(program, layout=layout))  # needs the offsets
     if program.dims is not None:  # what is proved is what runs, at the largest sizes
         program = Concretise(program.dims.largest, problem.program).apply(program)
-    _annotate_workspace(problem, program.graph)
+    annotate_workspace(problem, program.graph)
     memory = problem.memory
     proof = check_plan(program, budget_bytes, rounding_bytes=memory.activation_rounding, fixed_bytes=memory.fixed_bytes)
     return program, proof
 
 
-def _annotate_workspace(problem: Problem, graph: fx.Graph) -> None:
+def annotate_workspace(problem: Problem, graph: fx.Graph) -> None:
+    """Writes what operators take beyond their outputs where the checker reads it."""
     workspace = {n.name: c.workspace_bytes for n, c in zip(problem.liveness.nodes, problem.liveness.costs, strict=True)}
     for node in graph.nodes:
         if workspace.get(node.name):

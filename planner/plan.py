@@ -8,17 +8,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import sympy
 import torch
 from torch import nn
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
 from passes.concretise import Concretise
+from passes.dims import dim_symbol
 from passes.program import Program
 from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
 from planner.capture import capture
-from planner.dynamic import capture_dynamic, dynamic_signature
+from planner.dynamic import DynamicShapes, capture_dynamic, dynamic_signature
+from planner.dynamic_plan import check_sizes, describe_sizes, largest, peak_bytes_at, peak_bytes_expr
 from planner.machine import Machine, machine_from_mapping
 from planner.memory import MemoryModel
 from planner.options import Options, check_keep, check_patterns
@@ -68,6 +71,8 @@ class Plan:
                     f"{format_bytes(options.budget.device_bytes)}; plan the model again"
                 )
         self.decisions = decisions
+        if solver.problem.in_symbols is not None:
+            check_sizes(solver.problem, decisions, options.budget.device_bytes)
         self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes)
         self._schedule = schedule
 
@@ -108,6 +113,41 @@ class Plan:
     def peak_bytes(self) -> int:
         """Predicted: the most bytes that are live, each rounded as the device's allocator rounds."""
         return self.proof.peak_bytes
+
+    @cached_property
+    def peak_bytes_expr(self) -> sympy.Expr | int:
+        """`peak_bytes` of this plan's decisions as a sympy expression in the dims of `dynamic=`; the integer without any.
+
+        Exact wherever the program runs: at every size within its guards, also beyond the captured range. Its symbols are
+        `p.symbols`, positive integers: `p.peak_bytes_expr.subs(p.symbols["batch"], 2)`. Where operators cannot be counted in
+        symbols (all of `cuda`, some recurrent layers) it is a function that replays the program once all dims are numbers.
+        """
+        return self.peak_bytes if self.problem.in_symbols is None else peak_bytes_expr(self)
+
+    @property
+    def symbols(self) -> dict[str, sympy.Symbol]:
+        """The dims that `dynamic=` named, as the symbols of `peak_bytes_expr`; empty for fixed sizes."""
+        in_symbols = self.problem.in_symbols
+        return {} if in_symbols is None else {name: dim_symbol(name) for name in in_symbols.dims.names}
+
+    def peak_bytes_at(self, **sizes: int) -> int:
+        """`peak_bytes` at given sizes of the dims, the largest where none is given, by replaying the program.
+
+        Raises:
+            PlannerError: the plan has fixed sizes, there is no such dim, or the program does not serve the sizes.
+        """
+        return peak_bytes_at(self, sizes)
+
+    def largest(self, dim: str, /, **sizes: int) -> int:
+        """The largest size of a dim for which a plan within the budget exists, others at `sizes` or their largest.
+
+        The range given to `dynamic=` does not bound it; what the model takes for granted does (a table of positions, say). To
+        have the plan, plan again with that size as the largest.
+
+        Raises:
+            PlannerError: the plan has fixed sizes, there is no such dim, or not even the least size fits.
+        """
+        return largest(self, self._target, self._options, dim, sizes)
 
     @property
     def reserved_bytes(self) -> int:
@@ -161,11 +201,13 @@ class Plan:
 
     @cached_property
     def executable(self) -> Executable:
-        header = (
+        header: tuple[str, ...] = (
             f"{self.program.name}: budget {format_bytes(self.budget_bytes)}, predicted peak {format_bytes(self.peak_bytes)}"
             f" at {where(self)}",
             f"on {self.device}, planned for {self.machine.name}; passes: canonicalise, stream_weights, insert_frees",
         )
+        if self.symbols:
+            header += (f"{describe_sizes(self)}; bytes are those of the largest sizes",)
         predicted = {
             "peak_bytes": float(self.peak_bytes),
             "reserved_bytes": float(self.reserved_bytes),
@@ -217,6 +259,7 @@ class Plan:
             call=(self._options.args, self._options.kwargs),
             keep=self._options.keep,
             offload=self._options.offload,
+            dynamic=None if self._options.dynamic is None else self._options.dynamic.to_json(),
         )
 
     @classmethod
@@ -235,8 +278,9 @@ class Plan:
             budget, decisions = Budget(**data["budget"]), Decisions.from_json(data["decisions"])
             saved = [str(entry) for entry in data["fingerprint"]]
             options = Options(
-                budget, machine, data["device"], data["method"], args, named, check_keep(data["keep"]), bool(data["offload"])
-            )
+                budget, machine, data["device"], data["method"], args, named, check_keep(data["keep"]), bool(data["offload"]),
+                DynamicShapes.from_json(data["dynamic"]) if "dynamic" in data else None,
+            )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise PlanFileError(f"{str(path)!r} is damaged ({error!r}); save it again with p.save(...)") from error
