@@ -18,11 +18,11 @@ import sympy
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils._sympy.functions import Mod
+from torch.utils._sympy.functions import FloorDiv, Mod
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
-from passes.dims import LEAST_SIZE, Axis, Dims, python_text
+from passes.dims import LEAST_SIZE, Axis, Dims, Evaluator, python_text
 from passes.program import Program, storage_bytes, storage_id
 from passes.sizes_first import SizesFirst
 from passes.spec import TensorSpec
@@ -32,6 +32,8 @@ from runtime.errors import CaptureError, PlannerError
 from runtime.signature import CallSignature, TensorKey, bind_call
 
 _EXAMPLE = 'dynamic={"x": {0: "batch", 2: torch.export.Dim("height", min=16, max=128)}}'
+# Models take multiples of 8, 16 or 64; beyond this nothing is looked for.
+_LARGEST_UNIT = 1024
 
 
 @dataclass(frozen=True)
@@ -255,8 +257,8 @@ def capture_dynamic(
 ) -> Program:
     """The canonical program in symbols; `Program.dims` says under which names, in which range, with which guards.
 
-    Captured at the largest sizes. The model may restrict them (`height % 8 == 0`): what it took for granted becomes guards, and a
-    call that breaks one is another program.
+    Captured at the largest sizes. The model may restrict them (`height % 8 == 0`): what it took for granted becomes guards,
+    and a call that breaks one is another program.
 
     Raises:
         CaptureError: the model makes a dim a constant, or ties two of different names to each other.
@@ -285,7 +287,7 @@ def _dims(program: Program, shapes: DynamicShapes) -> Dims:
     for name, axes in zip(program.inputs, shapes.leaves, strict=True):
         for index, axis in axes.items():
             size = nodes[name].meta["val"].shape[index]
-            if not isinstance(size, torch.SymInt):
+            if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
                 raise _constant(program, name, index, axis, int(size))
             env, expr = size.node.shape_env, size.node.expr
             if expr.is_Symbol and expr not in symbols:
@@ -330,13 +332,22 @@ def _guarded(dims: Dims, guards: tuple[sympy.Expr, ...]) -> Dims:
     """Dims with guards, those that say `dim % n == 0` apart: they make all other expressions simpler."""
     multiples: dict[str, int] = {}
     for guard in guards:
-        if isinstance(guard, sympy.Eq) and guard.rhs == 0 and isinstance(guard.lhs, Mod):
-            dim, n = guard.lhs.args
-            if dim.is_Symbol and n.is_Integer:
-                multiples[dim.name] = math.lcm(multiples.get(dim.name, 1), int(n))
+        if isinstance(guard, sympy.Eq) and len(guard.free_symbols) == 1:
+            (dim,) = guard.free_symbols
+            multiples[dim.name] = math.lcm(multiples.get(dim.name, 1), _multiple(guard, dim.name))
+    multiples = {name: n for name, n in multiples.items() if n > 1}
     dims = replace(dims, multiples=multiples)
     left = dict.fromkeys(dims.tidy(guard) for guard in guards)
     return replace(dims, guards=tuple(guard for guard in left if guard is not sympy.true))
+
+
+def _multiple(guard: sympy.Eq, dim: str) -> int:
+    """The number of which an equality lets only multiples in; 1 where there is none. Too large a one would only serve less."""
+    holds = Evaluator(guard)
+    for n in sorted({int(part.args[1]) for part in guard.atoms(FloorDiv, Mod) if part.args[1].is_Integer}, reverse=True):
+        if 1 < n <= _LARGEST_UNIT and [holds({dim: 8 * n + rest}) for rest in range(n)] == [True] + [False] * (n - 1):
+            return n
+    return 1
 
 
 def _as_dim(expr: sympy.Expr) -> str:

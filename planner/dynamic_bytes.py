@@ -116,7 +116,7 @@ class DynamicBytes:
         return sympy.Max(*kept, evaluate=False) if len(kept) > 1 else kept[0]
 
     def minimum_expr(self) -> sympy.Expr | None:
-        """The least budget in symbols: that of `Solver.minimum`, whose schedules do not depend on sizes. None without profile."""
+        """The least budget in symbols: `Solver.minimum`, whose schedules do not depend on sizes; None without a profile."""
         from planner.solve.decide import Solver  # which imports the problem, which imports this
 
         solver = Solver(self.problem)
