@@ -49,6 +49,9 @@ def plan(
             `machine` is one, else accounting.
         machine: a preset's name, a `Machine`, or None for this one.
         allow: transforms that may be used; without "offload" every weight stays on the device.
+        dynamic: which dimensions vary, as in `torch.export`: {"x": {0: "batch", 2: torch.export.Dim("height", max=128)}}. One
+            program then serves every size from 2 up to the largest (a named dim's is the example's, a `Dim`'s its maximum), and
+            the budget holds for the largest. Other sizes, and those that the model's own guards exclude, are planned anew.
         keep: patterns of weight names to pin, such as {"embeddings.*": {"resident": True}}.
 
     Returns:

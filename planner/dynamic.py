@@ -38,10 +38,11 @@ _LARGEST_UNIT = 1024
 
 @dataclass(frozen=True)
 class DynamicShapes:
-    """What `dynamic=` said, resolved: per dim its least and largest size, per input leaf its dynamic axes."""
+    """What `dynamic=` said, resolved: per dim its least and largest size, per input leaf its dynamic axes and its name."""
 
     ranges: Mapping[str, tuple[int, int]]
     leaves: tuple[Mapping[int, Axis], ...]
+    names: tuple[str, ...]
 
     @property
     def largest(self) -> dict[str, int]:
@@ -61,12 +62,14 @@ class DynamicShapes:
 
     def to_json(self) -> dict[str, Any]:
         leaves = [{str(axis): [a.dim, a.scale, a.shift] for axis, a in axes.items()} for axes in self.leaves]
-        return {"ranges": {name: list(ends) for name, ends in self.ranges.items()}, "leaves": leaves}
+        return {"ranges": {name: list(ends) for name, ends in self.ranges.items()}, "leaves": leaves, "names": list(self.names)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> DynamicShapes:
         leaves = tuple({int(axis): Axis(*how) for axis, how in axes.items()} for axes in data["leaves"])
-        return cls({str(name): (int(low), int(high)) for name, (low, high) in data["ranges"].items()}, leaves)
+        return cls(
+            {str(name): (int(low), int(high)) for name, (low, high) in data["ranges"].items()}, leaves, tuple(data["names"])
+        )
 
 
 def read_dynamic(
@@ -85,7 +88,7 @@ def read_dynamic(
         leaves += reader.read(name, value, how)
     if not reader.ranges:
         raise PlannerError(f"dynamic={dynamic!r} names no dimension; write {_EXAMPLE}")
-    shapes = DynamicShapes(reader.finished(leaves), tuple(leaves))
+    shapes = DynamicShapes(reader.finished(leaves), tuple(leaves), tuple(reader.names))
     _refuse_shared(args, kwargs)
     return shapes
 
@@ -120,12 +123,15 @@ class _Reader:
     def __init__(self) -> None:
         self.ranges: dict[str, list[int | None]] = {}  # least, largest as declared
         self._seen: dict[str, tuple[int, str]] = {}  # size in the example, and where
-        self._sized_by_example: dict[str, bool] = {}
+        self.names: list[str] = []  # of leaves, in their order
 
     def read(self, name: str, value: Any, how: Any) -> list[dict[int, Axis]]:
         if how is None:
-            return [{} for _ in tree_leaves(value)]
+            static: list[dict[int, Axis]] = [{} for _ in tree_leaves(value)]
+            self.names += [name] * len(static)
+            return static
         if isinstance(value, torch.Tensor):
+            self.names.append(name)
             return [self._tensor(name, value, how)]
         children = tree_flatten(value, is_leaf=lambda v: v is not value)[0]
         if not children or (len(children) == 1 and children[0] is value):
@@ -284,9 +290,9 @@ def _dims(program: Program, shapes: DynamicShapes) -> Dims:
     symbols: dict[sympy.Symbol, sympy.Expr] = {}
     later: list[tuple[str, Axis, sympy.Expr]] = []
     env: Any = None
-    for name, axes in zip(program.inputs, shapes.leaves, strict=True):
+    for node, name, axes in zip(program.inputs, shapes.names, shapes.leaves, strict=True):
         for index, axis in axes.items():
-            size = nodes[name].meta["val"].shape[index]
+            size = nodes[node].meta["val"].shape[index]
             if not isinstance(size, torch.SymInt) or size.node.expr.is_number:
                 raise _constant(program, name, index, axis, int(size))
             env, expr = size.node.shape_env, size.node.expr
@@ -325,7 +331,12 @@ def _guards(env: Any, symbols: Mapping[sympy.Symbol, sympy.Expr]) -> tuple[sympy
             assumed.append(sympy.Le(symbol, high))
     guards = dict.fromkeys(sympy.sympify(expr).xreplace(dict(symbols)) for expr in assumed)
     known = {dim for expr in symbols.values() for dim in expr.free_symbols}
-    return tuple(g for g in guards if g is not sympy.true and g.free_symbols <= known)
+    for guard in guards:
+        if not guard.free_symbols <= known:
+            raise CaptureError(
+                f"the program takes {guard} for granted, which depends on data and cannot be checked; plan it without dynamic="
+            )
+    return tuple(guard for guard in guards if guard is not sympy.true)
 
 
 def _guarded(dims: Dims, guards: tuple[sympy.Expr, ...]) -> Dims:
@@ -357,8 +368,8 @@ def _as_dim(expr: sympy.Expr) -> str:
 def _constant(program: Program, name: str, index: int, axis: Axis, size: int) -> CaptureError:
     return CaptureError(
         f"{program.name} makes the dim {axis.dim!r} ({name}.shape[{index}]) a constant: it works only for the size {size} "
-        f"(a fixed table, an equality with another size, or the sizes 0 and 1). Leave it out of dynamic=, "
-        "or name every input's axis that has to be equal to it"
+        f"(a table of that length, or an axis that has to equal it and is not named). Leave axis {index} of {name!r} out, or give "
+        f"the other axis the same name: dynamic={{{name!r}: {{{index}: {axis.dim!r}}}, 'other': {{...: {axis.dim!r}}}}}"
     )
 
 

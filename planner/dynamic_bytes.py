@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # So many sizes are looked at one by one where nothing can be shown about them.
 EXHAUSTIVE = 256
+# So many analyses at other sizes are kept.
+REMEMBERED = 16
 
 
 class DynamicBytes:
@@ -57,6 +59,8 @@ class DynamicBytes:
                 )
             program = Concretise(dict(sizes)).apply(self.origin)
             liveness = analyse_liveness(program, self._prober, self.problem.memory.round_activation)
+            while len(self._problems) >= REMEMBERED:
+                del self._problems[next(old for old in self._problems if old != tuple(self.dims.largest.values()))]
             self._problems[key] = replace(self.problem, program=program, liveness=liveness)
         return self._problems[key]
 

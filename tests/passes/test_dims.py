@@ -15,8 +15,9 @@ B, H = dim_symbol("batch"), dim_symbol("height")
     "expr",
     [
         8 * H * B**2 + 3, FloorDiv(H - 1, 2) + 1, Mod(H * B, 8), sympy.Eq(Mod(H, 4), 0), sympy.Ne(H, B),
-        sympy.And(H < 64, B > 2), sympy.Or(H < 3, sympy.Ne(B, 3)), Max(H, B), Min(H, B), sympy.Max(H, 7, B), IntTrueDiv(H, B), ToFloat(H),
-        CeilToInt(FloatTrueDiv(ToFloat(H), 2.5)), H / 4, B * H / 4 - 1, (H / 2) ** 2, Max(H / 2, B), sympy.true, -H + 1,
+        sympy.And(H < 64, B > 2), sympy.Or(H < 3, sympy.Ne(B, 3)), Max(H, B), Min(H, B),
+        sympy.Max(H, 7, B), IntTrueDiv(H, B), ToFloat(H), CeilToInt(FloatTrueDiv(ToFloat(H), 2.5)),
+        H / 4, B * H / 4 - 1, (H / 2) ** 2, Max(H / 2, B), sympy.true, -H + 1,
     ],
     ids=str,
 )  # fmt: skip

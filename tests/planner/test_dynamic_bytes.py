@@ -1,7 +1,8 @@
-"""The law of dynamic plans: expressions, evaluated, are the bytes of a plan made for those sizes alone, and what is measured."""
+"""The law of dynamic plans: an expression, evaluated, is the bytes of a plan for those sizes alone, and what is measured."""
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -39,10 +40,12 @@ DYNAMIC: dict[str, dict[Any, Any]] = {
         "hidden_states": TOKENS, "encoder_hidden_states": {0: "batch", 1: "text"}, "pooled_projections": {0: "batch"},
         "timestep": {0: "batch"}, "guidance": {0: "batch"}, "img_ids": {0: "tokens"}, "txt_ids": {0: "text"},
     },
-    "bert": {"input_ids": TOKENS, "attention_mask": TOKENS}, "t5_encoder": {"input_ids": TOKENS}, "llama": {"input_ids": TOKENS},
+    "bert": {"input_ids": TOKENS, "attention_mask": TOKENS}, "t5_encoder": {"input_ids": TOKENS},
+    "llama": {"input_ids": TOKENS},
 }  # fmt: skip
 
 
+@functools.cache
 def dynamic_plan(name: str, device: str = "accounting") -> tuple[nn.Module, Plan]:
     """A model of the zoo at the largest sizes of `EXAMPLES`, at half of what it takes unplanned."""
     module, args, kwargs = ZOO[name]()
@@ -128,6 +131,7 @@ def test_runs_as_eager_and_as_predicted_with_one_program(name: str) -> None:
         predicted = p.peak_bytes_expr.subs({symbols[d]: n for d, n in sizes.items()})
         assert m.report().peak_bytes == predicted <= p.peak_bytes <= p.budget_bytes
     assert len(m._runner.programs) == 1
+    p.restore()
 
 
 def test_on_a_gpu_the_program_is_replayed_at_the_sizes() -> None:
