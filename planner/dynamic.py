@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,14 +22,13 @@ from torch.utils._sympy.functions import FloorDiv, Mod
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
-from passes.dims import LEAST_SIZE, Axis, Dims, Evaluator, python_text
+from passes.dims import LEAST_SIZE, Axis, Dims, Evaluator
 from passes.program import Program, storage_bytes, storage_id
 from passes.sizes_first import SizesFirst
 from passes.spec import TensorSpec
 from planner.capture import capture
-from runtime.dynamic_signature import DimSource, DynamicSignature, Formula
 from runtime.errors import CaptureError, PlannerError
-from runtime.signature import CallSignature, TensorKey, bind_call
+from runtime.signature import bind_call
 
 _EXAMPLE = 'dynamic={"x": {0: "batch", 2: torch.export.Dim("height", min=16, max=128)}}'
 # Models take multiples of 8, 16 or 64; beyond this nothing is looked for.
@@ -334,7 +333,7 @@ def _guards(env: Any, symbols: Mapping[sympy.Symbol, sympy.Expr]) -> tuple[sympy
     for guard in guards:
         if not guard.free_symbols <= known:
             raise CaptureError(
-                f"the program takes {guard} for granted, which depends on data and cannot be checked; plan it without dynamic="
+                f"the program takes {guard} for granted, which depends on data and cannot be checked; plan without dynamic="
             )
     return tuple(guard for guard in guards if guard is not sympy.true)
 
@@ -368,35 +367,6 @@ def _as_dim(expr: sympy.Expr) -> str:
 def _constant(program: Program, name: str, index: int, axis: Axis, size: int) -> CaptureError:
     return CaptureError(
         f"{program.name} makes the dim {axis.dim!r} ({name}.shape[{index}]) a constant: it works only for the size {size} "
-        f"(a table of that length, or an axis that has to equal it and is not named). Leave axis {index} of {name!r} out, or give "
-        f"the other axis the same name: dynamic={{{name!r}: {{{index}: {axis.dim!r}}}, 'other': {{...: {axis.dim!r}}}}}"
+        f"(a table of that length, or an axis that has to equal it and is not named). Leave axis {index} of {name!r} out, or "
+        f"give the other axis the same name: dynamic={{{name!r}: {{{index}: {axis.dim!r}}}, 'other': {{...: {axis.dim!r}}}}}"
     )
-
-
-# The guard of a call.
-
-
-def dynamic_signature(program: Program, call: tuple[tuple[Any, ...], dict[str, Any]]) -> DynamicSignature:
-    """Which calls a program in symbols serves; `call` is the bound example."""
-    dims = program.dims
-    assert dims is not None
-    example, _ = CallSignature.of(*call)
-    nodes = {n.name: n for n in program.graph.nodes}
-    keys: list[Any] = []
-    sources: dict[str, DimSource] = {}
-    for index, (name, axes, key) in enumerate(zip(program.inputs, dims.axes, example.leaves, strict=True)):
-        keys.append(_key_formula(nodes[name].meta["val"], dims, key) if axes else key)
-        for axis, how in axes.items():
-            if how.dim not in sources or how.scale < sources[how.dim].scale:
-                sources[how.dim] = DimSource(index, axis, how.scale, how.shift)
-    return DynamicSignature(
-        tuple(keys), example.in_spec, {name: sources[name] for name in dims.names}, dict(dims.ranges), dims.guard_text
-    )
-
-
-def _key_formula(tensor: torch.Tensor, dims: Dims, example: TensorKey) -> Formula:
-    def row(values: Sequence[Any]) -> str:
-        return "(" + "".join(f"{python_text(dims.expr(v))}, " for v in values) + ")"
-
-    nbytes = python_text(sympy.expand(dims.expr(storage_bytes(tensor))))
-    return Formula(f"TensorKey({row(tensor.shape)}, {row(tensor.stride())}, {tensor.dtype}, 0, {example.group}, {nbytes})")

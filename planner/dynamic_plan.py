@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sympy
+import torch
 from torch import nn
 
 from passes.base import run_passes
 from passes.check_plan import check_plan
 from passes.concretise import Concretise
 from passes.dims import LEAST_SIZE, Dims, Evaluator, corners, dim_symbol, python_text
+from passes.program import Program, storage_bytes
 from planner.dynamic import capture_dynamic
 from planner.dynamic_bytes import DynamicBytes, spell
 from planner.options import Options
@@ -22,7 +24,9 @@ from planner.schedule import staged_bytes
 from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions
 from planner.solve.problem import Problem, build_problem
+from runtime.dynamic_signature import DimSource, DynamicSignature, Formula
 from runtime.errors import PlannerError
+from runtime.signature import CallSignature, TensorKey
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -226,3 +230,32 @@ class _Search:
         if self._evaluate is not None:
             return bool(self._evaluate(self._at(n)) <= self._budget)
         return Solver(self._bytes.problem_at(self._at(n))).minimum.peak_bytes <= self._budget
+
+
+# The guard of a call.
+
+
+def dynamic_signature(program: Program, call: tuple[tuple[Any, ...], dict[str, Any]]) -> DynamicSignature:
+    """Which calls a program in symbols serves; `call` is the bound example."""
+    dims = program.dims
+    assert dims is not None
+    example, _ = CallSignature.of(*call)
+    nodes = {n.name: n for n in program.graph.nodes}
+    keys: list[Any] = []
+    sources: dict[str, DimSource] = {}
+    for index, (name, axes, key) in enumerate(zip(program.inputs, dims.axes, example.leaves, strict=True)):
+        keys.append(_key_formula(nodes[name].meta["val"], dims, key) if axes else key)
+        for axis, how in axes.items():
+            if how.dim not in sources or how.scale < sources[how.dim].scale:
+                sources[how.dim] = DimSource(index, axis, how.scale, how.shift)
+    return DynamicSignature(
+        tuple(keys), example.in_spec, {name: sources[name] for name in dims.names}, dict(dims.ranges), dims.guard_text
+    )
+
+
+def _key_formula(tensor: torch.Tensor, dims: Dims, example: TensorKey) -> Formula:
+    def row(values: Sequence[Any]) -> str:
+        return "(" + "".join(f"{python_text(dims.expr(v))}, " for v in values) + ")"
+
+    nbytes = python_text(sympy.expand(dims.expr(storage_bytes(tensor))))
+    return Formula(f"TensorKey({row(tensor.shape)}, {row(tensor.stride())}, {tensor.dtype}, 0, {example.group}, {nbytes})")

@@ -20,8 +20,8 @@ from passes.program import Program
 from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
 from planner.capture import capture
-from planner.dynamic import DynamicShapes, capture_dynamic, dynamic_signature
-from planner.dynamic_plan import check_sizes, describe_sizes, largest, peak_bytes_at, peak_bytes_expr
+from planner.dynamic import DynamicShapes, capture_dynamic
+from planner.dynamic_plan import check_sizes, describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
 from planner.machine import Machine, machine_from_mapping
 from planner.memory import MemoryModel
 from planner.options import Options, check_keep, check_patterns
