@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 
 import sympy
-from torch.utils._sympy.functions import FloorDiv, Max, Min
+from torch.utils._sympy.functions import FloorDiv, Max, Min, Mod
 
 _ATOMS = (FloorDiv, Max, Min, sympy.Max, sympy.Min)
 
@@ -41,6 +41,25 @@ class Growth:
     def grows(self, expr: sympy.Expr) -> bool:
         """Whether it is shown that no size can be made larger and the value smaller."""
         return all(self._grows(choice) for choice in alternatives(expr))
+
+    def always(self, guard: sympy.Basic) -> bool:
+        """Whether it is shown that a relation holds for all sizes."""
+        if isinstance(guard, sympy.And):
+            return all(map(self.always, guard.args))
+        if not isinstance(guard, sympy.core.relational.Relational):
+            return guard is sympy.true
+        left, right = guard.lhs, guard.rhs
+        if isinstance(guard, (sympy.Gt, sympy.Ge)):
+            return self._at_least(left - right, int(isinstance(guard, sympy.Gt)))
+        if isinstance(guard, (sympy.Lt, sympy.Le)):
+            return self._at_least(right - left, int(isinstance(guard, sympy.Lt)))
+        if isinstance(guard, sympy.Ne) and right == 0 and isinstance(left, Mod):  # what is less than the divisor is left over
+            return self._at_least(left.args[0], 1) and self._at_least(left.args[1] - left.args[0], 1)
+        return isinstance(guard, sympy.Ne) and (self._at_least(left - right, 1) or self._at_least(right - left, 1))
+
+    def _at_least(self, expr: sympy.Expr, low: int) -> bool:
+        terms = self._terms(sympy.expand(expr - low))
+        return terms is not None and all(n >= 0 for n in terms.values())
 
     def largest(self, exprs: Iterable[sympy.Expr]) -> list[sympy.Expr]:
         """The alternatives of which one is the largest at any sizes; others are shown to be below one of these."""

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sympy
+import torch
 
 from passes.concretise import Concretise
-from passes.dims import Dims, Evaluator, dim_symbol
+from passes.dims import Dims, Evaluator, corners, dim_symbol
 from passes.growth import Growth
 from passes.liveness import analyse_liveness
 from passes.probe import Prober
@@ -71,19 +72,54 @@ class DynamicBytes:
         None for devices whose allocator rounds or whose operators take declared workspaces (`cuda`), and where an operator's
         bytes in symbols are not those of the concrete analysis.
         """
+        return self._counted[0]
+
+    @property
+    def assumed(self) -> tuple[sympy.Expr, ...]:
+        """What counting in symbols took for granted besides the program's guards: where it holds the profile is exact.
+
+        Kernels choose by size (a convolution by `batch < 16`), and counting follows the branch of the largest sizes.
+        """
+        return self._counted[1]
+
+    @cached_property
+    def assumed_everywhere(self) -> bool:
+        """Whether `assumed` holds in the whole range; decided for inequalities of products of sizes, at the corners."""
+        inequalities = (sympy.Lt, sympy.Le, sympy.Gt, sympy.Ge)
+        decided = all(
+            isinstance(guard, inequalities) and sympy.degree_list(guard.lhs - guard.rhs) <= (1,) * len(self.dims.names)
+            for guard in self.assumed
+        )
+        return decided and all(self.assumes(sizes) for sizes in corners(self.dims.ranges))
+
+    def assumes(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the profile is exact at these sizes."""
+        return all(Evaluator(guard)(sizes) for guard in self.assumed)
+
+    @cached_property
+    def _counted(self) -> tuple[tuple[sympy.Expr, ...] | None, tuple[sympy.Expr, ...]]:
+        """`profile` and `assumed`."""
         if self.problem.memory.device == "cuda":
-            return None
+            return None, ()
+        inputs = (node.meta["val"] for node in self.origin.graph.nodes if node.name in self.origin.inputs)
+        fake: Any = next(val for val in inputs if isinstance(val, torch.Tensor))
+        env = fake.fake_mode.shape_env
+        before = len(env.guards)
         try:
             liveness = analyse_liveness(self.origin, SymbolicProber())
         except UnknownSize:
-            return None
+            return None, ()
+        taken = dict.fromkeys(self.dims.expr(guard.expr) for guard in env.guards[before:])
+        assumed = tuple(guard for guard in taken if guard not in self.dims.guards and not self.growth.always(guard))
+        if any({str(s) for s in guard.free_symbols} - set(self.dims.names) for guard in assumed):
+            return None, ()
         found = {node.name: nbytes for node, nbytes in zip(liveness.nodes, liveness.bytes_at, strict=True)}
         exprs = _translated(self.dims, [found[name] for name in self.problem.names])
         for sizes in self.references[:2]:
             expected = self.problem_at(sizes).liveness.bytes_at
             if not _agree(exprs, expected, sizes):
-                return None
-        return exprs
+                return None, ()
+        return exprs, assumed
 
     @cached_property
     def references(self) -> list[dict[str, int]]:
@@ -107,7 +143,11 @@ class DynamicBytes:
 
     @cached_property
     def growth(self) -> Growth:
-        return Growth({dim_symbol(name): max(1, low) for name, low in self.dims.smallest.items()})
+        least = {dim_symbol(name): low for name, low in self.dims.smallest.items()}
+        for guard in self.dims.guards:
+            if isinstance(guard, sympy.Ge) and guard.lhs in least and guard.rhs.is_Integer:
+                least[guard.lhs] = max(least[guard.lhs], int(guard.rhs))
+        return Growth(least)
 
     def peak_expr(self, extra: Sequence[int] | np.ndarray) -> sympy.Expr | None:
         """`max over operators of (activations + extra)`, `extra` in bytes per operator; None without a profile."""
@@ -142,12 +182,16 @@ class DynamicBytes:
         Raises:
             PlannerError: nothing shows it, and there are too many sizes to look at each.
         """
-        if self.profile is not None and all(self.growth.grows(expr) for expr in dict.fromkeys(self.profile)):
+        grows = self.profile is not None and all(self.growth.grows(expr) for expr in dict.fromkeys(self.profile))
+        if grows and self.assumed_everywhere:
             return [], "bytes grow with every size"
         count = math.prod(high - low + 1 for low, high in self.dims.ranges.values())
         if count <= EXHAUSTIVE:
             points = [sizes for sizes in self._grid() if self.dims.holds(sizes)]
             return points, f"all {len(points)} sizes were looked at"
+        if grows:
+            where = " and ".join(map(str, self.assumed))
+            return self.references, f"bytes grow with every size where {where}, {len(self.references)} sizes were looked at"
         if self.problem.memory.device == "cuda":
             return self.references, f"{len(self.references)} sizes were looked at: the least and largest of each dim"
         ranges = ", ".join(f"{name} from {low} to {high}" for name, (low, high) in self.dims.ranges.items())

@@ -104,7 +104,9 @@ def peak_bytes_expr(plan: Plan) -> sympy.Expr:
         extra += staged_bytes(placements, len(extra))
     expr = in_symbols.peak_expr(extra)
     if expr is not None and Evaluator(expr)(dims.largest) == plan.peak_bytes:
-        return expr
+        if in_symbols.assumed_everywhere:
+            return expr
+        return sympy.Piecewise((expr, sympy.And(*in_symbols.assumed)), (_by_replay(plan, dims), True))
     return _by_replay(plan, dims)
 
 
@@ -227,7 +229,7 @@ class _Search:
         return next((m for m in range(n, max(above, n - _STEPS), -1) if self._holds(m)), None)
 
     def _fits(self, n: int) -> bool:
-        if self._evaluate is not None:
+        if self._evaluate is not None and self._bytes.assumes(self._at(n)):
             return bool(self._evaluate(self._at(n)) <= self._budget)
         return Solver(self._bytes.problem_at(self._at(n))).minimum.peak_bytes <= self._budget
 

@@ -118,9 +118,10 @@ class Plan:
     def peak_bytes_expr(self) -> sympy.Expr | int:
         """`peak_bytes` of this plan's decisions as a sympy expression in the dims of `dynamic=`; the integer without any.
 
-        Exact wherever the program runs: at every size within its guards, also beyond the captured range. Its symbols are
-        `p.symbols`, positive integers: `p.peak_bytes_expr.subs(p.symbols["batch"], 2)`. Where operators cannot be counted in
-        symbols (all of `cuda`, some recurrent layers) it is a function that replays the program once all dims are numbers.
+        Exact at every size of the range that the program serves, and beyond it as long as kernels choose as they do there. Its
+        symbols are `p.symbols`, positive integers: `p.peak_bytes_expr.subs(p.symbols["batch"], 2)`. Where operators cannot be
+        counted in symbols (all of `cuda`, some recurrent layers, kernels that choose otherwise for part of the range) it is, or
+        contains, a function that replays the program once all dims are numbers.
         """
         return self.peak_bytes if self.problem.in_symbols is None else peak_bytes_expr(self)
 

@@ -8,7 +8,7 @@ import pytest
 import sympy
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils._sympy.functions import FloorDiv, Max
+from torch.utils._sympy.functions import FloorDiv, Max, Mod
 
 from passes.dims import Evaluator, dim_symbol
 from passes.growth import Growth, alternatives
@@ -37,6 +37,19 @@ def test_what_grows(expr: sympy.Expr) -> None:
 @pytest.mark.parametrize("expr", [-B, 3 * B - 4 * B * H, FloorDiv(100, B), sympy.Max(B, 50 - H), B * FloorDiv(-H, 2), B - H])
 def test_what_is_not_shown_to_grow(expr: sympy.Expr) -> None:
     assert not GROWTH.grows(expr)
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [sympy.Ne(B * H, H), sympy.Ne(Mod(H, B * H), 0), B * H >= 4, B > 1, sympy.And(B < B * H, H >= 2), sympy.Ne(H + 1, 1)],
+)
+def test_what_always_holds(guard: sympy.Basic) -> None:
+    assert GROWTH.always(guard)
+
+
+@pytest.mark.parametrize("guard", [sympy.Ne(B, H), sympy.Ne(Mod(B * H, H), 0), B < 16, sympy.Eq(Mod(H, 2), 0), B > 2, B <= H])
+def test_what_does_not(guard: sympy.Basic) -> None:
+    assert not GROWTH.always(guard)
 
 
 @st.composite

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -143,3 +144,16 @@ def test_on_a_gpu_the_program_is_replayed_at_the_sizes() -> None:
         assert mine.decisions == static.decisions  # all resident
         assert mine.peak_bytes_at(**sizes) == static.peak_bytes
         assert mine.peak_bytes_expr.subs({p.symbols[d]: n for d, n in sizes.items()}) == static.peak_bytes
+
+
+def test_where_kernels_choose_by_size_the_expression_says_so() -> None:
+    """A convolution of fewer than 16 images may take another kernel: nothing shows the bytes of the other side."""
+    module = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 3, stride=2)).eval()
+    for most, parts in ((8, 1), (32, 2)):
+        dims = {0: {0: torch.export.Dim("batch", max=most), 2: "height", 3: "width"}}
+        p = plan(module, "1GB", inputs=(torch.randn(4, 4, 16, 12),), dynamic=dims, device="accounting")
+        assert p.problem.in_symbols is not None
+        chosen = p.problem.in_symbols.assumed != ()
+        assert isinstance(p.peak_bytes_expr, sympy.Piecewise) == (chosen and parts == 2)
+        for sizes in some_sizes(p, 6, 1):
+            assert p.peak_bytes_at(**sizes) == p.peak_bytes_expr.subs({p.symbols[d]: n for d, n in sizes.items()})
