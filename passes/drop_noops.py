@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.program import Program, storage_id
+from passes.program import Program, geometry, storage_id
+from runtime import ops
 
 aten = torch.ops.aten
 _ASSERTS = {
@@ -24,15 +25,37 @@ _MAYBE_SAME = {
     aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh.default, aten.expand_as.default,
     aten.expand.default, aten.view.default, aten.reshape.default,
 }  # fmt: skip
+# Give their argument back where it is what they would make of it.
+_CASTS = {
+    aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.contiguous.default, aten.type_as.default,
+}  # fmt: skip
 
 
 def is_effectful(node: fx.Node) -> bool:
     """Writes memory, draws random numbers, or is unknown: must stay even when nobody uses its value."""
-    if node.target is operator.getitem:
+    if node.target is operator.getitem or node.target in ops.NUMBERS:
         return False
     if not isinstance(node.target, torch._ops.OpOverload):
         return True
     return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+
+
+def same_by_rule(node: fx.Node) -> fx.Node | None:
+    """The argument that an operator gives back unchanged at all sizes, by its rule and not by what was traced."""
+    if node.target in _DROPOUTS and (node.args[2] is False or node.args[1] == 0):
+        return node.args[0]  # type: ignore[return-value]
+    if node.target not in _CASTS or not isinstance(node.args[0], fx.Node) or _copies(node):
+        return None
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
+        return None
+    return node.args[0] if geometry(before) == geometry(after) else None
+
+
+def _copies(node: fx.Node) -> bool:
+    """Whether a cast was asked to copy whatever it is given."""
+    arguments = {a.name: value for a, value in zip(node.target._schema.arguments, node.args, strict=False)}  # type: ignore[union-attr]
+    return bool({**arguments, **node.kwargs}.get("copy", False))
 
 
 def _same(node: fx.Node) -> fx.Node | None:
@@ -44,13 +67,7 @@ def _same(node: fx.Node) -> fx.Node | None:
     before, after = node.args[0].meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return None
-    same = (
-        storage_id(before) == storage_id(after)
-        and before.dtype == after.dtype
-        and tuple(before.shape) == tuple(after.shape)
-        and tuple(before.stride()) == tuple(after.stride())
-        and before.storage_offset() == after.storage_offset()
-    )
+    same = storage_id(before) == storage_id(after) and before.dtype == after.dtype and geometry(before) == geometry(after)
     return node.args[0] if same else None
 
 

@@ -13,7 +13,7 @@ from torch import fx
 from passes.program import Program
 from runtime import ops
 
-_VALUELESS = {ops.prefetch, ops.evict, ops.free}
+_VALUELESS = {ops.prefetch, ops.evict, ops.free, *ops.NUMBERS}
 
 
 @dataclass(frozen=True)

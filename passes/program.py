@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import TreeSpec
 
+from passes.dims import Dims
 from passes.spec import TensorSpec
 from runtime.layout import Layout
 
@@ -45,7 +46,11 @@ class Weight:
 
 @dataclass(frozen=True)
 class Program:
-    """A captured computation. `weights` and `constants` are keyed by placeholder name."""
+    """A captured computation. `weights` and `constants` are keyed by placeholder name.
+
+    `dims` says what varies, where sizes are symbols. A program with concrete sizes that was made from such a one has it as
+    `origin`.
+    """
 
     name: str
     graph: fx.Graph
@@ -56,6 +61,8 @@ class Program:
     out_spec: TreeSpec
     layout: Layout | None = None
     header: tuple[str, ...] = field(default=(), compare=False)
+    dims: Dims | None = field(default=None, compare=False)
+    origin: Program | None = field(default=None, compare=False)
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
         return replace(self, graph=graph, **changes)
@@ -107,6 +114,12 @@ def is_symbolic(node: fx.Node) -> bool:
     """Whether some size of the node's value is a symbol."""
     sizes = [size for t in tensors_of(node) for size in (*t.shape, *t.stride(), t.storage_offset())]
     return isinstance(node.meta.get("val"), torch.SymInt) or any(isinstance(size, torch.SymInt) for size in sizes)
+
+
+def geometry(tensor: torch.Tensor) -> tuple[Bytes, ...]:
+    """Sizes, strides and offset; expressions where they are symbols, so that comparing them never fixes a symbol."""
+    numbers = (*tensor.shape, *tensor.stride(), tensor.storage_offset())
+    return tuple(n.node.expr if isinstance(n, torch.SymInt) else int(n) for n in numbers)
 
 
 def storage_id(tensor: torch.Tensor) -> int:

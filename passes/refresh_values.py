@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
+from passes.drop_noops import same_by_rule
 from passes.fakes import FaithfulFakes
 from passes.probe import call_of
 from passes.program import Program, is_symbolic, storage_id, tensors_of
@@ -30,6 +32,7 @@ class RefreshValues:
         graph = program.copy_graph()
         agrees: dict[Any, bool] = {}
         stale: set[fx.Node] = set()
+        traced = {node: node.meta.get("val") for node in graph.nodes}
         for node in graph.nodes:
             if node.op != "call_function":
                 continue
@@ -40,7 +43,9 @@ class RefreshValues:
                     stale.add(node)
                 continue
             if any(is_symbolic(n) for n in (node, *node.all_input_nodes)):
-                continue  # some composite operators fix symbols when they run; what was traced is kept
+                if _refresh_symbolic(node, traced):
+                    stale.add(node)
+                continue
             key = call_of(node).key
             if not touched and agrees.get(key):
                 continue
@@ -51,6 +56,29 @@ class RefreshValues:
                 node.meta["val"] = fresh
                 stale.add(node)
         return program.with_graph(graph)
+
+
+def _refresh_symbolic(node: fx.Node, traced: dict[fx.Node, Any]) -> bool:
+    """Corrects a value with symbolic sizes where that needs no run of a composite, which could fix symbols; whether it changed.
+
+    A cast to the same dtype gives its argument back, and a view of that is in the argument's storage.
+    """
+    val = node.meta.get("val")
+    same = same_by_rule(node)
+    if same is not None:
+        node.meta["val"] = same.meta["val"]
+        return same.meta["val"] is not val
+    moved = {storage_id(t) for n in node.all_input_nodes if n.meta.get("val") is not traced[n] for t in _tensors(traced[n])}
+    moved -= {storage_id(t) for n in node.all_input_nodes for t in tensors_of(n)}
+    if not moved & {storage_id(t) for t in tensors_of(node)}:
+        return False
+    with enable_python_dispatcher():
+        node.meta["val"] = _run(node)
+    return True
+
+
+def _tensors(val: Any) -> list[torch.Tensor]:
+    return [v for v in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(v, torch.Tensor)]
 
 
 def _run(node: fx.Node) -> Any:

@@ -16,7 +16,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from passes.fakes import FaithfulFakes
-from passes.program import Bytes, operator_name, storage_bytes, storage_id, tensors_of
+from passes.program import Bytes, geometry, operator_name, storage_bytes, storage_id, tensors_of
 from passes.workspace import OpCall, workspace_bytes
 from runtime.errors import UnknownSize
 
@@ -33,6 +33,9 @@ class SymbolicProber:
     """Costs of nodes of a program with symbolic sizes, on the devices that count storages (`accounting`, `cpu`)."""
 
     device = "accounting"
+
+    def __init__(self) -> None:
+        self._cache: dict[Any, Bytes] = {}
 
     def cost(self, node: fx.Node) -> SymbolicCost:
         """The cost of a `call_function` node, in the symbols of its program.
@@ -51,17 +54,63 @@ class SymbolicProber:
         modes = [t.fake_mode for n in node.all_input_nodes for t in tensors_of(n) if hasattr(t, "fake_mode")]
         if not modes:
             return SymbolicCost(outputs)
+        key = _key(node)
+        if key not in self._cache:
+            self._cache[key] = self._transient(node, modes[0], arguments, outputs)
+        return SymbolicCost(outputs, self._cache[key])
+
+    @staticmethod
+    def _transient(node: fx.Node, mode: Any, arguments: set[int], outputs: tuple[Bytes, ...]) -> Bytes:
         watch = _Log(arguments)
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
         target: Any = node.target
         try:
-            with modes[0], torch.no_grad(), enable_python_dispatcher(), watch:
+            with mode, torch.no_grad(), enable_python_dispatcher(), watch:
                 result = target(*args, **kwargs)
         except Exception as error:
             raise UnknownSize(f"{node.name}: {operator_name(target)} has no size in symbols ({error})") from error
         del result
-        peak = sympy.Max(*watch.totals) if watch.totals else sympy.Integer(0)
-        return SymbolicCost(outputs, sympy.Max(0, peak - sum(outputs)))
+        kept = sum(outputs)
+        # Expanded, so that what cancels is gone before it is compared: comparing symbols is slow.
+        return sympy.Max(0, *{sympy.expand(total - kept) for total in watch.totals})
+
+
+def _key(node: fx.Node) -> Any:
+    """The call by geometry, as `passes.probe.call_of` has it, with expressions for sizes."""
+    storages: dict[int, int] = {}
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            where = storages.setdefault(storage_id(value), len(storages))
+            return (value.dtype, value.dim(), geometry(value), where)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return value.node.expr
+        if isinstance(value, (list, tuple)):
+            return tuple(map(leaf, value))
+        return (type(value), value)
+
+    def held(argument: fx.Node) -> Any:
+        return _Held(argument.meta.get("val"))
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), held)
+
+    def frozen(tree: Any) -> Any:
+        if isinstance(tree, _Held):
+            return leaf(tree.value)
+        if isinstance(tree, (list, tuple)):
+            return tuple(map(frozen, tree))
+        if isinstance(tree, dict):
+            return tuple((key, frozen(value)) for key, value in tree.items())
+        return leaf(tree)
+
+    return (node.target, frozen(args), frozen(kwargs))
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """An argument's value, kept from being taken for a container."""
+
+    value: Any
 
 
 class _Log(FaithfulFakes):

@@ -11,10 +11,12 @@ from torch import nn
 
 from passes.calibrate import free_ram_bytes
 from planner.budget import Budget
+from planner.dynamic import read_dynamic
 from planner.machine import Machine
 from planner.options import Options, check_allow, check_keep, check_opaque_bytes
 from planner.parted import plan_or_parts
 from planner.plan import Plan, prepare
+from planner.refuse import refuse_unplannable
 from runtime.errors import BudgetError, PlannerError
 
 BudgetLike = int | str | Mapping[str | int, int | str] | Budget
@@ -50,6 +52,9 @@ def plan(
             counted). Default: CUDA where it is or where `machine` is one, else cpu.
         machine: a preset's name, a `Machine`, or None for this one.
         allow: transforms that may be used; without "offload" every weight stays on the device.
+        dynamic: which dimensions vary, as in `torch.export`: {"x": {0: "batch", 2: torch.export.Dim("height", max=128)}}. One
+            program then serves every size from 2 up to the largest (a named dim's is the example's, a `Dim`'s its maximum), and
+            the budget holds for the largest. Other sizes, and those that the model's own guards exclude, are planned anew.
         keep: patterns of weight names to pin, such as {"embeddings.*": {"resident": True}}.
         opaque_bytes: what the Python of modules that cannot be captured takes at most, besides inputs and weights, by pattern
             of their paths: {"blocks.*.moe": "200MB"}. Asked for by UnknownSize where it cannot be found out.
@@ -68,22 +73,26 @@ def plan(
         raise PlannerError(f"plan() takes an nn.Module, got {type(target).__name__}: plan(model, budget='6GB', inputs=(x,))")
     for name, value, default in (
         ("call", call, None), ("allow_cast", allow_cast, None), ("max_error", max_error, None),
-        ("repeats", repeats, 1), ("dynamic", dynamic, None), ("profile", profile, False),
+        ("repeats", repeats, 1), ("profile", profile, False),
     ):  # fmt: skip
         if value != default:
             raise PlannerError(f"{name}={value!r} is not supported for a module yet; leave it at {default!r}")
     chosen = _device(device, budget, machine)
     described = _machine(machine, chosen)
+    args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if dynamic is not None:
+        refuse_unplannable(target, method)  # before its method is looked at
     options = Options(
         budget=Budget.parse(_free_bytes(chosen) if budget is None else budget, chosen),
         machine=described,
         device=chosen,
         method=method,
-        args=tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,),
+        args=args,
         kwargs=dict(kwargs or {}),
         keep=check_keep(keep),
         offload="offload" in check_allow(allow),
         opaque_bytes=check_opaque_bytes(opaque_bytes),
+        dynamic=None if dynamic is None else read_dynamic(target, method, args, dict(kwargs or {}), dynamic),
     )
     return plan_or_parts(target, options, prepare)
 

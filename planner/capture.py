@@ -80,6 +80,13 @@ class _Call(nn.Module):
         return result
 
 
+class _PackedCall(_Call):
+    """The same with the arguments as one tuple and one dict: `torch.export` loses dynamic shapes beside `**kwargs`."""
+
+    def forward(self, args: Any, kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
 def capture(
     module: nn.Module,
     args: tuple[Any, ...] = (),
@@ -106,7 +113,10 @@ def capture(
         warnings.simplefilter("ignore")
         try:
             with _quiet():
-                exported = _export(_Call(module, method), (fake_args, fake_kwargs), (args, kwargs), dynamic_shapes)
+                if dynamic_shapes is None:
+                    exported = torch.export.export(_Call(module, method), fake_args, fake_kwargs, strict=False)
+                else:
+                    exported = _export_symbolic(_PackedCall(module, method), (args, kwargs), dynamic_shapes)
         except CaptureError:
             raise
         except Exception as error:
@@ -118,12 +128,6 @@ def capture(
         )
     program = _program(module, method, exported, (fake_args, fake_kwargs))
     return program if dynamic_shapes is not None else settle_data_sizes(program)
-
-
-def _export(call: _Call, fakes: tuple[Any, Any], inputs: tuple[Any, Any], dynamic_shapes: Any) -> Any:
-    if dynamic_shapes is None:
-        return torch.export.export(call, *fakes, strict=False)
-    return _export_symbolic(call, inputs, dynamic_shapes)
 
 
 @contextlib.contextmanager
@@ -147,10 +151,7 @@ def _export_symbolic(call: _Call, inputs: tuple[Any, Any], dynamic_shapes: Any) 
     def empty(leaf: Any) -> Any:
         return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
-    args, kwargs = tree_map(empty, inputs)
-    shapes = {"args": dynamic_shapes[0], "kwargs": dynamic_shapes[1]}
-    wanted = {key: value for key, value in shapes.items() if (args if key == "args" else kwargs)}
-    return torch.export.export(call, args, kwargs, dynamic_shapes=wanted, strict=False)
+    return torch.export.export(call, tree_map(empty, inputs), dynamic_shapes=tuple(dynamic_shapes), strict=False)
 
 
 def fake_inputs(tree: Any, mode: FakeTensorMode) -> Any:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from planner.budget import Budget
+from planner.dynamic import DynamicShapes
 from planner.machine import Machine
 from planner.sizes import parse_size
 from runtime.errors import PlannerError
@@ -32,6 +33,7 @@ class Options:
     keep: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     offload: bool = True
     opaque_bytes: Mapping[str, int] = field(default_factory=dict)
+    dynamic: DynamicShapes | None = None
 
     def keeps_resident(self, name: str) -> bool:
         """Whether a weight may not leave the device."""

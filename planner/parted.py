@@ -377,6 +377,8 @@ def plan_or_parts(model: nn.Module, options: Options, whole: Callable[[nn.Module
     except InvalidCall:
         raise
     except CaptureError as error:
+        if options.dynamic is not None:
+            raise  # sizes of Python that runs as it is are found for one call at a time
         return PartedPlan(model, options, _explored(model, options, error))
     return Plan(model, options, solver)
 

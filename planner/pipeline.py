@@ -10,9 +10,11 @@ from torch import fx
 
 from passes.base import run_passes
 from passes.check_plan import Proof, check_plan
+from passes.concretise import Concretise
+from passes.dims import Dims
 from passes.insert_frees import InsertFrees
 from passes.program import Program
-from passes.spec import TensorSpec
+from passes.spec import TensorSpec, short_dtype
 from passes.stream_weights import StreamWeights
 from planner.schedule import Placement, make_layout, order_refills
 from planner.sizes import format_bytes
@@ -58,20 +60,23 @@ def emit_program(problem: Problem, decisions: Decisions, budget_bytes: int) -> t
     """
     layout = make_layout(problem, placements_of(problem, decisions), decisions.staging == "arena")
     program = run_passes(
-        problem.program,
+        problem.program.origin or problem.program,
         (
             StreamWeights(decisions.streams),  # prefetch, onload, evict where decided
             InsertFrees(),  # last: it looks at everybody's last use
         ),
     )
     program = order_refills(replace(program, layout=layout))  # needs the offsets
-    _annotate_workspace(problem, program.graph)
+    if program.dims is not None:  # what is proved is what runs, at the largest sizes
+        program = Concretise(program.dims.largest, problem.program).apply(program)
+    annotate_workspace(problem, program.graph)
     memory = problem.memory
     proof = check_plan(program, budget_bytes, rounding_bytes=memory.activation_rounding, fixed_bytes=memory.fixed_bytes)
     return program, proof
 
 
-def _annotate_workspace(problem: Problem, graph: fx.Graph) -> None:
+def annotate_workspace(problem: Problem, graph: fx.Graph) -> None:
+    """Writes what operators take beyond their outputs where the checker reads it."""
     workspace = {n.name: c.workspace_bytes for n, c in zip(problem.liveness.nodes, problem.liveness.costs, strict=True)}
     for node in graph.nodes:
         if workspace.get(node.name):
@@ -83,7 +88,7 @@ def make_executable(
 ) -> Executable:
     """The emitted program as source and plain data, which is all that the runtime takes."""
     assert program.layout is not None
-    layout = program.layout
+    layout, dims = program.layout, program.origin.dims if program.origin is not None else None
 
     def comment(node: fx.Node) -> str:
         if node.target in (ops.prefetch, ops.onload):
@@ -92,7 +97,7 @@ def make_executable(
         if node.op != "call_function" or node.target in ops.ALL:
             return ""
         live = proof.live_bytes.get(node.name)
-        kind = _type(node)
+        kind = _type(node, dims)
         return f"{kind}  {device}" + (f"  live {format_bytes(live)}" if live is not None and kind else "")
 
     resident = [s.weight for s in (*layout.resident, *layout.state)]
@@ -102,7 +107,7 @@ def make_executable(
     }
     return Executable(
         name=program.name,
-        source=emit_source(program.graph, attribute_names(resident), header, comment),
+        source=emit_source((program.origin or program).graph, attribute_names(resident), header, comment),
         layout=layout,
         weights=weights,
         constants=program.constants,
@@ -112,10 +117,17 @@ def make_executable(
     )
 
 
-def _type(node: fx.Node) -> str:
+def _type(node: fx.Node, dims: Dims | None) -> str:
     val = node.meta.get("val")
     if isinstance(val, torch.Tensor):
-        return str(TensorSpec.of(val))
+        return _tensor_type(val, dims)
     if isinstance(val, (tuple, list)):
-        return "(" + ", ".join(str(TensorSpec.of(v)) if isinstance(v, torch.Tensor) else "_" for v in val) + ")"
+        return "(" + ", ".join(_tensor_type(v, dims) if isinstance(v, torch.Tensor) else "_" for v in val) + ")"
     return type(val).__name__ if val is not None else ""
+
+
+def _tensor_type(tensor: torch.Tensor, dims: Dims | None) -> str:
+    """`f32[2, 8]`; `f32[batch, 8*height]` in a dynamic program."""
+    if dims is None:
+        return str(TensorSpec.of(tensor))
+    return f"{short_dtype(tensor.dtype)}[{', '.join(str(dims.expr(n)) for n in tensor.shape)}]"

@@ -8,15 +8,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import sympy
 import torch
 from torch import nn
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
+from passes.concretise import Concretise
+from passes.dims import dim_symbol
 from passes.program import Program
 from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
 from planner.capture import capture
+from planner.dynamic import DynamicShapes, capture_dynamic
+from planner.dynamic_plan import check_sizes, describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
 from planner.frontends.caches import refuse_caches, register_containers
 from planner.machine import Machine, machine_from_mapping
 from planner.memory import MemoryModel
@@ -40,7 +45,7 @@ from runtime.layout import Layout
 from runtime.module import PlannedModule, planned
 from runtime.report import Report
 from runtime.runner import Runner
-from runtime.signature import CallSignature, bind_call
+from runtime.signature import CallSignature, Signature, bind_call
 
 
 class Plan:
@@ -69,6 +74,8 @@ class Plan:
                     f"{format_bytes(options.budget.device_bytes)}; plan the model again"
                 )
         self.decisions = decisions
+        if solver.problem.in_symbols is not None:
+            check_sizes(solver.problem, decisions, options.budget.device_bytes)
         self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes)
         self._schedule = schedule
 
@@ -113,6 +120,42 @@ class Plan:
     def peak_bytes(self) -> int:
         """Predicted: the most bytes that are live, each rounded as the device's allocator rounds."""
         return self.proof.peak_bytes
+
+    @cached_property
+    def peak_bytes_expr(self) -> sympy.Expr | int:
+        """`peak_bytes` of this plan's decisions as a sympy expression in the dims of `dynamic=`; the integer without any.
+
+        Exact at every size of the range that the program serves, and beyond it as long as kernels choose as they do there. Its
+        symbols are `p.symbols`, positive integers: `p.peak_bytes_expr.subs(p.symbols["batch"], 2)`. Where operators cannot be
+        counted in symbols (all of `cuda`, some recurrent layers, kernels that choose otherwise for part of the range) it is, or
+        contains, a function that replays the program once all dims are numbers.
+        """
+        return self.peak_bytes if self.problem.in_symbols is None else peak_bytes_expr(self)
+
+    @property
+    def symbols(self) -> dict[str, sympy.Symbol]:
+        """The dims that `dynamic=` named, as the symbols of `peak_bytes_expr`; empty for fixed sizes."""
+        in_symbols = self.problem.in_symbols
+        return {} if in_symbols is None else {name: dim_symbol(name) for name in in_symbols.dims.names}
+
+    def peak_bytes_at(self, **sizes: int) -> int:
+        """`peak_bytes` at given sizes of the dims, the largest where none is given, by replaying the program.
+
+        Raises:
+            PlannerError: the plan has fixed sizes, there is no such dim, or the program does not serve the sizes.
+        """
+        return peak_bytes_at(self, sizes)
+
+    def largest(self, dim: str, /, **sizes: int) -> int:
+        """The largest size of a dim for which a plan within the budget exists, others at `sizes` or their largest.
+
+        The range given to `dynamic=` does not bound it; what the model takes for granted does (a table of positions, say). To
+        have the plan, plan again with that size as the largest.
+
+        Raises:
+            PlannerError: the plan has fixed sizes, there is no such dim, or not even the least size fits.
+        """
+        return largest(self, self._target, self._options, dim, sizes)
 
     @property
     def reserved_bytes(self) -> int:
@@ -166,11 +209,13 @@ class Plan:
 
     @cached_property
     def executable(self) -> Executable:
-        header = (
+        header: tuple[str, ...] = (
             f"{self.program.name}: budget {format_bytes(self.budget_bytes)}, predicted peak {format_bytes(self.peak_bytes)}"
             f" at {where(self)}",
             f"on {self.device}, planned for {self.machine.name}; passes: canonicalise, stream_weights, insert_frees",
         )
+        if self.symbols:
+            header += (f"{describe_sizes(self)}; bytes are those of the largest sizes",)
         predicted = {
             "peak_bytes": float(self.peak_bytes),
             "reserved_bytes": float(self.reserved_bytes),
@@ -229,6 +274,7 @@ class Plan:
             call=(self._options.args, self._options.kwargs),
             keep=self._options.keep,
             offload=self._options.offload,
+            dynamic=None if self._options.dynamic is None else self._options.dynamic.to_json(),
         )
 
     @classmethod
@@ -250,6 +296,7 @@ class Plan:
             options = Options(
                 budget, machine, data["device"], data["method"], args, named, check_keep(data["keep"]), bool(data["offload"]),
                 {str(path): int(nbytes) for path, nbytes in data["opaque_bytes"].items()},
+                DynamicShapes.from_json(data["dynamic"]) if "dynamic" in data else None,
             )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -288,9 +335,10 @@ class Plan:
             return self._build(lookup, concurrent)
 
     def _build(self, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PlannedModule:
-        signature, _ = CallSignature.of(
-            *bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs)
-        )
+        call = bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs)
+        signature: Signature = CallSignature.of(*call)[0]
+        if self.program.origin is not None:
+            signature = dynamic_signature(self.program.origin, call)
         runner = Runner(
             self._target,
             self._options.method,
@@ -306,7 +354,7 @@ class Plan:
         return planned(self._target, runner)
 
     def _replan_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
-        options = dataclasses.replace(self._options, args=args, kwargs=kwargs)
+        options = dataclasses.replace(self._options, args=args, kwargs=kwargs, dynamic=None)
         return Plan(self._target, options, prepare(self._target, options)).executable
 
     def report(self) -> Report:
@@ -357,7 +405,11 @@ def prepare(model: nn.Module, options: Options) -> Solver:
     refuse_caches((options.args, options.kwargs))
     register_containers()
     with working(f"capturing {type(model).__name__}.{options.method}"):
-        program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
+        if options.dynamic is None:
+            program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
+        else:
+            program = capture_dynamic(model, options.method, options.args, options.kwargs, options.dynamic)
+            program = run_passes(program, (Concretise(options.dynamic.largest),))
     refuse_shared_state(model, program)
     check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
     return _solver(program, options)

@@ -30,6 +30,9 @@ def fingerprint(program: Program) -> list[str]:
         types = [str(TensorSpec.of(t)) + str(t.stride()) for t in tensors_of(node)]
         text = f"{node.op}|{operator_name(node.target)}|{node.args}|{node.kwargs}|{types}"
         entries.append(f"{node.name}:{zlib.crc32(text.encode()):08x}")
+    if program.origin is not None:  # what was fixed at the largest sizes: how every size is computed
+        formulas = [(n.name, f"{n.args}|{n.kwargs}") for n in program.origin.ops()]
+        entries += [f"{name}:{zlib.crc32(text.encode()):08x}" for name, text in formulas]
     return entries
 
 
@@ -61,6 +64,7 @@ def write_plan(
     keep: Mapping[str, Mapping[str, Any]],
     offload: bool,
     opaque_bytes: Mapping[str, int] | None = None,
+    dynamic: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
@@ -78,6 +82,8 @@ def write_plan(
         "decisions": dict(decisions),
         "fingerprint": list(fingerprint),
     }
+    if dynamic is not None:
+        data["dynamic"] = dynamic
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

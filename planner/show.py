@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from planner.dynamic_plan import describe_sizes
 from planner.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def describe(plan: Plan) -> str:
         ("step", f"{format_seconds(plan.step_seconds)} predicted, {ratio(plan)}"),
         ("weights", _weights(plan)),
     ]
+    if plan.symbols:
+        rows.insert(1, ("sizes", f"{describe_sizes(plan)}: {plan.problem.in_symbols.doubtful[1]}"))  # type: ignore[union-attr]
     size = f"{_count(len(plan.problem.names), 'operator')}, {_count(len(plan.program.weights), 'weight')}"
     if plan.validation is not None:
         rows.append(("validated", str(plan.validation)))

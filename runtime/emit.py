@@ -10,6 +10,7 @@ import builtins
 import functools
 import keyword
 import linecache
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,10 @@ from torch import fx
 
 from runtime import ops
 
-_RESERVED = {"rt", "w", "device", "torch", "aten", "program", "inf", "nan"} | set(keyword.kwlist) | set(dir(builtins))
+_RESERVED = {"rt", "w", "device", "torch", "math", "aten", "program", "inf", "nan"} | set(keyword.kwlist) | set(dir(builtins))
+
+# Formulas of at most so many characters are printed inside the calls that use them.
+_INLINE = 32
 
 
 def emit_source(graph: fx.Graph, weights: Mapping[str, str], header: Sequence[str], comment: Callable[[fx.Node], str]) -> str:
@@ -36,7 +40,7 @@ def emit_source(graph: fx.Graph, weights: Mapping[str, str], header: Sequence[st
     lines = [f"# {line}".rstrip() for line in header]
     lines.append(f"def program({', '.join(['rt', 'w', 'device', *map(names, inputs)])}):")
     for node in graph.nodes:
-        if node.op == "placeholder":
+        if node.op == "placeholder" or _is_inline(node):
             continue
         for text in _statement(node, names):
             note = comment(node)
@@ -55,7 +59,7 @@ def compile_source(source: str, name: str) -> Callable[..., list[Any]]:
     """The function that the source defines; tracebacks show its lines."""
     filename = f"<vramplan {name}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)
-    scope: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "inf": float("inf"), "nan": float("nan")}
+    scope: dict[str, Any] = {"torch": torch, "math": math, "aten": torch.ops.aten, "inf": float("inf"), "nan": float("nan")}
     exec(compile(source, filename, "exec"), scope)
     return scope["program"]
 
@@ -69,6 +73,8 @@ class _Names:
     def __call__(self, node: fx.Node) -> str:
         if node.name in self._weights:
             return f"w.{self._weights[node.name]}"
+        if _is_inline(node):
+            return f"({_formula(node, self)})"
         return node.name + "_" if node.name in _RESERVED else node.name
 
 
@@ -83,12 +89,25 @@ def _statement(node: fx.Node, names: _Names) -> Iterator[str]:
         yield f"{names(node)} = rt.onload({node.args[0]})"
     elif node.target is ops.evict:
         yield f"rt.evict({node.args[0]})"
+    elif node.target is ops.size:
+        yield f"{names(node)} = {_value(node.args[0], names)}.size({node.args[1]})"
+    elif node.target is ops.integer:
+        yield f"{names(node)} = {_formula(node, names)}"
     elif node.target is operator.getitem:
         yield f"{names(node)} = {_value(node.args[0], names)}[{node.args[1]}]"
     else:
         arguments = [_value(a, names) for a in node.args]
         arguments += [f"{key}={_value(value, names)}" for key, value in node.kwargs.items()]
         yield f"{names(node)} = {_callee(node.target)}({', '.join(arguments)})"
+
+
+def _is_inline(node: fx.Node) -> bool:
+    """Whether a number is short enough to be written where it is used."""
+    return node.target is ops.integer and len(str(node.args[0])) <= _INLINE
+
+
+def _formula(node: fx.Node, names: _Names) -> str:
+    return str(node.args[0]).format(*(names(n) for n in node.args[1:]))  # type: ignore[arg-type]
 
 
 def _callee(target: Any) -> str:
@@ -98,7 +117,7 @@ def _callee(target: Any) -> str:
 
 def _value(value: Any, names: _Names) -> str:
     if isinstance(value, fx.Node):
-        return names(value)
+        return _formula(value, names) if _is_inline(value) else names(value)
     if isinstance(value, (list, tuple)):
         inner = ", ".join(_value(v, names) for v in value)
         if isinstance(value, list):

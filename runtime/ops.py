@@ -26,4 +26,15 @@ def free(*values: Any) -> None:
     """Drops values after their last use; storage goes when its last value does."""
 
 
-ALL = frozenset({prefetch, onload, evict, free})
+def size(tensor: Any, dim: int) -> int:
+    """The size of an input in one dimension: where a dynamic program takes its sizes from."""
+    raise AssertionError("a marker, printed as tensor.size(dim)")
+
+
+def integer(expression: str, *sizes: int) -> int:
+    """A number computed from sizes; `{0}`, `{1}`, ... in the Python expression stand for them."""
+    raise AssertionError("a marker, printed as the expression")
+
+
+ALL = frozenset({prefetch, onload, evict, free, size, integer})
+NUMBERS = frozenset({size, integer})

@@ -22,7 +22,7 @@ from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
 from runtime.homes import DiskHome
 from runtime.report import Report
-from runtime.signature import CallSignature, bind_call
+from runtime.signature import CallSignature, Signature, bind_call
 from runtime.store import HostStore
 from runtime.weight_file import FileRange, FileTensor
 
@@ -52,7 +52,7 @@ class Runner:
         self.function = getattr(module, method)
         self.device, self.budget_bytes, self.link_bandwidth = device, budget_bytes, link_bandwidth
         self.replan, self.concurrent = replan, concurrent
-        self.programs: list[tuple[CallSignature, Executable]] = []
+        self.programs: list[tuple[Signature, Executable]] = []
         self.calls = 0
         self.closed = False
         self._lock = threading.Lock()
@@ -64,7 +64,7 @@ class Runner:
         self._watched: dict[str, torch.Tensor] = {}
         self.pinned = False
 
-    def attach(self, signature: CallSignature, program: Executable, lookup: Lookup | None = None) -> None:
+    def attach(self, signature: Signature, program: Executable, lookup: Lookup | None = None) -> None:
         """Moves the weights of the module into the host arena and loads the first program.
 
         `lookup` gives weights by name for a module on the meta device.
@@ -80,7 +80,7 @@ class Runner:
             self.close()
             raise
 
-    def _attach(self, signature: CallSignature, program: Executable, lookup: Lookup | None) -> None:
+    def _attach(self, signature: Signature, program: Executable, lookup: Lookup | None) -> None:
         self._move_weights([program], lookup)
         self.executor = self._new_executor()
         self.add(signature, program)
@@ -146,7 +146,7 @@ class Runner:
             tensor.data = self.store.fill(name, value)
         self._undo.append(undo)
 
-    def add(self, signature: CallSignature, program: Executable) -> None:
+    def add(self, signature: Signature, program: Executable) -> None:
         """Takes a program for another call signature; it shares the arenas' memory with the others, one loaded at a time."""
         program = self._take(program)
         self.programs.append((signature, program))
@@ -236,7 +236,7 @@ class Runner:
         args, kwargs = bind_call(self.function, args, kwargs)
         signature, leaves = CallSignature.of(args, kwargs)
         self._guard(leaves)
-        program = next((p for s, p in self.programs if s == signature), None)
+        program = next((p for s, p in self.programs if s.accepts(signature)), None)
         if program is None:
             log.info("%s: a new call signature, planning again (%d so far)", self.method, len(self.programs))
             program = self.replan(args, kwargs)

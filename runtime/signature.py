@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import TreeSpec, tree_flatten
@@ -43,12 +43,22 @@ class TensorKey:
     storage_bytes: int
 
 
+class Signature(Protocol):
+    """Which calls a program serves."""
+
+    def accepts(self, call: CallSignature) -> bool: ...
+
+
 @dataclass(frozen=True)
 class CallSignature:
     """Pytree and leaves of a call; equal signatures run the same program."""
 
     leaves: tuple[Any, ...]
     in_spec: TreeSpec
+
+    def accepts(self, call: CallSignature) -> bool:
+        """Whether a program captured for this call runs that one."""
+        return self == call
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[CallSignature, list[Any]]:

@@ -74,11 +74,13 @@ class Solver:
     @cached_property
     def minimum(self) -> Schedule:
         """The schedule of least memory: every visit its own bundle, copied when it is needed, not before."""
+        return min(self.tightest, self.resident, key=lambda s: s.peak_bytes)
+
+    @cached_property
+    def tightest(self) -> Schedule:
+        """Everything that may be streamed is, each visit by itself."""
         spans = make_bundles(self.problem, 0, 0)
-        placements = tuple(Placement(s, s.first) for s in spans)
-        tight = self._evaluate(placements, "allocator")
-        resident = self._evaluate((), "arena")
-        return min(tight, resident, key=lambda s: s.peak_bytes)
+        return self._evaluate(tuple(Placement(s, s.first) for s in spans), "allocator")
 
     @cached_property
     def resident(self) -> Schedule:
@@ -177,6 +179,14 @@ class Solver:
     def _resident_bytes(self, spans: Sequence[BundleSpan]) -> int:
         streamed = {w for s in spans for w in s.weights}
         return self.problem.total_weight_bytes - self.problem.arena_bytes(streamed)
+
+    def weights_at(self, schedule: Schedule) -> np.ndarray:
+        """Bytes of weights on the device at every operator, resident and staged; int64[n]."""
+        resident = self._resident_bytes([p.span for p in schedule.placements])
+        if schedule.staging == "arena":
+            arena = arena_offsets(schedule.placements)[1] if schedule.placements else 0
+            return np.full(len(self.problem.seconds), resident + arena, dtype=np.int64)
+        return resident + staged_bytes(schedule.placements, len(self.problem.seconds))
 
     def evaluate(self, placements: tuple[Placement, ...], staging: StagingMode) -> Schedule:
         """What the memory model and the simulator say of a schedule that was decided elsewhere."""

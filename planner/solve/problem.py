@@ -14,6 +14,7 @@ from passes.probe import Prober
 from passes.program import Program
 from passes.visits import Visit, weight_visits
 from planner.costs import node_seconds
+from planner.dynamic_bytes import DynamicBytes
 from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.progress import working
@@ -50,6 +51,11 @@ class Problem:
     @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(node.name for node in self.liveness.nodes)
+
+    @cached_property
+    def in_symbols(self) -> DynamicBytes | None:
+        """The same at other sizes, where the program was captured with dynamic dimensions."""
+        return DynamicBytes(self) if self.program.origin is not None else None
 
     def arena_bytes(self, weights: set[str] | frozenset[str]) -> int:
         return sum(self.weight_bytes[w] for w in weights)

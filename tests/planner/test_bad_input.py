@@ -371,7 +371,7 @@ def test_a_call_that_changes_attributes(what: str) -> None:
         ({"repeats": 3}, "leave it at 1"),
         ({"profile": True}, "leave it at False"),
         ({"call": {"prompt": "a"}}, "leave it at None"),
-        ({"dynamic": {}}, "leave it at None"),
+        ({"dynamic": {}}, "names no dimension; write dynamic="),
         ({"method": "nope"}, "method='forward'"),
     ],
 )
