@@ -159,13 +159,13 @@ def _write(rows: list[dict[str, Any]]) -> None:
     merged = sorted((old | {_key(r): r for r in rows}).values(), key=lambda r: (r["library"], r["name"].lower()))
     path.write_text("[\n" + ",\n".join(json.dumps(r) for r in merged) + "\n]\n")
     table = [
-        "| model | class | operators | unplanned B | budget B | measured B | result | s | cause |",
-        "|---|---|--:|--:|--:|--:|---|--:|---|",
+        "| model | class | operators | parts | unplanned B | budget B | measured B | result | s | cause |",
+        "|---|---|--:|--:|--:|--:|--:|---|--:|---|",
     ]
     for r in merged:
-        cause = r["cause"].replace("|", "\\|")[:160]
+        cause = "; ".join([*filter(None, [r["cause"]]), *r["notes"]]).replace("|", "\\|")[:160]
         table.append(
-            f"| {r['name']} | {r['kind']} | {r['nodes']} | {r['unplanned_bytes']:,} | {r['budget_bytes']:,} | "
+            f"| {r['name']} | {r['kind']} | {r['nodes']} | {r.get('parts') or ''} | {r['unplanned_bytes']:,} | {r['budget_bytes']:,} | "
             f"{r['measured_bytes']:,} | {r['status']} | {r['seconds']:.1f} | {cause} |"
         )
     (HERE / "results.md").write_text("# Survey\n\n" + summary(merged).replace("\n", "  \n") + "\n\n" + "\n".join(table) + "\n")
