@@ -94,7 +94,7 @@ def per_operator(liveness: Liveness) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("vae_decoder", 10), ("bert", 10), ("flux", 3), ("unet", 2), ("llama", 2), ("t5_encoder", 2),
+        ("vae_decoder", 10), ("bert", 3), ("flux", 2), ("unet", 2), ("llama", 2), ("t5_encoder", 2),
         *(pytest.param(name, 10, marks=pytest.mark.slow) for name in ("flux", "unet")),
     ],
 )  # fmt: skip
