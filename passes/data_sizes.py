@@ -6,6 +6,7 @@ runs.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -16,17 +17,25 @@ from passes.program import Program
 from runtime.errors import CaptureError
 
 _ASSERTS = {torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_range_for_size.default}
+_NUMBERS = {torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default}
 
 
 def settle_data_sizes(program: Program) -> Program:
     """Without what only assertions read, `assert lengths.max().item() <= n`: the rest has no numbers that depend on data.
 
     Raises:
-        CaptureError: at the first operator whose result has a size, or is a number, that depends on data; names its line.
+        CaptureError: at the first operator whose result has a size, or is a number, that depends on data, or that the program
+            takes to be a certain number; names its line.
     """
     if not any(_depends(node) for node in program.graph.nodes if node.op == "call_function"):
         return program
     graph = program.copy_graph()
+    for node in graph.nodes:
+        if node.target is operator.eq and any(user.target in _ASSERTS for user in node.users):
+            raise CaptureError(
+                f"{program.name} cannot be captured{_place(node)}: it would take for granted that a number in the data is "
+                f"{node.args[1]}. Plan a submodule without that line, or another method of it (method=...)"
+            )
     for node in reversed(graph.nodes):
         if node.target in _ASSERTS or (not node.users and _depends(node) and not _is_write(node)):
             graph.erase_node(node)
@@ -47,7 +56,7 @@ def _refuse(name: str, graph: fx.Graph) -> None:
 
 def _depends(node: fx.Node) -> bool:
     values = node.meta.get("val")
-    return any(
+    return node.target in _NUMBERS or any(
         isinstance(value, (torch.Tensor, torch.SymInt, torch.SymBool, torch.SymFloat)) and bool(free_unbacked_symbols(value))
         for value in (values if isinstance(values, (tuple, list)) else (values,))
     )

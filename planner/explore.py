@@ -36,7 +36,7 @@ from passes.program import Program, storage_id, tensors_of
 from planner.capture import capture, fake_inputs
 from planner.isolate import PlainState, fake_weights, random_draws, untouched_by_hooks
 from planner.names import Names
-from planner.watch import KNOWN_ELEMENTS, Answers, Watch
+from planner.watch import KNOWN_ELEMENTS, Answers, Numbers, Watch
 from runtime.errors import CaptureError, InputError, InvalidCall, UnknownSize
 from runtime.signature import CallSignature, bind_call
 
@@ -137,6 +137,7 @@ class _Explorer:
         self.counts: dict[str, int] = {}
         self.rehearsing = False
         self.watch: Watch | None = None
+        self.numbers = Numbers()
         self.blamed = ""
         self.open: list[str] = []  # opaque modules that run now
         self.weights: dict[str, dict[str, None]] = {}
@@ -149,7 +150,7 @@ class _Explorer:
             except _Unsized as unsized:
                 path = unsized.path
                 if self._stated(path) is None or path in self.found.reasons:
-                    raise
+                    raise UnknownSize(str(unsized)) from unsized.__cause__
                 kind = type(self.modules[path])
                 for other, child in self.modules.items():  # others of its kind will say the same
                     if type(child) is kind and self._stated(other) is not None:
@@ -167,6 +168,7 @@ class _Explorer:
             self._run(Answers(answers.prefix, answers.default), captured=True)
         self.found.weights = {path: tuple(names) for path, names in self.weights.items() if path in self.found.reasons}
         self.found.paths = len(taken)
+        self.found.complete &= not any(answers.guessed for answers in rehearsal)
         return self.found
 
     def _paths(self, rehearsal: list[Answers]) -> list[Answers]:
@@ -206,7 +208,7 @@ class _Explorer:
                 child.__dict__["forward"] = functools.partial(self._enter, path)
             function = self.originals[""] if self.method == "forward" else getattr(self.root, self.method)
             try:
-                with self.mode, self.watch:
+                with self.mode, self.watch, self.numbers:
                     self._opaque("", function, args, kwargs)
             except (_Unsized, CaptureError):
                 raise
@@ -262,9 +264,9 @@ class _Explorer:
         if stated is not None and path in self.found.reasons:
             return self._answer_for_real(path, stated, call)
         if self.rehearsing or path in self.found.reasons:
-            return self._opaque(path, original, *call)
+            return self._opaque(path, original, args, kwargs)
         part = self._part(path, child, signature, call)
-        return self._opaque(path, original, *call) if part is None else self._answer(part, leaves)
+        return self._opaque(path, original, args, kwargs) if part is None else self._answer(part, leaves)
 
     def _opaque(self, path: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The Python of an opaque module, its weights counted while it runs."""
@@ -318,7 +320,7 @@ class _Explorer:
         shims = {id(m): m.__dict__.pop("forward") for m in child.modules()}
         held = PlainState(self.root)
         try:
-            with _disable_current_modes():
+            with self._numbers_off(), _disable_current_modes():
                 program = run_passes(capture(child, *call), CANONICALISE)
         except InvalidCall:
             raise  # its Python would fail as well
@@ -362,15 +364,23 @@ class _Explorer:
             if inner.startswith(path + ".") and self.names.within(inner):
                 self.weights[inner] = {}  # runs as Python too, on weights that are there already
                 self.found.reasons[inner] = f"it runs within {path}"
-        with self.watch.pause(), _disable_current_modes(), self._shimless(self.modules[path]):
+        with self.watch.pause(), self._numbers_off(), _disable_current_modes(), self._shimless(self.modules[path]):
             outputs = [_run_on_random(self.modules[path], call, self.names, path, seed) for seed in (0, 1)]
         if _outline(outputs[0]) != _outline(outputs[1]):
-            raise self._unknown(f"the sizes that {path} gives depend on values", path.rpartition(".")[0])
+            raise self._unknown(f"the sizes that {path} gives depend on values", self.open[-1])
         self.open.append(path)
         self._note(self.watch.live_bytes + nbytes)
         self.open.pop()
         leaves, spec = tree_flatten(outputs[0])
         return tree_unflatten([_like(x, {}) if isinstance(x, torch.Tensor) else x for x in leaves], spec)
+
+    @contextlib.contextmanager
+    def _numbers_off(self) -> Iterator[None]:
+        self.numbers.paused = True
+        try:
+            yield
+        finally:
+            self.numbers.paused = False
 
     @contextlib.contextmanager
     def _shimless(self, child: nn.Module) -> Iterator[None]:

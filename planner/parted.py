@@ -61,7 +61,8 @@ def prepare_parts(model: nn.Module, options: Options, reason: str) -> PartedProb
     kind = options.device.partition(":")[0]
     title = f"exploring {type(model).__name__}.{options.method}, which cannot be captured whole"
     with working(title), calibrating(kind) as calibrator:
-        prober = Prober(kind, options.machine.capability, calibrator)
+        # On `accounting` what is dispatched is all there is, and exploring sees that itself.
+        prober = Prober(kind, options.machine.capability, calibrator) if kind != "accounting" else None
         found = explore(model, call, options.method, reason=reason, opaque_bytes=options.opaque_bytes, prober=prober)
     for part in found.parts.values():
         refuse_shared_state(model, part.program)
@@ -148,6 +149,43 @@ class PartedPlan(Plan):
     @property
     def unplanned_bytes(self) -> int:
         return self._parted.shared.unplanned_bytes
+
+    @property
+    def peak_at(self) -> str:
+        """The part that is called, or the module whose Python runs."""
+        peaks = {key: part.peak_bytes for key, part in self.parts.items()}
+        at = self._parted.shared.peak_at(self._shares, peaks)
+        return at if at is not None else f"the Python of {self.exploration.python_at or self.title}"
+
+    @property
+    def peak_parts(self) -> dict[str, int]:
+        """What stays on the device, and the rest: tensors, and weights that pass through."""
+        return {"resident weights": self.resident_bytes, "tensors and passing weights": self.peak_bytes - self.resident_bytes}
+
+    @property
+    def weight_bytes(self) -> int:
+        names = Names(self._target)
+        weights = {w.name: w.nbytes for part in self.parts.values() for w in part.program.weights.values()}
+        read = {name for held in self.exploration.weights.values() for name in held}
+        return sum((weights | {name: names.nbytes(name) for name in read}).values())
+
+    @property
+    def resident_bytes(self) -> int:
+        kept = [part.layout for key, part in self.parts.items() if key in self.kept]
+        opaque = sum(self._parted.shared.opaque_bytes[path] for path in self._shares.opaque)
+        return sum(layout.resident_bytes for layout in kept) + self._parted.shared.state_bytes + opaque
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of one call; of an opaque module, as if it ran once."""
+        calls, shared = self.exploration.calls, self._parted.shared
+        streamed = sum(calls[key] * part.layout.streamed_bytes for key, part in self.parts.items())
+        loaded = sum(calls[key] * part.layout.resident_bytes for key, part in self.parts.items() if key not in self.kept)
+        return streamed + loaded + sum(n for path, n in shared.opaque_bytes.items() if path not in self._shares.opaque)
+
+    @property
+    def bundle_count(self) -> int:
+        return sum(self.exploration.calls[key] * len(part.layout.bundles) for key, part in self.parts.items())
 
     @cached_property
     def time(self) -> StepTime:

@@ -193,6 +193,36 @@ class Plan:
         return self.bound.seconds
 
     @property
+    def title(self) -> str:
+        """What was planned: class and method."""
+        return self.program.name
+
+    @property
+    def peak_at(self) -> str:
+        """Where the peak is: operator and module."""
+        return where(self)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights that are read."""
+        return sum(w.nbytes for w in self.program.weights.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of weights that stay on the device, state included, as they are aligned there."""
+        return self.layout.resident_bytes + self.layout.state_bytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of weights that are copied to the device in every call."""
+        return self.layout.streamed_bytes
+
+    @property
+    def bundle_count(self) -> int:
+        """In how many copies they come."""
+        return len(self.layout.bundles)
+
+    @property
     def peak_parts(self) -> dict[str, int]:
         """What the peak is made of, in bytes, at the operator where it is."""
         node = self.proof.peak_node

@@ -37,6 +37,8 @@ def prefetch_into_arena(spans: Sequence[BundleSpan], staging_bytes: int) -> tupl
             if used + span.nbytes <= staging_bytes:
                 break
             used, at = used - held.nbytes, held.last + 1
+        if span.nbytes > staging_bytes:
+            at = span.first  # it never fits: as late as can be
         earliest = max(earliest, min(at, span.first))
         placed.append(Placement(span, earliest))
         staged.append(span)

@@ -23,6 +23,7 @@ def describe_parts(plan: PartedPlan) -> str:
     rows = [
         ("budget", f"{format_bytes(plan.budget_bytes)} on {plan.device}, planned for {plan.machine.name}"),
         ("peak", f"{format_bytes(plan.peak_bytes)} (the least possible budget is {format_bytes(plan.minimum_bytes)})"),
+        ("at", plan.peak_at),
         ("step", f"{format_seconds(plan.step_seconds)} predicted besides its Python, {ratio(plan)}"),
         ("Python", f"{python}; found on fakes, along {paths}"),
         ("because", found.reasons[""]),
@@ -43,7 +44,7 @@ def describe_parts(plan: PartedPlan) -> str:
 def _parts(plan: PartedPlan) -> list[str]:
     rows: dict[str, list[str]] = {}
     for key, part in plan.parts.items():
-        family = ".".join("*" if p.isdigit() else p for p in key.partition("#")[0].split("."))
+        family = _family(key.partition("#")[0])
         how = "kept" if key in plan.kept and not part.layout.streamed_bytes else "streamed"
         rows.setdefault(f"{family}|{how}", []).append(key)
     lines = []
@@ -57,12 +58,17 @@ def _parts(plan: PartedPlan) -> list[str]:
 
 def _opaque(plan: PartedPlan) -> list[str]:
     names = Names(plan.target)
-    lines = []
+    rows: dict[tuple[str, str], int] = {}
     for path, reason in plan.exploration.reasons.items():
-        if path:
+        if path and not reason.startswith("it runs within"):
             nbytes = sum(map(names.nbytes, plan.exploration.weights.get(path, ())))
-            lines.append(f"    {path[:40]:<40}  {format_bytes(nbytes):>8}  {reason}"[:WIDTH])
-    return _shortened(lines)
+            row = _family(path), reason
+            rows[row] = rows.get(row, 0) + nbytes
+    return _shortened([f"    {path[:40]:<40}  {format_bytes(n):>8}  {reason}"[:WIDTH] for (path, reason), n in rows.items()])
+
+
+def _family(path: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
 
 
 def _shortened(lines: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +38,7 @@ class Answers:
         self.prefix, self.default, self.share = prefix, default, share
         self.taken: list[tuple[str, bool]] = []
         self.sizes = 0  # how often a size depended on values
+        self.guessed = False  # whether a number was asked for, of which more is not explored than 0 and 1
 
     def decide(self, site: str) -> bool:
         if len(self.taken) >= _MAX_QUESTIONS:
@@ -167,6 +169,7 @@ class Watch(FaithfulFakes):
         if tensor.dtype is torch.bool:
             return self.answers.decide(_site())
         if tensor.is_floating_point():
+            self.answers.guessed = True
             return float(self.answers.decide(_site()))  # a factor, or what `if` asks of a number
         raise UnknownSize(f"{_site()} takes an integer out of a tensor")
 
@@ -183,6 +186,47 @@ class Watch(FaithfulFakes):
             else:
                 expanded.append(index)
         return expanded
+
+
+class UnknownFloat(float):
+    """A number out of a tensor without values. It scales and compares like the answer that was given; it is no size."""
+
+    def __trunc__(self) -> int:
+        raise UnknownSize(f"{_site()} makes an integer of a number in a tensor")
+
+    __int__ = __index__ = __floor__ = __ceil__ = __round__ = __trunc__  # type: ignore[assignment]
+
+    def _unknown(self, other: Any, result: Any) -> Any:
+        return result if result is NotImplemented else UnknownFloat(result)
+
+    def __add__(self, other: Any) -> Any:
+        return self._unknown(other, float.__add__(self, other))
+
+    def __mul__(self, other: Any) -> Any:
+        return self._unknown(other, float.__mul__(self, other))
+
+    def __sub__(self, other: Any) -> Any:
+        return self._unknown(other, float.__sub__(self, other))
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._unknown(other, float.__truediv__(self, other) if other else 0.0)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+class Numbers(TorchFunctionMode):
+    """Within it, a number that leaves a floating-point fake is unknown, and no size can be made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paused = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        unknown = not self.paused and args and isinstance(args[0], FakeTensor) and args[0].is_floating_point()
+        if unknown and func in (torch.Tensor.__int__, torch.Tensor.__index__):
+            raise UnknownSize(f"{_site()} makes an integer of a number in a tensor")
+        result = func(*args, **(kwargs or {}))
+        return UnknownFloat(result) if unknown and func is torch.Tensor.item and type(result) is float else result
 
 
 def _is_small(func: Any, args: Any) -> bool:

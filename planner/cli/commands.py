@@ -23,7 +23,6 @@ from planner.plan import Plan
 from planner.plan_file import read_plan
 from planner.presets import Preset
 from planner.recipes import SIZES
-from planner.show import where
 from planner.sizes import format_bytes
 from runtime.errors import PlannerError
 
@@ -70,14 +69,16 @@ def run_command(arguments: Namespace) -> Answer:
 def show_command(arguments: Namespace) -> Answer:
     """`vramplan show`."""
     data = read_plan(arguments.file)
-    streams = data["decisions"]["streams"]
     lines = [
         f"{data['program']} on {data['device']}, planned for {data['machine']['name']}",
         f"  budget    {format_bytes(data['budget']['device_bytes'])}",
         f"  program   {len(data['fingerprint'])} nodes",
-        f"  streams   {len(streams)} bundles through the {data['decisions']['staging']}",
     ]
-    lines += [f"    before {s['prefetch']} for {s['first']}: {', '.join(s['weights'])}" for s in streams]
+    for key, part in data["decisions"].get("parts", {"": data["decisions"]}).items():
+        if key:
+            lines.append(f"  part      {key}, its arenas {'kept' if part['kept'] else 'made for each call'}")
+        lines.append(f"  streams   {len(part['streams'])} bundles through the {part['staging']}")
+        lines += [f"    before {s['prefetch']} for {s['first']}: {', '.join(s['weights'])}" for s in part["streams"]]
     return Answer("\n".join(lines), data)
 
 
@@ -155,6 +156,7 @@ def make_plan(target: Target, arguments: Namespace) -> Plan:
             method=target.method,
             device=arguments.device,
             machine=arguments.machine,
+            opaque_bytes=_opaque_bytes(arguments.opaque_bytes),
         )
 
 
@@ -162,7 +164,7 @@ def plan_data(target: Target, p: Plan) -> dict[str, Any]:
     """A plan as the documented fields of `--json`."""
     return {
         "target": target.name,
-        "program": p.program.name,
+        "program": p.title,
         "method": target.method,
         "device": p.device,
         "machine": p.machine.name,
@@ -172,12 +174,12 @@ def plan_data(target: Target, p: Plan) -> dict[str, Any]:
         "reserved_bytes": p.reserved_bytes,
         "minimum_bytes": p.minimum_bytes,
         "unplanned_bytes": p.unplanned_bytes,
-        "peak_at": where(p),
+        "peak_at": p.peak_at,
         "peak_parts": p.peak_parts,
-        "weight_bytes": sum(w.nbytes for w in p.program.weights.values()),
-        "resident_bytes": p.layout.resident_bytes + p.layout.state_bytes,
-        "streamed_bytes": p.layout.streamed_bytes,
-        "bundles": len(p.layout.bundles),
+        "weight_bytes": p.weight_bytes,
+        "resident_bytes": p.resident_bytes,
+        "streamed_bytes": p.streamed_bytes,
+        "bundles": p.bundle_count,
         "step_seconds": p.step_seconds,
         "bound_seconds": p.bound_seconds,
         "limited_by": p.bound.limited_by,
@@ -202,6 +204,12 @@ def _inputs_text(target: Target) -> str:
     inputs = inputs_of(target)
     width = max(map(len, inputs), default=0)
     return "\n".join(["  inputs", *(f"    {name:<{width}}  {kind}" for name, kind in inputs.items())])
+
+
+def _opaque_bytes(given: list[str]) -> dict[str, str] | str | None:
+    """`SIZE` for every module, or `PATTERN=SIZE` once or more."""
+    sizes = dict(text.rpartition("=")[::2] for text in given)
+    return sizes[""] if set(sizes) == {""} else sizes or None
 
 
 def _budget(text: str) -> int | str:

@@ -47,7 +47,7 @@ fields of --json:
 
 SHOW_FIELDS = """\
 --json prints the file itself: format, version, program, method, device, budget, machine, call,
-  keep, offload, decisions, fingerprint
+  keep, offload, opaque_bytes, decisions, fingerprint, dynamic (where sizes vary)
 """
 
 MACHINE_FIELDS = """\
@@ -102,9 +102,20 @@ def _command(
 
 def _add_target(command: argparse.ArgumentParser) -> None:
     command.add_argument("target", metavar="TARGET")
+    command.add_argument(
+        "--opaque-bytes",
+        action="append",
+        default=[],
+        metavar="[MODULES=]SIZE",
+        help="what modules that cannot be captured take at most, where vramplan asks for it: 'blocks.*.moe=200MB'",
+    )
     command.add_argument("--budget", required=True, metavar="SIZE", help="6GB (powers of 1000) or 6GiB (of 1024)")
     command.add_argument("--machine", metavar="NAME", help="plan for that one (vramplan machines); default: this one")
-    command.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1 or accounting (CPU kernels, every byte counted)")
+    command.add_argument(
+        "--device",
+        metavar="DEVICE",
+        help="cuda, cuda:1, cpu (RAM) or accounting (every byte counted)",
+    )
     command.add_argument("--dtype", metavar="DTYPE", help=f"of the weights: {', '.join(MODEL_DTYPES)}")
     command.add_argument("--method", metavar="NAME", help="which method of the module (default: the preset's, or forward)")
     sizes = command.add_argument_group(

@@ -61,7 +61,7 @@ class SharedBudget:
         """The least budget that is feasible: nothing is kept, unless everything must be."""
         if self.keep_all:
             return self._need(Keys(self.parts), Keys(self.opaque_bytes))
-        return max([self.python_need(NOTHING) + self._state, *(self._least(key) for key in self.parts)])
+        return max([self.python_need(NOTHING) + self.state_bytes, *(self._least(key) for key in self.parts)])
 
     @cached_property
     def unplanned_bytes(self) -> int:
@@ -77,11 +77,19 @@ class SharedBudget:
 
     def peak_bytes(self, shares: Shares, peaks: Mapping[str, int]) -> int:
         """The most bytes at any time, where part `key` takes `peaks[key]` itself, its arenas and state included."""
+        return max(self._peaks(shares, peaks).values())
+
+    def peak_at(self, shares: Shares, peaks: Mapping[str, int]) -> str | None:
+        """The part at whose call the peak is; None where Python between parts has it."""
+        found = self._peaks(shares, peaks)
+        return max(found, key=found.__getitem__)
+
+    def _peaks(self, shares: Shares, peaks: Mapping[str, int]) -> dict[str | None, int]:
         arenas = {k: _arena_bytes(self.parts[k].solver, s.schedule) if s.kept else 0 for k, s in shares.parts.items()}
-        around = self._state + sum(arenas.values())
+        around = self.state_bytes + sum(arenas.values())
         own = {k: arenas[k] + _state_bytes(self.parts[k].solver) for k in shares.parts}
-        inside = [self._outside(k, shares.opaque) + around - own[k] + peaks[k] for k in shares.parts]
-        return max([self.python_need(shares.opaque) + around, *inside])
+        found: dict[str | None, int] = {None: self.python_need(shares.opaque) + around}
+        return found | {k: self._outside(k, shares.opaque) + around - own[k] + peaks[k] for k in shares.parts}
 
     def tightest(self) -> str | None:
         """The part that sets the minimum; None where the Python between parts does."""
@@ -156,14 +164,14 @@ class SharedBudget:
 
     def _arenas(self, kept: Keys) -> int:
         """Bytes on the device between parts: arenas of those that are kept, and state, which is always there."""
-        return self._state + sum(self._resident_arenas[key] for key in kept)
+        return self.state_bytes + sum(self._resident_arenas[key] for key in kept)
 
     @cached_property
     def _resident_arenas(self) -> dict[str, int]:
         return {key: _arena_bytes(part.solver, part.solver.resident) for key, part in self.parts.items()}
 
     @cached_property
-    def _state(self) -> int:
+    def state_bytes(self) -> int:
         """State of all parts, that of several once."""
         state: dict[str, int] = {}
         for part in self.parts.values():

@@ -164,9 +164,10 @@ def _write(rows: list[dict[str, Any]]) -> None:
     ]
     for r in merged:
         cause = "; ".join([*filter(None, [r["cause"]]), *r["notes"]]).replace("|", "\\|")[:160]
+        sizes = " | ".join(f"{r[key]:,}" for key in ("unplanned_bytes", "budget_bytes", "measured_bytes"))
         table.append(
-            f"| {r['name']} | {r['kind']} | {r['nodes']} | {r.get('parts') or ''} | {r['unplanned_bytes']:,} | {r['budget_bytes']:,} | "
-            f"{r['measured_bytes']:,} | {r['status']} | {r['seconds']:.1f} | {cause} |"
+            f"| {r['name']} | {r['kind']} | {r['nodes']} | {r.get('parts') or ''} | {sizes} | {r['status']} | "
+            f"{r['seconds']:.1f} | {cause} |"
         )
     (HERE / "results.md").write_text("# Survey\n\n" + summary(merged).replace("\n", "  \n") + "\n\n" + "\n".join(table) + "\n")
 

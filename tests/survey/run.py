@@ -95,7 +95,7 @@ def examine(case: Case) -> Row:
     try:
         _compare(row, subject, wanted, random=difference(wanted[0], again) != "")
     except PlannerError as error:
-        row.status, row.cause = "refused" if isinstance(error, CaptureError) else "failed", _cause(error)
+        row.status, row.cause = "refused" if isinstance(error, (CaptureError, UnknownSize)) else "failed", _cause(error)
         if type(error) is PlannerError:
             row.status = "refused"
     except Exception as error:  # noqa: BLE001 - the survey's purpose is to collect failures of any kind
