@@ -75,9 +75,7 @@ def _place(node: fx.Node) -> str:
     """The innermost line outside torch, as it was written."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     frames = [
-        i
-        for i, line in enumerate(lines)
-        if line.startswith("File") and "/torch/" not in line and "planner/capture.py" not in line
+        i for i, line in enumerate(lines) if line.startswith("File") and "/torch/" not in line and "/planner/" not in line
     ]
     if not frames:
         return ""

@@ -80,12 +80,12 @@ def _is_symbolic(tree: Any) -> bool:
 
 def _iterate(func: Any, args: Any, kwargs: Any, result: FakeTensor) -> torch.Tensor:
     """The strides of the real kernel, where a size of 1 leaves doubt."""
-    fakes = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+    fakes = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]  # some may have values
     if not any((1 in fake.shape and not fake.is_contiguous()) or _odd(fake) for fake in fakes):
         return result
     if func in _COPIES:
         with _disable_current_modes():
-            metas, named = tree_map_only(FakeTensor, _meta, (args, kwargs))
+            metas, named = tree_map_only(torch.Tensor, _meta, (args, kwargs))
             named = {key: torch.device("meta") if isinstance(value, torch.device) else value for key, value in named.items()}
             stride = func(*metas, **named).stride()
     elif func in _MASKED_FILLS:  # ATen/native/TensorAdvancedIndexing.cpp: a contiguous clone, filled
@@ -98,7 +98,7 @@ def _iterate(func: Any, args: Any, kwargs: Any, result: FakeTensor) -> torch.Ten
     return torch.empty_strided(result.shape, stride, dtype=result.dtype, device=result.device)
 
 
-def _iterator_stride(shape: tuple[int, ...], operands: list[FakeTensor], numbers: bool) -> tuple[int, ...]:
+def _iterator_stride(shape: tuple[int, ...], operands: list[torch.Tensor], numbers: bool) -> tuple[int, ...]:
     """The strides that TensorIterator gives a new output (ATen/TensorIterator.cpp: fast_set_up, reorder_dimensions).
 
     `numbers`: a Python number is among the operands; it counts as a 0-d tensor, which broadcasts.
@@ -150,7 +150,7 @@ def _compare(dim: int, other: int, strides: list[list[int]], shape: tuple[int, .
     return 0
 
 
-def _is_dense(fake: FakeTensor) -> bool:
+def _is_dense(fake: torch.Tensor) -> bool:
     """c10's is_non_overlapping_and_dense."""
     step = 1
     for stride, size in sorted((s, n) for n, s in zip(fake.shape, fake.stride(), strict=True) if n != 1):

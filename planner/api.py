@@ -15,7 +15,8 @@ from planner.dynamic import read_dynamic
 from planner.machine import Machine
 from planner.options import Options, check_allow, check_keep, check_opaque_bytes
 from planner.parted import plan_or_parts
-from planner.plan import Plan, prepare
+from planner.plan import Plan
+from planner.prepare import prepare
 from planner.refuse import refuse_unplannable
 from runtime.errors import BudgetError, PlannerError
 

@@ -43,6 +43,10 @@ _PRODUCTS = {f"aten.{name}.default" for name in ("linear", "mm", "bmm", "addmm",
 }
 
 
+# Frames of a traceback that say nothing about the user's code.
+_NOT_THEIRS = ("/torch/", "/planner/capture.py", "/planner/watch.py")
+
+
 class _Call(nn.Module):
     """Gives `torch.export` any method of a module as a `forward`, past the root's own hooks (they stay Python).
 
@@ -180,7 +184,7 @@ def _place(node: fx.Node) -> str:
     """Where in the user's code a node came from, as ` at File "x.py", line 3: `code``; empty where that is not known."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
     places = [i for i, line in enumerate(frames) if line.startswith("File")]
-    own = [i for i in places if "/torch/" not in frames[i] and "planner/capture.py" not in frames[i]]
+    own = [i for i in places if not any(part in frames[i] for part in _NOT_THEIRS)]
     own = own or places
     return f" at {frames[own[-1]]}: `{' '.join(frames[own[-1] + 1 : own[-1] + 2])}`" if own else ""
 
@@ -202,8 +206,8 @@ def _refuse_mixed_dtypes(program: Program) -> None:
 
 def _explain(module: nn.Module, method: str, error: Exception) -> CaptureError:
     """Names the innermost line outside torch, which is where a person can do something."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "/torch/" not in f.filename]
-    frames = [f for f in frames if not f.filename.endswith("planner/capture.py")]
+    trace = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in trace if not any(part in f.filename for part in _NOT_THEIRS)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} (`{frames[-1].line}`)" if frames else ""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return CaptureError(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import _disable_current_modes
@@ -36,8 +35,9 @@ from passes.program import Program, storage_id, tensors_of
 from planner.capture import capture, fake_inputs
 from planner.isolate import PlainState, fake_weights, random_draws, untouched_by_hooks
 from planner.names import Names
-from planner.watch import KNOWN_ELEMENTS, Answers, Numbers, Watch
-from runtime.errors import CaptureError, InputError, InvalidCall, UnknownSize
+from planner.stand_ins import apply_nothing, detached, is_known, like, outline, run_on_random
+from planner.watch import Answers, Numbers, Watch
+from runtime.errors import CaptureError, InputError, InvalidCall, PlannerError, UnknownSize
 from runtime.signature import CallSignature, bind_call
 
 MAX_PATHS = 24
@@ -136,6 +136,7 @@ class _Explorer:
         self.known: dict[tuple[str, CallSignature], Part | None] = {}
         self.counts: dict[str, int] = {}
         self.rehearsing = False
+        self.told: set[str] = set()  # modules whose bytes the user states, as far as they were needed
         self.watch: Watch | None = None
         self.numbers = Numbers()
         self.blamed = ""
@@ -149,24 +150,30 @@ class _Explorer:
                 return self._explore()
             except _Unsized as unsized:
                 path = unsized.path
-                if self._stated(path) is None or path in self.found.reasons:
+                if self._stated(path) is None or path in self.told:
                     raise UnknownSize(str(unsized)) from unsized.__cause__
                 kind = type(self.modules[path])
                 for other, child in self.modules.items():  # others of its kind will say the same
                     if type(child) is kind and self._stated(other) is not None:
+                        self.told.add(other)
                         self.found.reasons[other] = f"its sizes depend on values ({unsized.why})"
 
     def _explore(self) -> Exploration:
         rehearsal = [self._run(Answers(default=default), captured=False) for default in (False, True)]
         taken = [rehearsal[0]]
         if rehearsal[0].taken or rehearsal[1].taken:
-            taken = self._paths(rehearsal)
+            taken = [answers for answers in self._paths(rehearsal) if answers.failed is None]
+        if not taken:
+            assert rehearsal[0].failed is not None
+            raise rehearsal[0].failed
         if any(answers.sizes for answers in rehearsal):
             self._find_dependent_sizes(taken)
-        self.found.python = {}  # measured anew, now that parts are captured
+        # Measured anew, now that parts are captured; an attempt before may have been given up.
+        self.found.python, self.found.outside, self.found.calls = {}, {}, {}
         for answers in taken:
             self._run(Answers(answers.prefix, answers.default), captured=True)
         self.found.weights = {path: tuple(names) for path, names in self.weights.items() if path in self.found.reasons}
+        self.found.parts = {key: part for key, part in self.found.parts.items() if key in self.found.calls}
         self.found.paths = len(taken)
         self.found.complete &= not any(answers.guessed for answers in rehearsal)
         return self.found
@@ -193,10 +200,11 @@ class _Explorer:
     def _run(self, answers: Answers, *, captured: bool) -> Answers:
         """One path on fakes. The module is as before afterwards."""
         self.counts, self.seen, self.open, self.rehearsing, self.blamed = {}, {}, [], not captured, ""
-        values = {n: t for n, t in self.names.tensors.items() if _is_known(t)}
+        values = {n: t for n, t in self.names.tensors.items() if is_known(t)}
         with fake_weights(self.root, self.mode), untouched_by_hooks(self.root), random_draws(), torch.no_grad():
             self._keep_known(values)
-            self.storages = {storage_id(t): self.names.canonical[n] for n, t in Names(self.root).tensors.items()}
+            weights = Names(self.root).tensors  # held until the end: a buffer that is assigned must not lend its identity
+            self.storages = {storage_id(t): self.names.canonical[n] for n, t in weights.items()}
             args, kwargs = self._inputs()
             prober = self.prober if captured else None  # what is rehearsed is measured later
             self.watch = Watch(answers, set(self.storages), self._read, self._note, prober)
@@ -206,6 +214,7 @@ class _Explorer:
             held = PlainState(self.root)
             for path, child in self.modules.items():
                 child.__dict__["forward"] = functools.partial(self._enter, path)
+                child.__dict__["_apply"] = functools.partial(apply_nothing, child)
             function = self.originals[""] if self.method == "forward" else getattr(self.root, self.method)
             try:
                 with self.mode, self.watch, self.numbers:
@@ -219,13 +228,17 @@ class _Explorer:
             except Exception as error:  # whatever the user's Python raises
                 if "numpy" in str(error) or "FakeTensor" in str(error):
                     raise self._unknown(str(error).splitlines()[0]) from error
-                raise CaptureError(
+                failure = CaptureError(
                     f"{self._label(self.blamed)} cannot be captured, and its Python fails on tensors without values: {error}"
-                ) from error
+                )
+                if not answers.taken or isinstance(error, PlannerError):
+                    raise failure from error
+                answers.failed = failure  # as it may, where a check fails: this path ends here
             finally:
                 self.watch.detach()
                 for child in self.modules.values():
                     child.__dict__.pop("forward", None)
+                    child.__dict__.pop("_apply", None)
             for path, key in held.changed():
                 self.found.reasons.setdefault(path, f"it changes its attribute {key!r}")
         for key, count in self.counts.items():
@@ -243,7 +256,7 @@ class _Explorer:
     def _inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = fake_inputs(self.call, self.mode)
         real, spec = tree_flatten(self.call)
-        leaves = [r.detach().clone() if _is_known(r) and not r.is_floating_point() else f for r, f in
+        leaves = [r.detach().clone() if is_known(r) and not r.is_floating_point() else f for r, f in
                   zip(real, tree_leaves((args, kwargs)), strict=True)]  # fmt: skip
         return tree_unflatten(leaves, spec)
 
@@ -260,9 +273,8 @@ class _Explorer:
             self.found.reasons.setdefault(path, str(error))
             return self._opaque(path, original, args, kwargs)
         self.seen.setdefault(path, []).append(signature)
-        stated = self._stated(path)
-        if stated is not None and path in self.found.reasons:
-            return self._answer_for_real(path, stated, call)
+        if path in self.told:
+            return self._answer_for_real(path, self._stated(path) or 0, call)
         if self.rehearsing or path in self.found.reasons:
             return self._opaque(path, original, args, kwargs)
         part = self._part(path, child, signature, call)
@@ -281,7 +293,7 @@ class _Explorer:
             raise
         finally:
             self.open.pop()
-        return _detached(result, {s for s, name in self.storages.items() if name in self.weights[path]})
+        return detached(result, {s for s, name in self.storages.items() if name in self.weights[path]})
 
     def _read(self, storage: int) -> None:
         """A weight is read by Python: whoever runs now brings it, if nobody around has."""
@@ -353,7 +365,7 @@ class _Explorer:
         outputs = []
         for value in part.program.output.args[0]:  # type: ignore[union-attr]
             val = value.meta.get("val") if isinstance(value, torch.fx.Node) else value
-            outputs.append(_like(val, homes) if isinstance(val, torch.Tensor) else val)
+            outputs.append(like(val, homes) if isinstance(val, torch.Tensor) else val)
         return tree_unflatten(outputs, part.program.out_spec)
 
     def _answer_for_real(self, path: str, nbytes: int, call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
@@ -365,14 +377,14 @@ class _Explorer:
                 self.weights[inner] = {}  # runs as Python too, on weights that are there already
                 self.found.reasons[inner] = f"it runs within {path}"
         with self.watch.pause(), self._numbers_off(), _disable_current_modes(), self._shimless(self.modules[path]):
-            outputs = [_run_on_random(self.modules[path], call, self.names, path, seed) for seed in (0, 1)]
-        if _outline(outputs[0]) != _outline(outputs[1]):
+            outputs = [run_on_random(self.modules[path], call, self.names, path, seed) for seed in (0, 1)]
+        if outline(outputs[0]) != outline(outputs[1]):
             raise self._unknown(f"the sizes that {path} gives depend on values", self.open[-1])
         self.open.append(path)
         self._note(self.watch.live_bytes + nbytes)
         self.open.pop()
         leaves, spec = tree_flatten(outputs[0])
-        return tree_unflatten([_like(x, {}) if isinstance(x, torch.Tensor) else x for x in leaves], spec)
+        return tree_unflatten([like(x, {}) if isinstance(x, torch.Tensor) else x for x in leaves], spec)
 
     @contextlib.contextmanager
     def _numbers_off(self) -> Iterator[None]:
@@ -411,62 +423,3 @@ class _Explorer:
     def _label(self, path: str) -> str:
         kind = type(self.modules[path]).__name__
         return f"{path} ({kind})" if path else f"{kind}.{self.method}"
-
-
-def _is_known(value: Any) -> bool:
-    """Whether a tensor has values, and so few that keeping them costs nothing."""
-    return (
-        isinstance(value, torch.Tensor)
-        and type(value) in (torch.Tensor, nn.Parameter, nn.Buffer)
-        and value.device.type == "cpu"
-        and value.numel() <= KNOWN_ELEMENTS
-    )
-
-
-def _like(tensor: torch.Tensor, homes: dict[int, torch.Tensor]) -> torch.Tensor:
-    """A new tensor of the same geometry; those that share a storage share one here too. Adds to `homes`."""
-    key, nbytes = storage_id(tensor), int(tensor.untyped_storage().nbytes())
-    if key not in homes:
-        homes[key] = torch.empty(nbytes, dtype=torch.uint8)
-    base = homes[key]
-    if base.dtype != tensor.dtype:
-        whole = base.as_strided((nbytes // base.dtype.itemsize,), (1,), 0).view(torch.uint8)
-        base = whole[: nbytes - nbytes % tensor.dtype.itemsize].view(tensor.dtype)
-    return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-def _detached(result: Any, weights: Set[int]) -> Any:
-    """The result of an opaque module without views of its weights, which leave the device when it ends."""
-    leaves, spec = tree_flatten(result)
-    held = [isinstance(leaf, torch.Tensor) and storage_id(leaf) in weights for leaf in leaves]
-    if not any(held):
-        return result
-    return tree_unflatten([x.clone() if h else x for x, h in zip(leaves, held, strict=True)], spec)
-
-
-def _outline(result: Any) -> Any:
-    """Shapes and Python values of a result."""
-    leaves, spec = tree_flatten(result)
-    return spec, [(tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else x for x in leaves]
-
-
-def _run_on_random(child: nn.Module, call: Any, names: Names, path: str, seed: int) -> Any:
-    """The module for real, on random floats, zeros for integers and, where it has none, random weights."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def real(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or _is_known(value):
-            return value
-        made = torch.zeros(value.shape, dtype=value.dtype)
-        return made.normal_(generator=generator) if value.is_floating_point() else made
-
-    weights = {}
-    for own, name in names.local(path):
-        tensor = names.tensors[name]
-        weights[own] = real(tensor) if tensor.is_meta or isinstance(tensor, FakeTensor) else tensor
-    leaves, spec = tree_flatten(call)
-    args, kwargs = tree_unflatten([real(leaf) for leaf in leaves], spec)
-    try:
-        return torch.func.functional_call(child, weights, args, kwargs)
-    except RuntimeError as error:
-        raise CaptureError(f"{path} does not run on random values, which would tell the shapes it gives: {error}") from error

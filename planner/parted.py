@@ -84,7 +84,7 @@ def _problem(model: nn.Module, options: Options, found: Exploration) -> PartedPr
         for path, weights in found.weights.items()
         if weights
     }
-    return PartedProblem(found, solvers, SharedBudget(places, found.python, opaque, not options.offload))
+    return PartedProblem(found, solvers, SharedBudget(options.machine, places, found.python, opaque, not options.offload))
 
 
 class PartedPlan(Plan):
@@ -190,15 +190,7 @@ class PartedPlan(Plan):
     @cached_property
     def time(self) -> StepTime:
         """Of all calls of parts, simulated, and of the copies around them; what Python itself takes is not known."""
-        times = [(part.time, self.exploration.calls[key], key) for key, part in self.parts.items()]
-        loads = {k: self.machine.copy_seconds(p.layout.resident_bytes) for k, p in self.parts.items() if k not in self.kept}
-        passing = self._parted.shared.opaque_bytes.keys() - self._shares.opaque
-        opaque = sum(self.machine.copy_seconds(self._parted.shared.opaque_bytes[path]) for path in passing)
-        return StepTime(
-            sum(n * (t.step_seconds + loads.get(k, 0.0)) for t, n, k in times) + opaque,
-            sum(n * (t.stall_seconds + loads.get(k, 0.0)) for t, n, k in times) + opaque,
-            sum(n * (t.copy_seconds + loads.get(k, 0.0)) for t, n, k in times) + opaque,
-        )
+        return self._parted.shared.time(self._shares)
 
     @cached_property
     def bound(self) -> Bound:
@@ -335,13 +327,12 @@ class PartedPlan(Plan):
     def _replan_part(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PartProgram | None:
         """A call that no explored path has made: planned within what is left beside the arenas and the Python around it."""
         child = self._target.get_submodule(path)
+        memory = MemoryModel.of(self.device.partition(":")[0], self.machine.capability)
         try:
-            program = run_passes(capture(child, args, kwargs), CANONICALISE)
+            program = Names(self._target).rename(run_passes(capture(child, args, kwargs), CANONICALISE), path)
+            solver = Solver(build_problem(program, self.machine, memory, self._options.keeps_resident))
         except (CaptureError, UnknownSize):
             return None
-        program = Names(self._target).rename(program, path)
-        memory = MemoryModel.of(self.device.partition(":")[0], self.machine.capability)
-        solver = Solver(build_problem(program, self.machine, memory, self._options.keeps_resident))
         kept = [self.parts[key].layout for key in self.kept]
         arenas = sum(layout.resident_bytes + layout.staging_bytes + layout.state_bytes for layout in kept)
         room = self.budget_bytes - arenas - self._parted.shared.python_need(self._shares.opaque)

@@ -12,34 +12,28 @@ import sympy
 import torch
 from torch import nn
 
-from passes.base import run_passes
-from passes.canonicalise import CANONICALISE
-from passes.concretise import Concretise
 from passes.dims import dim_symbol
 from passes.program import Program
 from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
-from planner.capture import capture
-from planner.dynamic import DynamicShapes, capture_dynamic
+from planner.dynamic import DynamicShapes
 from planner.dynamic_plan import check_sizes, describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
-from planner.frontends.caches import refuse_caches, register_containers
 from planner.machine import Machine, machine_from_mapping
-from planner.memory import MemoryModel
-from planner.options import Options, check_keep, check_patterns
+from planner.options import Options, check_keep
 from planner.pipeline import emit_program, make_executable, placements_of
 from planner.plan_file import check_fingerprint, fingerprint, load_call, read_plan, write_plan
+from planner.prepare import infeasible, prepare, solver_of
 from planner.progress import working
-from planner.refuse import refuse_shared_state
 from planner.show import describe, where
 from planner.sizes import format_bytes
 from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions
-from planner.solve.problem import Problem, build_problem
+from planner.solve.problem import Problem
 from planner.solve.simulate import StepTime, simulate
 from planner.validate import Validation, compare, refuse_without_weights, run_alike
 from planner.weights import Lookup, open_weights
 from runtime.devices import open_device
-from runtime.errors import InfeasibleBudget, PlanFileError, PlannerError
+from runtime.errors import PlanFileError, PlannerError
 from runtime.executable import Executable
 from runtime.layout import Layout
 from runtime.module import PlannedModule, planned
@@ -62,7 +56,7 @@ class Plan:
         self.validation: Validation | None = None
         self._runner: Runner | None = None
         if options.budget.device_bytes < solver.minimum.peak_bytes:
-            raise _infeasible(solver, options.budget.device_bytes)
+            raise infeasible(solver, options.budget.device_bytes)
         if decisions is None:
             schedule = solver.solve(options.budget.device_bytes)
             decisions = schedule.decisions(solver.problem)
@@ -288,7 +282,7 @@ class Plan:
             return Plan(self._target, options, self._solver)
         described = Machine.preset(machine) if isinstance(machine, str) else machine
         options = dataclasses.replace(options, machine=described)
-        return Plan(self._target, options, _solver(self.program, options))
+        return Plan(self._target, options, solver_of(self.program, options))
 
     def save(self, path: str | Path) -> None:
         """Writes decisions and fingerprint as JSON, atomically. No weights."""
@@ -428,49 +422,3 @@ class Plan:
         if self._runner is not None:
             self._runner.close()
         return self._target
-
-
-def prepare(model: nn.Module, options: Options) -> Solver:
-    """Captures, canonicalises and analyses: all that does not depend on the budget."""
-    refuse_caches((options.args, options.kwargs))
-    register_containers()
-    with working(f"capturing {type(model).__name__}.{options.method}"):
-        if options.dynamic is None:
-            program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
-        else:
-            program = capture_dynamic(model, options.method, options.args, options.kwargs, options.dynamic)
-            program = run_passes(program, (Concretise(options.dynamic.largest),))
-    refuse_shared_state(model, program)
-    check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
-    return _solver(program, options)
-
-
-def _solver(program: Program, options: Options) -> Solver:
-    memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
-    return Solver(build_problem(program, options.machine, memory, options.keeps_resident))
-
-
-def _infeasible(solver: Solver, budget_bytes: int) -> InfeasibleBudget:
-    problem, least = solver.problem, solver.minimum
-    i = least.peak_position
-    node = problem.liveness.nodes[i]
-    activations = int(problem.activation_bytes[i]) - problem.liveness.costs[i].workspace_bytes
-    weights = sum(p.span.nbytes for p in least.placements if p.prefetch <= i <= p.span.last) or (
-        problem.total_weight_bytes if not least.placements else sum(problem.weight_bytes[w] for w in problem.pinned)
-    )
-    parts = [f"activations {format_bytes(activations)}", f"weights {format_bytes(weights)}"]
-    if problem.liveness.costs[i].workspace_bytes:
-        parts.append(f"workspace {format_bytes(problem.liveness.costs[i].workspace_bytes)}")
-    if problem.memory.fixed_bytes:
-        parts.append(f"libraries {format_bytes(problem.memory.fixed_bytes)}")
-    from planner.show import module_path
-
-    place = f"{node.name} in {module_path(node)}" if module_path(node) else node.name
-    help_ = "smaller inputs (batch, tokens, height)" if activations >= weights else "a model in a smaller dtype"
-    return InfeasibleBudget(
-        f"budget {format_bytes(budget_bytes)} ({budget_bytes} B); the least possible is {format_bytes(least.peak_bytes)} "
-        f"({least.peak_bytes} B), at {place} ({' + '.join(parts)}); what would help: {help_}",
-        budget_bytes=budget_bytes,
-        minimum_bytes=least.peak_bytes,
-        node=node.name,
-    )

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from passes.fakes import FaithfulFakes
 from passes.probe import Prober
 from passes.program import storage_id
-from runtime.errors import UnknownSize
+from runtime.errors import CaptureError, UnknownSize
 
 aten = torch.ops.aten
 _TRUTHS = {aten.equal.default, aten.is_nonzero.default, aten.allclose.default}
@@ -37,13 +37,16 @@ class Answers:
     def __init__(self, prefix: tuple[bool, ...] = (), default: bool = False, share: float = 1.0) -> None:
         self.prefix, self.default, self.share = prefix, default, share
         self.taken: list[tuple[str, bool]] = []
+        self._asked: dict[str, int] = {}
         self.sizes = 0  # how often a size depended on values
+        self.failed: CaptureError | None = None  # this path ends in an error of the module's own
         self.guessed = False  # whether a number was asked for, of which more is not explored than 0 and 1
 
     def decide(self, site: str) -> bool:
         if len(self.taken) >= _MAX_QUESTIONS:
             raise UnknownSize(f"{site} asks for values without end")
-        before = sum(1 for place, _ in self.taken if place == site)
+        before = self._asked.get(site, 0)
+        self._asked[site] = before + 1
         given = len(self.taken)
         answer = self.prefix[given] if given < len(self.prefix) else self.default ^ (before % 2 == 1)
         self.taken.append((site, answer))

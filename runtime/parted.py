@@ -25,7 +25,8 @@ from runtime.executable import Executable, WeightView
 from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
 from runtime.layout import align, pack
-from runtime.runner import ALIGNMENT, Lookup, Runner, named_tensors, view_of
+from runtime.origins import Lookup, named_tensors, view_of
+from runtime.runner import ALIGNMENT, Runner
 from runtime.signature import CallSignature, bind_call
 
 log = logging.getLogger("vramplan")

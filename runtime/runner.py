@@ -12,26 +12,33 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_unflatten
 
 from runtime.devices.base import Device
 from runtime.errors import InputError, ModuleUnusable, PlannerError
-from runtime.executable import Executable, WeightView
+from runtime.executable import Executable
 from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
 from runtime.homes import DiskHome
+from runtime.origins import (
+    Lookup,
+    Owners,
+    equal_values,
+    has_no_bytes,
+    in_files,
+    named_tensors,
+    original_of,
+    owners_of,
+    source_of,
+    version_of,
+    view_of,
+)
 from runtime.report import Report
 from runtime.signature import CallSignature, Signature, bind_call
 from runtime.store import HostStore
-from runtime.weight_file import FileRange, FileTensor
 
 log = logging.getLogger("vramplan")
 ALIGNMENT = 512  # of weights, where no program says another
-# Weights by name, None where there is none.
-Lookup = Callable[[str], torch.Tensor | None]
-# For each tensor (by identity) the tables of the module that hold it, with the key.
-_Owners = dict[int, list[tuple[dict[str, Any], str]]]
 Replan = Callable[[tuple[Any, ...], dict[str, Any]], Executable]
 
 
@@ -103,21 +110,21 @@ class Runner:
                 views[name] = view_of(name, tensor)
                 order.append(name)
             seen.add(id(tensor))
-        sources = {name: _source(name, views[name], tensors, lookup) for name in order if name in tensors}
+        sources = {name: source_of(name, views[name], tensors, lookup) for name in order if name in tensors}
         constants = {v.name: p.constants[node] for p in programs for node, v in p.weights.items() if node in p.constants}
-        sources |= {name: _source(name, views[name], constants, lookup) for name in order if name not in tensors}
+        sources |= {name: source_of(name, views[name], constants, lookup) for name in order if name not in tensors}
         home = self.device.home()
-        given = _in_files(order, views, tensors, lookup) if isinstance(home, DiskHome) else {}
+        given = in_files(order, views, tensors, lookup) if isinstance(home, DiskHome) else {}
         alignment = programs[0].layout.alignment if programs else ALIGNMENT
         self.store = HostStore({name: views[name] for name in order}, alignment, home, given)
-        owners = _owners(self.module)
+        owners = owners_of(self.module)
         for name in order:
             value = sources.pop(name)()
             if name in tensors:
                 self._adopt(tensors[name], value, name, owners)
             else:
                 self.store.fill(name, value)
-                self._constants[name] = _original(self.module, name, value)
+                self._constants[name] = original_of(self.module, name, value)
         self.pinned = self.device.pin(self.store.buffer)
         if not self.pinned:
             warnings.warn(
@@ -127,10 +134,10 @@ class Runner:
             )
         self.device.enforce(self.budget_bytes)
 
-    def _adopt(self, tensor: torch.Tensor, value: torch.Tensor, name: str, owners: _Owners) -> None:
+    def _adopt(self, tensor: torch.Tensor, value: torch.Tensor, name: str, owners: Owners) -> None:
         """Points a parameter or buffer at the host arena; one on the meta device is replaced, for that cannot be pointed."""
         assert self.store is not None
-        if _has_no_bytes(tensor):
+        if has_no_bytes(tensor):
             host = self.store.fill(name, value)
             real = nn.Parameter(host, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else host
             for slots, key in owners[id(tensor)]:
@@ -180,7 +187,7 @@ class Runner:
             if view is None:
                 continue
             known = self._constants.get(view.name)
-            if known is not None and (value.is_meta or _equal(known, value)):
+            if known is not None and (value.is_meta or equal_values(known, value)):
                 continue
             if value.is_meta:
                 raise PlannerError(
@@ -195,7 +202,7 @@ class Runner:
         self.device.pin(buffer)
         for name, value in fresh.items():
             self.store.fill(name, value)
-        self._constants |= {name: _original(self.module, name, value) for name, value in fresh.items()}
+        self._constants |= {name: original_of(self.module, name, value) for name, value in fresh.items()}
         return dataclasses.replace(program, weights=weights)
 
     def _registered(self, name: str) -> torch.Tensor:
@@ -300,7 +307,7 @@ class Runner:
 
     def _versions(self) -> dict[str, tuple[int, int]]:
         """Of every weight how often it was written (what the program itself writes aside), and where its bytes are."""
-        return {n: (0 if n in self.state else _version(t), t.data_ptr()) for n, t in self._watched.items()}
+        return {n: (0 if n in self.state else version_of(t), t.data_ptr()) for n, t in self._watched.items()}
 
     def report(self) -> Report:
         measured = self.device.measurement()
@@ -350,88 +357,6 @@ class Runner:
             self.store.close()
         self.state.clear()
         self.device.close()
-
-
-def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """All names, tied ones included; of tensors that are parameters and buffers."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
-
-
-def view_of(name: str, tensor: torch.Tensor) -> WeightView:
-    span = 0 if tensor.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    nbytes = span * tensor.dtype.itemsize
-    return WeightView(name, (), tuple(tensor.shape), tensor.stride(), tensor.dtype, nbytes, False)
-
-
-def _owners(module: nn.Module) -> _Owners:
-    owners: _Owners = {}
-    for child in module.modules():
-        for slots in (child._parameters, child._buffers):
-            for key, tensor in slots.items():
-                if tensor is not None:
-                    owners.setdefault(id(tensor), []).append((slots, key))
-    return owners
-
-
-def _source(name: str, view: WeightView, tensors: dict[str, torch.Tensor], lookup: Lookup | None) -> Callable[[], torch.Tensor]:
-    """How to get a weight's value, checked now, read later."""
-    if lookup is not None:
-        known = next((n for n in (name, *view.aliases) if lookup(n) is not None), None)
-        if known is not None:
-            value = lookup(known)
-            assert value is not None
-            if _has_no_bytes(value):
-                raise PlannerError(f"the weights given have {known!r} on the meta device too; pass real ones")
-            if tuple(value.shape) != view.shape:
-                raise PlannerError(f"the weights given have {known!r} as {tuple(value.shape)}, the model as {view.shape}")
-            return lambda: value if value.dtype == view.dtype else value.to(view.dtype)
-    if name not in tensors or _has_no_bytes(tensors[name]):
-        where = "the weights given lack it" if lookup is not None else "pass build(weights=<module, state dict or folder>)"
-        raise PlannerError(f"the weight {name!r} is on the meta device (or fake): {where}")
-    return lambda: tensors[name].data
-
-
-def _in_files(
-    order: list[str], views: Mapping[str, WeightView], tensors: dict[str, torch.Tensor], lookup: Lookup | None
-) -> dict[str, FileRange]:
-    """Weights that a checkpoint's files hold just as the program reads them, with their places there."""
-    place: Callable[[str], FileTensor | None] | None = getattr(lookup, "place", None)
-    found: dict[str, FileRange] = {}
-    if place is None:
-        return found
-    for name in order:
-        known = next((at for n in (name, *views[name].aliases) if (at := place(n)) is not None), None)
-        if name in tensors and known is not None and views[name].nbytes and known.is_laid_out_as(views[name]):
-            found[name] = known.where
-    return found
-
-
-def _has_no_bytes(tensor: torch.Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
-def _version(tensor: torch.Tensor) -> int:
-    try:
-        return tensor._version
-    except RuntimeError:  # made in inference mode, where writes are not counted
-        return 0
-
-
-def _original(module: nn.Module, path: str, value: torch.Tensor) -> torch.Tensor:
-    """The module's own attribute behind a captured constant, which knows when it is written; else the constant."""
-    owner: Any = module
-    for part in path.split("."):
-        owner = getattr(owner, part, None)
-    return owner if isinstance(owner, torch.Tensor) and owner.data_ptr() == value.data_ptr() else value
-
-
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    if a.is_meta or b.is_meta or a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
-        return False
-    if torch.equal(a, b):
-        return True
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def _first_use(program: Executable) -> list[str]:

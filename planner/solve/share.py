@@ -6,16 +6,20 @@ it). So are the weights that opaque modules read: kept, or there while the modul
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from planner.machine import Machine
 from planner.solve.decide import Schedule, Solver
+from planner.solve.simulate import StepTime
 
 # Bytes of tensors that Python holds, by the opaque modules whose Python runs then.
 Moments = Mapping[frozenset[str], int]
 Keys = frozenset[str]
 NOTHING: Keys = frozenset()
+# How many choices of what is kept are looked at, from nothing to everything.
+CHOICES = 13
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class SharedBudget:
     `keep_all`: nothing may leave the device.
     """
 
+    machine: Machine
     parts: Mapping[str, PartInPlace]
     python: Moments
     opaque_bytes: Mapping[str, int] = field(default_factory=dict)
@@ -98,36 +103,92 @@ class SharedBudget:
         return key if key is not None and least[key] == self.minimum_bytes else None
 
     def solve(self, budget_bytes: int) -> Shares:
-        """Keeps what fits, most calls first; requires `budget_bytes >= minimum_bytes`.
+        """The fastest of a few choices of what is kept; requires `budget_bytes >= minimum_bytes`.
 
-        A larger budget keeps more, and parts that pass through get more room.
+        The choices do not depend on the budget, and each gets only faster with more room: a larger budget is never slower.
         """
         assert budget_bytes >= self.minimum_bytes
-        kept, opaque = (Keys(self.parts), Keys(self.opaque_bytes)) if self.keep_all else (NOTHING, NOTHING)
-        for key in sorted(self.parts, key=lambda k: -self.parts[k].calls):  # stable: else in the order of calls
-            if key not in kept and self._need(kept | {key}, opaque) <= budget_bytes:
-                kept |= {key}
-        for path in self.opaque_bytes:
-            if path not in opaque and self._need(kept, opaque | {path}) <= budget_bytes:
-                opaque |= {path}
+        best: Shares | None = None
+        for kept, opaque in self._choices():
+            if self._need(kept, opaque) > budget_bytes:
+                continue
+            if best is not None and self._least_seconds(kept, opaque) >= self.time(best).step_seconds:
+                continue
+            for shares in self._schedules(kept, opaque, budget_bytes):
+                if best is None or self.time(shares).step_seconds < self.time(best).step_seconds:
+                    best = shares
+        assert best is not None
+        return best
+
+    def _choices(self) -> list[tuple[Keys, Keys]]:
+        """What may be kept, the most first: the first so many parts (by calls, then in their order) and opaque modules."""
+        order: list[tuple[bool, str]] = [(True, k) for k in sorted(self.parts, key=lambda k: -self.parts[k].calls)]
+        order += [(False, path) for path in self.opaque_bytes]
+        if self.keep_all:
+            counts = {len(order)}
+        else:
+            counts = {round(len(order) * i / (CHOICES - 1)) for i in range(CHOICES)}
+            counts |= {max(0, len(self.parts) - 1), len(self.parts)}
+        choices = []
+        for count in sorted(counts, reverse=True):
+            kept = order[:count]
+            choices.append((Keys(key for part, key in kept if part), Keys(path for part, path in kept if not part)))
+        return choices
+
+    def _schedules(self, kept: Keys, opaque: Keys, budget_bytes: int) -> Iterator[Shares]:
+        """Schedules of all parts, where these are kept."""
         rest = [key for key in self.parts if key not in kept]
         shares = {}
         for key, part in self.parts.items():
             room = self._room(key, kept, opaque, budget_bytes)
             shares[key] = Share(part.solver.resident if key in kept else part.solver.pass_through(room), key in kept, room)
+        yield Shares(shares, opaque)
         if len(rest) == 1:
-            shares |= self._keep_streaming(rest[0], kept, opaque, budget_bytes)
-        return Shares(shares, opaque)
+            streaming = self._keep_streaming(rest[0], kept, opaque, budget_bytes)
+            if streaming is not None:
+                yield Shares(shares | {rest[0]: streaming}, opaque)
 
-    def _keep_streaming(self, key: str, kept: Keys, opaque: Keys, budget_bytes: int) -> dict[str, Share]:
-        """The only part left keeps its arenas, if Python and the others leave room for them in their time."""
-        room = self._room(key, kept, opaque, budget_bytes)
-        schedule = self.parts[key].solver.solve(room)
-        arenas = _arena_bytes(self.parts[key].solver, schedule)
+    def _keep_streaming(self, key: str, kept: Keys, opaque: Keys, budget_bytes: int) -> Share | None:
+        """The only part that is left may keep its arenas, as far as Python and the others leave room for them in their time.
+
+        Arenas are smaller than the room of a schedule by at least the least that its operators hold besides.
+        """
+        solver = self.parts[key].solver
         others = [self._peak_of_kept(other, kept, opaque) for other in kept]
-        if max([self.python_need(opaque) + self._arenas(kept), *others]) + arenas > budget_bytes:
-            return {}
-        return {key: Share(schedule, True, room)}
+        elsewhere = max([self.python_need(opaque) + self._arenas(kept), *others])
+        least = int(solver.problem.activation_bytes.min())
+        room = min(self._room(key, kept, opaque, budget_bytes), budget_bytes - elsewhere + least)
+        return Share(solver.solve(room), True, room) if room >= solver.minimum.peak_bytes else None
+
+    def time(self, shares: Shares) -> StepTime:
+        """Seconds of one call of the whole: its parts, simulated, and copies around them; what Python takes is not known."""
+        step = stall = copying = 0.0
+        for key, share in shares.parts.items():
+            part, own = self.parts[key], share.schedule.time
+            load = 0.0 if share.kept else self.machine.copy_seconds(self._loaded_bytes(key, share.schedule))
+            step += part.calls * (own.step_seconds + load)
+            stall += part.calls * (own.stall_seconds + load)
+            copying += part.calls * (own.copy_seconds + load)
+        passing = sum(self.machine.copy_seconds(n) for path, n in self.opaque_bytes.items() if path not in shares.opaque)
+        return StepTime(step + passing, stall + passing, copying + passing)
+
+    def _least_seconds(self, kept: Keys, opaque: Keys) -> float:
+        """What no schedule with these kept can beat: arithmetic, and copies of all that passes through."""
+        seconds = sum(n / self.machine.link_bandwidth for path, n in self.opaque_bytes.items() if path not in opaque)
+        rest = [part for key, part in self.parts.items() if key not in kept]
+        for part in self.parts.values():
+            problem = part.solver.problem
+            weights = problem.total_weight_bytes - _state_bytes(part.solver)
+            # Alone, the last part may keep its arenas and stream less.
+            copied = weights / self.machine.link_bandwidth if part in rest and len(rest) > 1 else 0.0
+            seconds += part.calls * max(problem.compute_seconds, copied)
+        return seconds
+
+    def _loaded_bytes(self, key: str, schedule: Schedule) -> int:
+        """What is copied before a part that passes through can begin."""
+        problem = self.parts[key].solver.problem
+        streamed = {w for placed in schedule.placements for w in placed.span.weights}
+        return problem.total_weight_bytes - problem.arena_bytes(streamed) - _state_bytes(self.parts[key].solver)
 
     def _need(self, kept: Keys, opaque: Keys) -> int:
         """The least budget with these kept."""

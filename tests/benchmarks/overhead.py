@@ -25,7 +25,7 @@ from transformers import BertConfig, BertModel
 
 from planner import plan
 from runtime.emit import attribute_names, compile_source
-from runtime.runner import _named_tensors
+from runtime.origins import named_tensors
 from runtime.signature import bind_call
 
 REPEATS = 15
@@ -54,7 +54,7 @@ def runners(example: Example) -> dict[str, Callable[[], Any]]:
     program, layout = made.executable, made.layout
     assert not layout.bundles
     slots = [*layout.resident, *layout.state]
-    names, tensors = attribute_names([s.weight for s in slots]), _named_tensors(module)
+    names, tensors = attribute_names([s.weight for s in slots]), named_tensors(module)
     w = SimpleNamespace()
     for slot in slots:
         own = program.constants.get(slot.weight)

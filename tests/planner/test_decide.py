@@ -14,7 +14,7 @@ from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.options import Options
 from planner.pipeline import emit_program
-from planner.plan import prepare
+from planner.prepare import prepare
 from planner.solve.bundles import make_bundles, spread
 from planner.solve.decide import RATES, Solver
 from tests.zoo import ZOO

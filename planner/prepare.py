@@ -1,0 +1,68 @@
+"""Before anything is decided: capture, canonicalise, analyse. None of it depends on the budget."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from passes.base import run_passes
+from passes.canonicalise import CANONICALISE
+from passes.concretise import Concretise
+from passes.program import Program
+from planner.capture import capture
+from planner.dynamic import capture_dynamic
+from planner.frontends.caches import refuse_caches, register_containers
+from planner.memory import MemoryModel
+from planner.options import Options, check_patterns
+from planner.progress import working
+from planner.refuse import refuse_shared_state
+from planner.show import module_path
+from planner.sizes import format_bytes
+from planner.solve.decide import Solver
+from planner.solve.problem import build_problem
+from runtime.errors import InfeasibleBudget
+
+
+def prepare(model: nn.Module, options: Options) -> Solver:
+    """Captures, canonicalises and analyses: all that does not depend on the budget."""
+    refuse_caches((options.args, options.kwargs))
+    register_containers()
+    with working(f"capturing {type(model).__name__}.{options.method}"):
+        if options.dynamic is None:
+            program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
+        else:
+            program = capture_dynamic(model, options.method, options.args, options.kwargs, options.dynamic)
+            program = run_passes(program, (Concretise(options.dynamic.largest),))
+    refuse_shared_state(model, program)
+    check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
+    return solver_of(program, options)
+
+
+def solver_of(program: Program, options: Options) -> Solver:
+    """The solver of a canonical program, for the machine and device of the options."""
+    memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
+    return Solver(build_problem(program, options.machine, memory, options.keeps_resident))
+
+
+def infeasible(solver: Solver, budget_bytes: int) -> InfeasibleBudget:
+    """The error that says the least possible budget, where it is needed and for what."""
+    problem, least = solver.problem, solver.minimum
+    i = least.peak_position
+    node = problem.liveness.nodes[i]
+    activations = int(problem.activation_bytes[i]) - problem.liveness.costs[i].workspace_bytes
+    weights = sum(p.span.nbytes for p in least.placements if p.prefetch <= i <= p.span.last) or (
+        problem.total_weight_bytes if not least.placements else sum(problem.weight_bytes[w] for w in problem.pinned)
+    )
+    parts = [f"activations {format_bytes(activations)}", f"weights {format_bytes(weights)}"]
+    if problem.liveness.costs[i].workspace_bytes:
+        parts.append(f"workspace {format_bytes(problem.liveness.costs[i].workspace_bytes)}")
+    if problem.memory.fixed_bytes:
+        parts.append(f"libraries {format_bytes(problem.memory.fixed_bytes)}")
+    place = f"{node.name} in {module_path(node)}" if module_path(node) else node.name
+    help_ = "smaller inputs (batch, tokens, height)" if activations >= weights else "a model in a smaller dtype"
+    return InfeasibleBudget(
+        f"budget {format_bytes(budget_bytes)} ({budget_bytes} B); the least possible is {format_bytes(least.peak_bytes)} "
+        f"({least.peak_bytes} B), at {place} ({' + '.join(parts)}); what would help: {help_}",
+        budget_bytes=budget_bytes,
+        minimum_bytes=least.peak_bytes,
+        node=node.name,
+    )

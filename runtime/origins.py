@@ -1,0 +1,130 @@
+"""Where a build finds weights: in the module's own tables, in what a user gives, in a checkpoint's files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from runtime.errors import PlannerError
+from runtime.executable import WeightView
+from runtime.weight_file import FileRange, FileTensor
+
+# Weights by name, None where there is none.
+Lookup = Callable[[str], torch.Tensor | None]
+# For each tensor (by identity) the tables of the module that hold it, with the key.
+Owners = dict[int, list[tuple[dict[str, Any], str]]]
+
+
+def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """All names, tied ones included; of tensors that are parameters and buffers."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
+
+
+def view_of(name: str, tensor: torch.Tensor) -> WeightView:
+    """The geometry of a tensor that no program reads."""
+    span = 0 if tensor.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    nbytes = span * tensor.dtype.itemsize
+    return WeightView(name, (), tuple(tensor.shape), tensor.stride(), tensor.dtype, nbytes, False)
+
+
+def owners_of(module: nn.Module) -> Owners:
+    """The tables that hold each tensor of the module."""
+    owners: Owners = {}
+    for child in module.modules():
+        for slots in (child._parameters, child._buffers):
+            for key, tensor in slots.items():
+                if tensor is not None:
+                    owners.setdefault(id(tensor), []).append((slots, key))
+    return owners
+
+
+def source_of(
+    name: str, view: WeightView, tensors: Mapping[str, torch.Tensor], lookup: Lookup | None
+) -> Callable[[], torch.Tensor]:
+    """How to get a weight's value: checked now, read when it is called and not held, so that a model is never there twice.
+
+    Raises:
+        PlannerError: there is none, or one of another shape.
+    """
+    if lookup is not None:
+        for known in (name, *view.aliases):
+            shape = _shape_of(known, lookup)
+            if shape is None:
+                continue
+            if shape != view.shape:
+                raise PlannerError(f"the weights given have {known!r} as {shape}, the model as {view.shape}")
+            return lambda: _read(known, view, lookup)
+    if name not in tensors or has_no_bytes(tensors[name]):
+        where = "the weights given lack it" if lookup is not None else "pass build(weights=<module, state dict or folder>)"
+        raise PlannerError(f"the weight {name!r} is on the meta device (or fake): {where}")
+    return lambda: tensors[name].data
+
+
+def _shape_of(name: str, lookup: Lookup) -> tuple[int, ...] | None:
+    """From the header, where the weights are in a file."""
+    place: Callable[[str], FileTensor | None] | None = getattr(lookup, "place", None)
+    known = place(name) if place is not None else None
+    if known is not None:
+        return known.shape
+    value = lookup(name)
+    if value is None:
+        return None
+    if has_no_bytes(value):
+        raise PlannerError(f"the weights given have {name!r} on the meta device too; pass real ones")
+    return tuple(value.shape)
+
+
+def _read(name: str, view: WeightView, lookup: Lookup) -> torch.Tensor:
+    value = lookup(name)
+    assert value is not None
+    return value if value.dtype == view.dtype else value.to(view.dtype)
+
+
+def in_files(
+    order: list[str], views: Mapping[str, WeightView], tensors: Mapping[str, torch.Tensor], lookup: Lookup | None
+) -> dict[str, FileRange]:
+    """Weights that a checkpoint's files hold just as the program reads them, with their places there."""
+    place: Callable[[str], FileTensor | None] | None = getattr(lookup, "place", None)
+    found: dict[str, FileRange] = {}
+    if place is None:
+        return found
+    for name in order:
+        known = next((at for n in (name, *views[name].aliases) if (at := place(n)) is not None), None)
+        if name in tensors and known is not None and views[name].nbytes and known.is_laid_out_as(views[name]):
+            found[name] = known.where
+    return found
+
+
+def has_no_bytes(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is on the meta device, or fake."""
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often it was written; 0 where that is not counted (made in inference mode)."""
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
+
+
+def original_of(module: nn.Module, path: str, value: torch.Tensor) -> torch.Tensor:
+    """The module's own attribute behind a captured constant, which knows when it is written; else the constant."""
+    owner: Any = module
+    for part in path.split("."):
+        owner = getattr(owner, part, None)
+    return owner if isinstance(owner, torch.Tensor) and owner.data_ptr() == value.data_ptr() else value
+
+
+def equal_values(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Same geometry and values, NaN being equal to NaN."""
+    if a.is_meta or b.is_meta or a.dtype != b.dtype or a.shape != b.shape or a.stride() != b.stride():
+        return False
+    if torch.equal(a, b):
+        return True
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
