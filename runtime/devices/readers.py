@@ -14,7 +14,7 @@ import torch
 from runtime.errors import PlannerError
 from runtime.weight_file import FileRange, Source
 
-THREADS = 2  # more took time from compute and read no faster (two cores); one cannot copy as fast as a good drive reads
+THREADS = 2  # a guess for two cores, to be measured where it is quiet: one alone cannot copy as fast as a good drive reads
 # Large enough that a call costs nothing beside its bytes, small enough that one weight keeps all threads busy.
 PIECE_BYTES = 8 * 1024 * 1024
 
