@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner import InfeasibleBudget, Plan, plan
 from planner.parted import PartedPlan
 from tests.properties.test_plans import SHARES, budget_at, same
 from tests.strategies.modules import Case, GeneratedModule, cases
+
+# Each example captures every layer apart.
+FEWER = settings(max_examples=max(10, settings.default.max_examples // 4))  # type: ignore[union-attr]
 
 
 class Counting(GeneratedModule):
@@ -39,6 +42,7 @@ def parted(case: Case, module: GeneratedModule, device: str = "accounting") -> P
     return made
 
 
+@FEWER
 @given(cases(), SHARES, st.sampled_from(["accounting", "cpu"]))
 def test_runs_as_eager_within_the_budget(case: Case, share: float, device: str) -> None:
     eager, module = counting(case), counting(case)
@@ -57,6 +61,7 @@ def test_runs_as_eager_within_the_budget(case: Case, share: float, device: str) 
     assert same(dict(module.state_dict()), dict(eager.state_dict()))
 
 
+@FEWER
 @given(cases())
 def test_the_minimum_is_feasible_and_one_byte_less_is_not(case: Case) -> None:
     p = parted(case, counting(case))
@@ -65,6 +70,7 @@ def test_the_minimum_is_feasible_and_one_byte_less_is_not(case: Case) -> None:
         p.replan(p.minimum_bytes - 1)
 
 
+@FEWER
 @given(cases(), st.lists(st.floats(0, 1.2), min_size=2, max_size=5))
 def test_a_larger_budget_is_never_slower(case: Case, shares: list[float]) -> None:
     p = parted(case, counting(case))
@@ -72,6 +78,7 @@ def test_a_larger_budget_is_never_slower(case: Case, shares: list[float]) -> Non
     assert all(a >= b for a, b in pairwise(seconds))
 
 
+@FEWER
 @given(cases(), SHARES)
 def test_a_saved_plan_loads_equal(case: Case, share: float) -> None:
     module = counting(case)
