@@ -175,7 +175,7 @@ class _Explorer:
         self.found.weights = {path: tuple(names) for path, names in self.weights.items() if path in self.found.reasons}
         self.found.parts = {key: part for key, part in self.found.parts.items() if key in self.found.calls}
         self.found.paths = len(taken)
-        self.found.complete &= not any(answers.guessed for answers in rehearsal)
+        self.found.complete &= not any(answers.guessed or answers.looped for answers in (*rehearsal, *taken))
         return self.found
 
     def _paths(self, rehearsal: list[Answers]) -> list[Answers]:

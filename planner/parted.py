@@ -290,7 +290,7 @@ class PartedPlan(Plan):
         runner = PartedRunner(
             self._target,
             self._options.method,
-            open_device(self.device),
+            open_device(self.device, self.budget.disk_bytes),
             self.budget_bytes,
             self.machine.link_bandwidth,
             self._replan_all,
@@ -317,7 +317,8 @@ class PartedPlan(Plan):
         }
         weights = self.exploration.weights
         kept = frozenset(name for path in self._shares.opaque for name in weights[path])
-        return Parted(programs, weights, kept, predicted)
+        memory = MemoryModel.of(self.device.partition(":")[0], self.machine.capability)
+        return Parted(programs, weights, kept, memory.weight_alignment, predicted)
 
     def _replan_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parted:
         options = dataclasses.replace(self._options, args=args, kwargs=kwargs)

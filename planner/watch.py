@@ -65,6 +65,11 @@ class Answers:
                 return Answers((*(a for _, a in self.taken[:i]), not answer))
         return None
 
+    @property
+    def looped(self) -> bool:
+        """Whether a line of code asked more often than its answers are turned: there are more paths than are walked."""
+        return max(self._asked.values(), default=0) > 2
+
     def rows(self, most: int) -> int:
         self.sizes += 1
         return int(most * self.share)

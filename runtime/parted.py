@@ -47,12 +47,13 @@ class Parted:
     """All that a parted module runs.
 
     `opaque` maps paths of modules whose Python runs to the names of the weights that it reads; "" is the module itself.
-    `kept_weights` of them stay on the device.
+    `kept_weights` of them stay on the device; there each starts at a multiple of `alignment` bytes.
     """
 
     parts: tuple[PartProgram, ...]
     opaque: Mapping[str, tuple[str, ...]]
     kept_weights: frozenset[str]
+    alignment: int
     predicted: Mapping[str, float]
 
 
@@ -87,6 +88,7 @@ class PartedRunner(Runner):
         self._active: Parted | None = None
         self._moved = False  # whether a weight's bytes are elsewhere on the host than executors know
         self._opaque: dict[str, tuple[str, ...]] = {}
+        self._alignment = ALIGNMENT
         self._held: set[str] = set()  # weights that running Python has on the device
 
     def attach_parts(self, signature: CallSignature | None, parted: Parted, lookup: Lookup | None = None) -> None:
@@ -120,7 +122,7 @@ class PartedRunner(Runner):
         for name in self._kept_names:
             self._give_up(name)
         self._kept, self._kept_names, self._programs, self._active = [], [], {}, parted
-        self._opaque = dict(parted.opaque)
+        self._opaque, self._alignment = dict(parted.opaque), parted.alignment
         for part in parted.parts:
             self._add_part(part)
         for name in sorted(parted.kept_weights - self.state.keys()):
@@ -148,7 +150,7 @@ class PartedRunner(Runner):
         """Puts a weight that Python reads on the device for good, like state: whatever writes it writes it there."""
         assert self.store is not None
         view = self._view(name)
-        own = view.on(self.device.allocate(max(align(view.nbytes, ALIGNMENT if self.device.kind == "cuda" else 64), 1)), 0)
+        own = view.on(self.device.allocate(max(align(view.nbytes, self._alignment), 1)), 0)
         own.copy_(self.store.tensor(name))
         self.state[name] = self._tensors[name].data = own
         self._kept_names.append(name)
@@ -186,10 +188,15 @@ class PartedRunner(Runner):
             self._guard(leaves)
             with torch.inference_mode(False):
                 self._choose(args, kwargs)
-            self.calls += 1
-            self.device.loaded(self._active)
-            arenas = [arena for executor in self._kept for arena in executor.arenas]
-            tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            return self._run_python(args, kwargs, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+        finally:
+            self._leave()
+
+    def _run_python(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[torch.Tensor]) -> Any:
+        self.calls += 1
+        self.device.loaded(self._active)
+        arenas = [arena for executor in self._kept for arena in executor.arenas]
+        try:
             with torch.inference_mode(False), torch.no_grad(), self.device.call(tensors, [*arenas, *self.state.values()]):
                 try:
                     with self._intercepting():
@@ -203,7 +210,6 @@ class PartedRunner(Runner):
                 self._moved = False
                 for executor in self._kept:
                     executor.relocate()
-            self._leave()
 
     @contextlib.contextmanager
     def _intercepting(self) -> Iterator[None]:
@@ -282,7 +288,7 @@ class PartedRunner(Runner):
         """Copies weights to the device and points the module's tensors at them."""
         assert self.store is not None
         views = {name: self._view(name) for name in names}
-        slots, nbytes = pack([(name, views[name].nbytes) for name in names], ALIGNMENT if self.device.kind == "cuda" else 64)
+        slots, nbytes = pack([(name, views[name].nbytes) for name in names], self._alignment)
         buffer = self.device.allocate(max(nbytes, 1))
         with _disable_current_modes():
             runs = self.store.runs([(slot.weight, slot.offset) for slot in slots])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from planner import InfeasibleBudget, ModuleUnusable, Plan, UnknownSize, plan
+from planner import BudgetError, InfeasibleBudget, ModuleUnusable, Plan, UnknownSize, plan
 from planner.parted import PartedPlan
 from tests.planner.routed import Branch, CountedExperts, Experts, Layers, Loop, MaskedExperts, Padded, rows
 from tests.planner.toys import Mlp, x
@@ -259,3 +259,23 @@ def test_it_says_what_it_does() -> None:
     assert all(len(line) <= 100 for line in text.splitlines())
     assert "def program(rt, w, device, arg_0):" in made.code
     assert made.bound_seconds <= made.step_seconds
+
+
+def test_exchanged_data_is_refused_in_every_call() -> None:
+    module = Branch()
+    built = parted(module, rows()).build()
+    module.before.weight.data = module.before.weight.data.clone()
+    for _ in range(2):
+        with pytest.raises(ModuleUnusable, match=r"the data of 'before.weight' was exchanged"):
+            built(rows())
+
+
+def test_the_disk_budget_holds_for_parts() -> None:
+    made = plan(Branch().eval(), {"cpu": "1GB", "disk": "1KB"}, inputs=(rows(),), device="cpu")
+    with pytest.raises(BudgetError, match="disk"):
+        made.build()
+
+
+def test_loops_are_said_not_to_be_walked_to_their_end() -> None:
+    assert parted(Branch(), rows()).exploration.complete
+    assert not parted(Loop(), rows()).exploration.complete
