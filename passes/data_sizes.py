@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from passes.program import Program
+from passes.program import Program, place_of
 from runtime.errors import CaptureError
 
 _ASSERTS = {torch.ops.aten._assert_scalar.default, torch.ops.aten.sym_constrain_range_for_size.default}
@@ -33,7 +33,7 @@ def settle_data_sizes(program: Program) -> Program:
     for node in graph.nodes:
         if node.target is operator.eq and any(user.target in _ASSERTS for user in node.users):
             raise CaptureError(
-                f"{program.name} cannot be captured{_place(node)}: it would take for granted that a number in the data is "
+                f"{program.name} cannot be captured{place_of(node)}: it would take for granted that a number in the data is "
                 f"{node.args[1]}. Plan a submodule without that line, or another method of it (method=...)"
             )
     for node in reversed(graph.nodes):
@@ -48,7 +48,7 @@ def _refuse(name: str, graph: fx.Graph) -> None:
         if node.op != "call_function" or not _depends(node):
             continue
         raise CaptureError(
-            f"{name} cannot be captured{_place(node)}: a size or number depends on the data there ({node.name} is "
+            f"{name} cannot be captured{place_of(node)}: a size or number depends on the data there ({node.name} is "
             f"{_shape(node)}), and memory is planned before the data is known. Plan a submodule without that line, or another "
             "method of it (method=...)"
         )
@@ -69,15 +69,3 @@ def _is_write(node: fx.Node) -> bool:
 def _shape(node: fx.Node) -> Any:
     value = node.meta.get("val")
     return list(value.shape) if isinstance(value, torch.Tensor) else value
-
-
-def _place(node: fx.Node) -> str:
-    """The innermost line outside torch, as it was written."""
-    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    frames = [
-        i for i, line in enumerate(lines) if line.startswith("File") and "/torch/" not in line and "/planner/" not in line
-    ]
-    if not frames:
-        return ""
-    parts = lines[frames[-1]].split('"')
-    return f" at {parts[1]}:{parts[2].split()[2].rstrip(',')} (`{' '.join(lines[frames[-1] + 1 : frames[-1] + 2])}`)"

@@ -132,3 +132,18 @@ def operator_name(target: Callable[..., Any] | str) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     return getattr(target, "__name__", str(target))
+
+
+# Frames of a traceback that say nothing about the user's code.
+NOT_THEIRS = ("/torch/", "/planner/capture.py", "/planner/watch.py")
+
+
+def place_of(node: fx.Node) -> str:
+    """Where in the user's code a node came from, as ` at file:line (`code`)`; empty where that is not known."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    places = [i for i, line in enumerate(lines) if line.startswith("File")]
+    frames = [i for i in places if not any(part in lines[i] for part in NOT_THEIRS)]
+    if not frames:
+        return ""
+    parts = lines[frames[-1]].split('"')
+    return f" at {parts[1]}:{parts[2].split()[2].rstrip(',')} (`{' '.join(lines[frames[-1] + 1 : frames[-1] + 2])}`)"

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_flatten, tree_flatten_with_path, tree_map
 from passes.data_sizes import settle_data_sizes
 from passes.inline_regions import InlineRegions
 from passes.inline_vmap import InlineVmap
-from passes.program import Program, Weight, WeightKind, storage_id
+from passes.program import NOT_THEIRS, Program, Weight, WeightKind, place_of, storage_id
 from passes.spec import TensorSpec
 from planner.isolate import PlainState, fake_weights, random_draws, refuse_effects, refuse_hooks
 from planner.refuse import refuse_unplannable
@@ -41,10 +41,6 @@ _KINDS: dict[InputKind, WeightKind] = {
 _PRODUCTS = {f"aten.{name}.default" for name in ("linear", "mm", "bmm", "addmm", "baddbmm", "matmul")} | {
     f"aten.{name}.default" for name in ("conv1d", "conv2d", "conv3d", "convolution")
 }
-
-
-# Frames of a traceback that say nothing about the user's code.
-_NOT_THEIRS = ("/torch/", "/planner/capture.py", "/planner/watch.py")
 
 
 class _Call(nn.Module):
@@ -180,15 +176,6 @@ def fake_inputs(tree: Any, mode: FakeTensorMode) -> Any:
     return tree_map(fake, tree)
 
 
-def _place(node: fx.Node) -> str:
-    """Where in the user's code a node came from, as ` at File "x.py", line 3: `code``; empty where that is not known."""
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    places = [i for i, line in enumerate(frames) if line.startswith("File")]
-    own = [i for i in places if not any(part in frames[i] for part in _NOT_THEIRS)]
-    own = own or places
-    return f" at {frames[own[-1]]}: `{' '.join(frames[own[-1] + 1 : own[-1] + 2])}`" if own else ""
-
-
 def _refuse_mixed_dtypes(program: Program) -> None:
     """Raises CaptureError where a product of matrices mixes dtypes: fakes take what kernels refuse."""
     for node in program.ops():
@@ -199,7 +186,7 @@ def _refuse_mixed_dtypes(program: Program) -> None:
         if len(set(dtypes.values())) > 1:
             found = ", ".join(f"{name} is {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
             raise InvalidCall(
-                f"{program.name} multiplies different dtypes in {node.name}{_place(node)}: {found}. "
+                f"{program.name} multiplies different dtypes in {node.name}{place_of(node)}: {found}. "
                 "Give inputs in the model's dtype: inputs=(x.to(model.dtype),), or cast the model"
             )
 
@@ -207,7 +194,7 @@ def _refuse_mixed_dtypes(program: Program) -> None:
 def _explain(module: nn.Module, method: str, error: Exception) -> CaptureError:
     """Names the innermost line outside torch, which is where a person can do something."""
     trace = traceback.extract_tb(error.__traceback__)
-    frames = [f for f in trace if not any(part in f.filename for part in _NOT_THEIRS)]
+    frames = [f for f in trace if not any(part in f.filename for part in NOT_THEIRS)]
     where = f" at {frames[-1].filename}:{frames[-1].lineno} (`{frames[-1].line}`)" if frames else ""
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return CaptureError(
