@@ -45,9 +45,12 @@ class _Storage:
 
 @dataclass
 class _Staged:
+    """A bundle in this call: once it was evicted, `again` says that it was prefetched for the next one."""
+
     bundle: Bundle
     onloaded: bool = False
-    evicted_at: int | None = None
+    evicted: bool = False
+    again: bool = False
 
 
 def check_plan(program: Program, budget_bytes: int, *, rounding_bytes: int = 1, fixed_bytes: int = 0) -> Proof:
@@ -88,14 +91,20 @@ class _Replay:
 
     def run(self) -> Proof:
         self._check_layout()
+        self._check_seam()
         if self.live > self.budget_bytes:
             raise self._error("I1", f"the arenas alone take {self.live} B of {self.budget_bytes} B")
         for position, node in enumerate(self.nodes):
             self.position = position
             self._step(node)
-        unfinished = [s.bundle.index for s in self.staged.values() if s.evicted_at is None]
+        unfinished = [s.bundle.index for s in self.staged.values() if not s.evicted]
         if unfinished:
             raise self._error("I4", f"bundles {unfinished} are never evicted: the next call would refill them")
+        missing = [
+            b.index for b in self.layout.bundles if b.carried and not (b.index in self.staged and self.staged[b.index].again)
+        ]
+        if missing:
+            raise self._error("I3", f"bundles {missing} are used by the next call before they are copied: none prefetches them")
         peak_node = max(self.live_bytes, key=self.live_bytes.__getitem__)
         return Proof(self.live_bytes[peak_node], peak_node, self.live_bytes)
 
@@ -178,48 +187,56 @@ class _Replay:
         key = self._new_storage(_Storage(0, weight=weight, bundle=bundle))
         return TensorSpec(spec.shape, spec.stride, spec.dtype, grad=spec.grad), key
 
-    def _prefetch(self, index: int, after: tuple[int, ...] = ()) -> None:
+    def _check_seam(self) -> None:
+        """What the call before has prefetched is there, or under way, when this one begins."""
+        for bundle in self.layout.bundles:
+            if not bundle.carried:
+                continue
+            for other in self.staged.values():
+                if _overlap(bundle, other.bundle):
+                    raise self._error(
+                        "I2", f"bundles {other.bundle.index} and {bundle.index} come over the seam in the same bytes"
+                    )
+            self.staged[bundle.index] = _Staged(bundle)
+            if bundle.offset is None:
+                self.live += self._round(bundle.nbytes)
+
+    def _prefetch(self, index: int) -> None:
         if not 0 <= index < len(self.layout.bundles):
             raise self._error("I3", f"bundle {index} is copied, and the layout has no such bundle")
         bundle = self.layout.bundles[index]
-        if index in self.staged:
+        past = self.staged.get(index)
+        if past is not None and not (bundle.carried and past.evicted and not past.again):
             raise self._error("I4", f"bundle {index} is copied twice")
-        waited = -1
-        for earlier in after:
-            past = self.staged.get(earlier)
-            if past is None or past.evicted_at is None:
-                raise self._error("I4", f"bundle {index} waits for the eviction of {earlier}, which has not happened")
-            waited = max(waited, past.evicted_at)
         for other in self.staged.values():
-            if not _overlap(bundle, other.bundle):
-                continue
-            if other.evicted_at is None:
+            if other.bundle.index != index and (not other.evicted or other.again) and _overlap(bundle, other.bundle):
                 raise self._error("I2", f"bundle {index} is copied over bundle {other.bundle.index}, which is still in use")
-            if other.evicted_at > waited:
-                raise self._error("I4", f"bundle {index} refills bundle {other.bundle.index} without waiting for its eviction")
-        self.staged[index] = _Staged(bundle)
+        if past is not None:
+            past.again = True
+        else:
+            self.staged[index] = _Staged(bundle)
         if bundle.offset is None:
             self._grow(self.nodes[self.position], bundle.nbytes)
 
     def _onload(self, node: fx.Node, index: int) -> None:
         staged = self.staged.get(index)
-        if staged is None or staged.evicted_at is not None:
+        if staged is None or staged.evicted:
             raise self._error("I3", f"bundle {index} is used before it is copied, or after it is evicted")
         staged.onloaded = True
         self._name(node, [self._weight_value(slot.weight, index) for slot in staged.bundle.slots])
 
     def _evict(self, index: int) -> None:
         staged = self.staged.get(index)
-        if staged is None or not staged.onloaded or staged.evicted_at is not None:
+        if staged is None or not staged.onloaded or staged.evicted:
             raise self._error("I3", f"bundle {index} is evicted before it was onloaded, or twice")
-        staged.evicted_at = self.position
+        staged.evicted = True
         self._release_bundle(index)
 
     def _release_bundle(self, index: int) -> None:
         """A bundle in the allocator's memory goes when it is evicted and no value refers to it."""
         held = any(s.bundle == index and s.values for s in self.storages.values())
         staged = self.staged[index]
-        if staged.bundle.offset is None and staged.evicted_at is not None and not held:
+        if staged.bundle.offset is None and staged.evicted and not held:
             self.live -= self._round(staged.bundle.nbytes)
 
     def _free(self, node: fx.Node) -> None:
@@ -286,7 +303,7 @@ class _Replay:
             raise self._error("I4", f"{value.name} is used after it was freed")
         for key in self._keys(value.name):
             bundle = self.storages[key].bundle
-            if bundle is not None and self.staged[bundle].evicted_at is not None:
+            if bundle is not None and self.staged[bundle].evicted:
                 raise self._error("I3", f"{value.name} is read after bundle {bundle} was evicted")
 
     def _output(self, node: fx.Node) -> None:

@@ -1,7 +1,7 @@
 """Inserts the operators that bring streamed weights to the device and forget them again.
 
 before:  y = linear(x, w_a, b); z = linear(y, w_b)
-after:   prefetch(0); o = onload(0); a = o[0]; y = linear(x, a, b); evict(0); prefetch(1, (0,)); ...
+after:   prefetch(0); o = onload(0); a = o[0]; y = linear(x, a, b); evict(0); prefetch(1); ...
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from runtime import ops
 
 @dataclass(frozen=True)
 class Stream:
-    """One bundle: `weights` (placeholder names) start to travel before `prefetch`, are there at `first`, gone after `last`."""
+    """One bundle: `weights` (placeholder names) start to travel before `prefetch`, are there at `first`, gone after `last`.
+
+    Where `prefetch` comes after `last` it is for the next call.
+    """
 
     weights: tuple[str, ...]
     prefetch: str
@@ -30,8 +33,9 @@ class Stream:
 class StreamWeights:
     """Requires: a canonical program; every use of a streamed weight lies in one of its streams, no stream in another's way.
 
-    Ensures: streamed weights have no placeholder left; each stream has one prefetch, onload and evict, in that order, and the
-    prefetches are in the order of `streams`. Nothing is computed differently (I5).
+    Ensures: streamed weights have no placeholder left; each stream has one prefetch, onload and evict, in that order (over the
+    seam of two calls where the prefetch is for the next), and the prefetches are in the order of `streams`, those for the next call
+    last. Nothing is computed differently (I5).
 
     Raises:
         ValueError: a stream names an unknown node or misses a use of its weight.
@@ -52,9 +56,11 @@ class StreamWeights:
         for index, stream in enumerate(self.streams):
             with graph.inserting_after(nodes[stream.last]):
                 graph.call_function(ops.evict, (index,))
-        for index, stream in enumerate(self.streams):
+        for index, stream in sorted(
+            enumerate(self.streams), key=lambda s: order[nodes[s[1].prefetch]] > order[nodes[s[1].last]]
+        ):
             with graph.inserting_before(nodes[stream.prefetch]):
-                graph.call_function(ops.prefetch, (index, ()))
+                graph.call_function(ops.prefetch, (index,))
         arrivals = [self._onload(graph, index, stream, nodes, order) for index, stream in enumerate(self.streams)]
         streamed = {w for stream in self.streams for w in stream.weights}
         for name in streamed:

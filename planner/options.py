@@ -21,7 +21,7 @@ TRANSFORMS = ("offload", "tile", "cast", "layout")
 class Options:
     """A target's call and constraints. `keep` maps name patterns to what is pinned: `{"vae.*": {"resident": True}}`.
 
-    `opaque_bytes` maps patterns of module paths to bytes that their Python takes, where that cannot be found out.
+    `repeats`: how many calls follow each other. `opaque_bytes` maps patterns of module paths to bytes that their Python takes, where that cannot be found out.
     """
 
     budget: Budget
@@ -34,6 +34,7 @@ class Options:
     offload: bool = True
     opaque_bytes: Mapping[str, int] = field(default_factory=dict)
     dynamic: DynamicShapes | None = None
+    repeats: int = 1
 
     def keeps_resident(self, name: str) -> bool:
         """Whether a weight may not leave the device."""
@@ -78,3 +79,10 @@ def check_opaque_bytes(stated: int | str | Mapping[str, int | str] | None) -> di
     if not isinstance(stated, Mapping):
         return {"*": parse_size(stated, "opaque_bytes")}
     return {pattern: parse_size(size, f"opaque_bytes[{pattern!r}]") for pattern, size in stated.items()}
+
+
+def check_repeats(repeats: int) -> int:
+    """Raises PlannerError unless it is a count of calls."""
+    if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
+        raise PlannerError(f"repeats={repeats!r}: how many calls follow each other, at least 1; write repeats=28")
+    return repeats

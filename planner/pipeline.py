@@ -16,7 +16,7 @@ from passes.insert_frees import InsertFrees
 from passes.program import Program
 from passes.spec import TensorSpec, short_dtype
 from passes.stream_weights import StreamWeights
-from planner.schedule import Placement, make_layout, order_refills
+from planner.schedule import Placement, make_layout
 from planner.sizes import format_bytes
 from planner.solve.bundles import BundleSpan
 from planner.solve.decisions import Decisions
@@ -24,7 +24,7 @@ from planner.solve.problem import Problem
 from runtime import ops
 from runtime.emit import attribute_names, emit_source
 from runtime.errors import PlanFileError
-from runtime.executable import Executable, WeightView
+from runtime.executable import Executable, Pace, WeightView
 
 
 def placements_of(problem: Problem, decisions: Decisions) -> tuple[Placement, ...]:
@@ -66,7 +66,7 @@ def emit_program(problem: Problem, decisions: Decisions, budget_bytes: int) -> t
             InsertFrees(),  # last: it looks at everybody's last use
         ),
     )
-    program = order_refills(replace(program, layout=layout))  # needs the offsets
+    program = replace(program, layout=layout)
     if program.dims is not None:  # what is proved is what runs, at the largest sizes
         program = Concretise(program.dims.largest, problem.program).apply(program)
     annotate_workspace(problem, program.graph)
@@ -84,7 +84,12 @@ def annotate_workspace(problem: Problem, graph: fx.Graph) -> None:
 
 
 def make_executable(
-    program: Program, proof: Proof, header: tuple[str, ...], device: str, predicted: Mapping[str, float]
+    program: Program,
+    proof: Proof,
+    header: tuple[str, ...],
+    device: str,
+    predicted: Mapping[str, float],
+    pace: Pace | None = None,
 ) -> Executable:
     """The emitted program as source and plain data, which is all that the runtime takes."""
     assert program.layout is not None
@@ -114,6 +119,7 @@ def make_executable(
         inputs=program.inputs,
         out_spec=program.out_spec,
         predicted=dict(predicted),
+        pace=pace,
     )
 
 

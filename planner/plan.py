@@ -19,7 +19,7 @@ from planner.budget import Budget
 from planner.dynamic import DynamicShapes
 from planner.dynamic_plan import check_sizes, describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
 from planner.machine import Machine, machine_from_mapping
-from planner.options import Options, check_keep
+from planner.options import Options, check_keep, check_repeats
 from planner.pipeline import emit_program, make_executable, placements_of
 from planner.plan_file import check_fingerprint, fingerprint, load_call, read_plan, write_plan
 from planner.prepare import infeasible, prepare, solver_of
@@ -29,7 +29,7 @@ from planner.sizes import format_bytes
 from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions
 from planner.solve.problem import Problem
-from planner.solve.simulate import StepTime, simulate
+from planner.solve.simulate import EngineProgram, StepTime, simulate
 from planner.validate import Validation, compare, refuse_without_weights, run_alike
 from planner.weights import Lookup, open_weights
 from runtime.devices import open_device
@@ -39,6 +39,7 @@ from runtime.layout import Layout
 from runtime.module import PlannedModule, planned
 from runtime.report import Report
 from runtime.runner import Runner
+from runtime.timeline import Timeline
 from runtime.signature import CallSignature, Signature, bind_call
 
 
@@ -58,7 +59,7 @@ class Plan:
         if options.budget.device_bytes < solver.minimum.peak_bytes:
             raise infeasible(solver, options.budget.device_bytes)
         if decisions is None:
-            schedule = solver.solve(options.budget.device_bytes)
+            schedule = solver.solve(options.budget.device_bytes, options.budget.host_bytes)
             decisions = schedule.decisions(solver.problem)
         else:
             schedule = solver.evaluate(placements_of(solver.problem, decisions), decisions.staging)
@@ -170,9 +171,20 @@ class Plan:
         return self._solver.resident.peak_bytes
 
     @cached_property
+    def engines(self) -> EngineProgram:
+        """The emitted program as the engines of the machine see it."""
+        return EngineProgram.emitted(self.emitted, dict(zip(self.problem.names, self.problem.seconds.tolist(), strict=True)))
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The emitted program simulated on `machine`: copies, stalls with their cause, evictions."""
+        return simulate(self.engines, self.machine, self._options.repeats)
+
+    @cached_property
     def time(self) -> StepTime:
-        """Simulated on `machine`."""
-        return simulate(self.problem.seconds, placements_of(self.problem, self.decisions), self.machine)
+        """The totals of the timeline."""
+        found = self.timeline
+        return StepTime(found.step_seconds, found.stall_seconds, found.copy_seconds)
 
     @property
     def step_seconds(self) -> float:
@@ -245,7 +257,8 @@ class Plan:
             "reserved_bytes": float(self.reserved_bytes),
             "step_seconds": self.step_seconds,
         }
-        return make_executable(self.emitted, self.proof, header, self.device, predicted)
+        pace = self.engines.pace(self.machine)
+        return make_executable(self.emitted, self.proof, header, self.device, predicted, pace)
 
     @property
     def code(self) -> str:
@@ -299,6 +312,7 @@ class Plan:
             keep=self._options.keep,
             offload=self._options.offload,
             dynamic=None if self._options.dynamic is None else self._options.dynamic.to_json(),
+            repeats=self._options.repeats,
         )
 
     @classmethod
@@ -321,6 +335,7 @@ class Plan:
                 budget, machine, data["device"], data["method"], args, named, check_keep(data["keep"]), bool(data["offload"]),
                 {str(path): int(nbytes) for path, nbytes in data["opaque_bytes"].items()},
                 DynamicShapes.from_json(data["dynamic"]) if "dynamic" in data else None,
+                check_repeats(data.get("repeats", 1)),
             )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:

@@ -65,6 +65,7 @@ def write_plan(
     offload: bool,
     opaque_bytes: Mapping[str, int] | None = None,
     dynamic: Mapping[str, Any] | None = None,
+    repeats: int = 1,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
@@ -79,6 +80,7 @@ def write_plan(
         "keep": {pattern: dict(rule) for pattern, rule in keep.items()},
         "offload": offload,
         "opaque_bytes": dict(opaque_bytes or {}),
+        "repeats": repeats,
         "decisions": dict(decisions),
         "fingerprint": list(fingerprint),
     }

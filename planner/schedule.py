@@ -1,96 +1,106 @@
 """Schedule: when each streamed bundle starts to travel, and where in the staging arena it lies.
 
-Positions are operator indices: a bundle prefetched at p and last read at l occupies its bytes over [p, l], inclusive.
+Positions are operator indices: a bundle prefetched at p and last read at l occupies its bytes over [p, l], inclusive, and where
+p > l from p on to the end of one call and up to l in the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from passes.program import Program
 from planner.solve.bundles import BundleSpan
 from planner.solve.problem import Problem
-from runtime import ops
 from runtime.layout import Bundle, Layout, Slot, pack
+
+# Calls after which the pattern of prefetches over the seam has to repeat itself.
+_MAX_UNROLLED = 8
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A bundle with the position of its prefetch."""
+    """A bundle with the position of its prefetch. Where that is behind its last reader, it is for the next call."""
 
     span: BundleSpan
     prefetch: int
 
+    @property
+    def carried(self) -> bool:
+        """Whether the bundle comes over the seam between two calls."""
+        return self.prefetch > self.span.last
 
-def prefetch_into_arena(spans: Sequence[BundleSpan], staging_bytes: int) -> tuple[Placement, ...]:
-    """As early as the copies before them have been evicted from `staging_bytes`, first in first out; at the latest on use."""
-    placed: list[Placement] = []
-    staged: list[BundleSpan] = []
-    earliest = 0
-    for span in spans:
-        staged = sorted((s for s in staged if s.last >= earliest), key=lambda s: s.last)
-        used, at = sum(s.nbytes for s in staged), earliest
-        for held in staged:
-            if used + span.nbytes <= staging_bytes:
-                break
-            used, at = used - held.nbytes, held.last + 1
-        if span.nbytes > staging_bytes:
-            at = span.first  # it never fits: as late as can be
-        earliest = max(earliest, min(at, span.first))
-        placed.append(Placement(span, earliest))
-        staged.append(span)
-    return tuple(placed)
+    def pieces(self, length: int) -> tuple[tuple[int, int], ...]:
+        """The positions at which its bytes are taken, as inclusive intervals; `length` is that of the program."""
+        if not self.carried:
+            return ((self.prefetch, self.span.last),)
+        return ((0, self.span.last), (self.prefetch, length - 1))
 
 
-def prefetch_into_headroom(
-    spans: Sequence[BundleSpan], activation_bytes: np.ndarray, resident_bytes: int, limit_bytes: int
-) -> tuple[Placement, ...] | None:
-    """As early as activations, residents and copies before it leave room under `limit_bytes`; None where it cannot fit.
+def earliest_prefetches(
+    firsts: Sequence[int], lasts: Sequence[int], sizes: Sequence[int], room: np.ndarray, seam: bool
+) -> list[int] | None:
+    """Prefetch positions, as early as `room` allows, first in first out; None where it cannot be.
 
-    A larger limit never moves a prefetch later, so a larger budget is never slower.
+    Args:
+        firsts, lasts, sizes: of the bundles in order of first use: where they are read, and their bytes.
+        room: bytes for bundles at every position; int64[n].
+        seam: whether a prefetch may be made in the call before, behind the bundle's last reader there.
+
+    With more room no prefetch is later, so more memory is never slower: a bundle only follows the one before it, and what
+    earlier bundles take from there on does not depend on when they came.
     """
-    room = limit_bytes - resident_bytes - activation_bytes
-    placed: list[Placement] = []
-    earliest = 0
-    for span in spans:
-        if int(room[span.first : span.last + 1].min()) < span.nbytes:
-            return None
-        tight = np.flatnonzero(room[earliest : span.first] < span.nbytes)
-        start = earliest if tight.size == 0 else earliest + int(tight[-1]) + 1
-        start = min(start, span.first)
-        room[start : span.last + 1] -= span.nbytes
-        earliest = start
-        placed.append(Placement(span, start))
-    return tuple(placed)
+    length = len(room)
+    free, earliest = room.copy(), 0
+    before: list[int] | None = None
+    for _ in range(_MAX_UNROLLED if seam else 1):
+        # `free` begins one call before this one, but for the first call.
+        origin = 0 if before is None else length
+        starts: list[int] = []
+        for index, size in enumerate(sizes):
+            first, last = firsts[index] + origin, lasts[index] + origin
+            if free[first : last + 1].min() < size:
+                return None
+            start = max(earliest, last - length + 1) if before is not None else earliest
+            tight = np.flatnonzero(free[start:first] < size)
+            start = min(start if tight.size == 0 else start + int(tight[-1]) + 1, first)
+            free[start : last + 1] -= size
+            earliest = start
+            starts.append(start - origin)
+        if not seam:
+            return starts
+        if starts == before:
+            return [start if start >= 0 else start + length for start in starts]
+        before, earliest = starts, earliest - origin
+        free = np.concatenate([free[origin:], room])
+    return None
 
 
 def staged_bytes(placements: Sequence[Placement], length: int) -> np.ndarray:
     """Bytes of staged bundles at every operator; int64[length]."""
     delta = np.zeros(length + 1, dtype=np.int64)
     for placed in placements:
-        delta[placed.prefetch] += placed.span.nbytes
-        delta[placed.span.last + 1] -= placed.span.nbytes
+        for start, stop in placed.pieces(length):
+            delta[start] += placed.span.nbytes
+            delta[stop + 1] -= placed.span.nbytes
     return np.cumsum(delta[:-1])
 
 
-def arena_offsets(placements: Sequence[Placement]) -> tuple[tuple[int, ...], int]:
+def arena_offsets(placements: Sequence[Placement], length: int) -> tuple[tuple[int, ...], int]:
     """Best-fit offsets for intervals that must not overlap (I2); returns them and the arena's size.
 
     Two orders are tried, by time and by size; the search ends at once where the lower bound (the most bytes staged at one
     time) is met.
     """
-    length = max((p.span.last for p in placements), default=0) + 1
     bound = int(staged_bytes(placements, length).max(initial=0))
     orders = (
-        sorted(range(len(placements)), key=lambda i: placements[i].prefetch),
+        sorted(range(len(placements)), key=lambda i: (not placements[i].carried, placements[i].prefetch)),
         sorted(range(len(placements)), key=lambda i: (-placements[i].span.nbytes, placements[i].prefetch)),
     )
     best: tuple[tuple[int, ...], int] | None = None
     for order in orders:
-        offsets, size = _best_fit(placements, order)
+        offsets, size = _best_fit(placements, order, length)
         if best is None or size < best[1]:
             best = (offsets, size)
         if size == bound:
@@ -99,16 +109,20 @@ def arena_offsets(placements: Sequence[Placement]) -> tuple[tuple[int, ...], int
     return best
 
 
-def _best_fit(placements: Sequence[Placement], order: Sequence[int]) -> tuple[tuple[int, ...], int]:
+def _best_fit(placements: Sequence[Placement], order: Sequence[int], length: int) -> tuple[tuple[int, ...], int]:
     count = len(placements)
     start = np.array([p.prefetch for p in placements], dtype=np.int64)
-    stop = np.array([p.span.last for p in placements], dtype=np.int64)
+    # One that comes over the seam is an interval that goes on in the next call, and one that began in the call before.
+    stop = np.array([p.span.last + (length if p.carried else 0) for p in placements], dtype=np.int64)
     sizes = np.array([p.span.nbytes for p in placements], dtype=np.int64)
     offsets = np.zeros(count, dtype=np.int64)
     placed = np.zeros(count, dtype=bool)
     size = 0
     for i in order:
-        near = np.flatnonzero(placed & (start <= stop[i]) & (start[i] <= stop))
+        meets = np.zeros(count, dtype=bool)
+        for shift in (-length, 0, length):
+            meets |= (start + shift <= stop[i]) & (start[i] <= stop + shift)
+        near = np.flatnonzero(placed & meets)
         taken = sorted(zip(offsets[near].tolist(), (offsets[near] + sizes[near]).tolist(), strict=True))
         offsets[i] = _smallest_gap(taken, int(sizes[i]), size)
         size = max(size, int(offsets[i] + sizes[i]))
@@ -140,35 +154,10 @@ def make_layout(problem: Problem, placements: Sequence[Placement], arena: bool) 
     kept = list(dict.fromkeys(kept))
     state = tuple(Slot(w, 0, weights[w].nbytes) for w in kept if weights[w].state)
     resident, resident_bytes = pack([(w, weights[w].nbytes) for w in kept if not weights[w].state], alignment)
-    offsets, staging = arena_offsets(placements) if arena and placements else ([None] * len(placements), 0)
+    length = len(problem.names)
+    offsets, staging = arena_offsets(placements, length) if arena and placements else ([None] * len(placements), 0)
     bundles = []
     for index, (placed, offset) in enumerate(zip(placements, offsets, strict=True)):
         slots, nbytes = pack([(w, weights[w].nbytes) for w in placed.span.weights], alignment)
-        bundles.append(Bundle(index, slots, nbytes, offset))
-    return Layout(alignment, resident, resident_bytes, state, staging, tuple(bundles))
-
-
-def order_refills(program: Program) -> Program:
-    """Tells each prefetch which evictions it has to wait for: those of bundles whose bytes it refills (I4)."""
-    layout = program.layout
-    assert layout is not None
-    graph = program.copy_graph()
-    evicted: list[Bundle] = []
-    for node in graph.nodes:
-        if node.target is ops.evict:
-            evicted.append(layout.bundles[node.args[0]])
-        elif node.target is ops.prefetch:
-            bundle = layout.bundles[node.args[0]]
-            node.args = (bundle.index, _occupants(bundle, evicted))
-    return replace(program, graph=graph)
-
-
-def _occupants(bundle: Bundle, evicted: Sequence[Bundle]) -> tuple[int, ...]:
-    """The last evicted bundle that overlaps: the compute stream is in order, so its eviction implies all earlier ones."""
-    if bundle.offset is None:
-        return ()
-    for other in reversed(evicted):
-        assert other.offset is not None
-        if other.offset < bundle.offset + bundle.nbytes and bundle.offset < other.offset + other.nbytes:
-            return (other.index,)
-    return ()
+        bundles.append(Bundle(index, slots, nbytes, offset, placed.carried))
+    return Layout(alignment, resident, resident_bytes, state, staging, bundles=tuple(bundles))

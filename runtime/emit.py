@@ -84,7 +84,7 @@ def _statement(node: fx.Node, names: _Names) -> Iterator[str]:
     elif node.target is ops.free:
         yield f"del {', '.join(names(n) for n in node.args)}"  # type: ignore[arg-type]
     elif node.target is ops.prefetch:
-        yield f"rt.prefetch({node.args[0]}, after={node.args[1]})" if node.args[1] else f"rt.prefetch({node.args[0]})"
+        yield f"rt.prefetch({node.args[0]})"
     elif node.target is ops.onload:
         yield f"{names(node)} = rt.onload({node.args[0]})"
     elif node.target is ops.evict:

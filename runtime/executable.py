@@ -40,6 +40,18 @@ class WeightView:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """How long things take on the machine that was planned for: what a device without engines of its own goes by.
+
+    `compute`: seconds of operators before each prefetch, onload and evict, in program order, and after the last of them.
+    `copies`: seconds of each bundle's copy, with its bytes.
+    """
+
+    compute: tuple[float, ...]
+    copies: tuple[tuple[float, int], ...]
+
+
+@dataclass(frozen=True)
 class Executable:
     """Runs as `program(rt, w, device, *inputs) -> list of leaves`; weights and constants are keyed by placeholder name."""
 
@@ -51,3 +63,4 @@ class Executable:
     inputs: tuple[str, ...]
     out_spec: TreeSpec
     predicted: Mapping[str, float] = field(default_factory=dict)
+    pace: Pace | None = None

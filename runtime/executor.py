@@ -33,20 +33,19 @@ class Executor:
         self._resident: torch.Tensor | None = None
         self._staging: torch.Tensor | None = None
         self._w = SimpleNamespace()
-        # Per bundle: where its bytes are on the host, its memory, its typed weights, the copies, the events.
+        # Per bundle: where its bytes are on the host, its memory, its typed weights, the copies, the event of its arrival.
         self._sources: dict[int, list[tuple[int, Source]]] = {}
         self._buffers: dict[int, torch.Tensor] = {}
         self._views: dict[int, tuple[torch.Tensor, ...]] = {}
         self._copies: dict[int, list[tuple[torch.Tensor, Source]]] = {}
         self._arrived: dict[int, Any] = {}
-        self._evicted: dict[int, Any] = {}
 
     @property
     def program(self) -> Executable | None:
         return self._program
 
     def load(self, program: Executable) -> None:
-        """Makes `program` the one that runs: lays the arenas anew and copies its resident weights in."""
+        """Makes `program` the one that runs: lays the arenas anew and copies in what has to be there when a call begins."""
         if program is self._program:
             return
         self.unload()
@@ -82,14 +81,33 @@ class Executor:
             names = self._program.weights
             runs = self.store.runs([(names[s.weight].name, s.offset) for s in self._program.layout.resident])
             # Behind whatever still reads this memory: its last owner, or the call before.
-            self.device.wait(self.device.copy(_onto(self._resident, runs), [self.device.allocated()]))
+            self.device.wait(self.device.copy(_onto(self._resident, runs), [self.device.mark()]))
+        self._copy_carried(anew=True)
+
+    def _copy_carried(self, *, anew: bool = False) -> None:
+        """Copies the bundles that a call expects from the one before it, where that one has not; `anew`: in any case."""
+        assert self._program is not None
+        for bundle in self._program.layout.bundles:
+            if not bundle.carried or (bundle.index in self._arrived and not anew):
+                continue
+            if bundle.offset is None and bundle.index not in self._buffers:
+                self._place(bundle, self.device.allocate(bundle.nbytes))
+            self._settle(bundle.index)
+            event = self._arrived[bundle.index] = self.device.copy(self._copies[bundle.index], [self.device.mark()])
+            self.device.wait(event)
+
+    def _settle(self, *indices: int) -> None:
+        """Waits for copies that no `onload` has waited for: nothing may land in memory that is used otherwise from now on."""
+        for index in indices:
+            if index in self._arrived:
+                self.device.wait(self._arrived.pop(index))
 
     def relocate(self) -> None:
         """Asks the store again where the streamed weights are."""
         assert self._program is not None
         for bundle in self._program.layout.bundles:
             self._sources[bundle.index] = self._locate(bundle)
-            if bundle.offset is not None:
+            if bundle.index in self._buffers:
                 self._copies[bundle.index] = _onto(self._buffers[bundle.index], self._sources[bundle.index])
 
     def _locate(self, bundle: Bundle) -> list[tuple[int, Source]]:
@@ -98,9 +116,10 @@ class Executor:
 
     def unload(self) -> None:
         """Gives up the loaded program and all arena memory; state stays."""
+        self._settle(*self._arrived)
         self._program = self._run = self._resident = self._staging = None
         self._w = SimpleNamespace()
-        for table in (self._sources, self._buffers, self._views, self._copies, self._arrived, self._evicted):
+        for table in (self._sources, self._buffers, self._views, self._copies, self._arrived):
             table.clear()
 
     def call(self, inputs: Sequence[Any]) -> list[Any]:
@@ -112,39 +131,43 @@ class Executor:
     @property
     def arenas(self) -> list[torch.Tensor]:
         """Device memory that the loaded program holds between calls, state aside."""
-        return [arena for arena in (self._resident, self._staging) if arena is not None]
+        between = [self._buffers[index] for index in self._buffers if self._is_loose(index)]
+        return [*(arena for arena in (self._resident, self._staging) if arena is not None), *between]
+
+    def _is_loose(self, index: int) -> bool:
+        """Whether a bundle has memory of its own, outside of the staging arena."""
+        assert self._program is not None
+        return self._program.layout.bundles[index].offset is None
 
     def run(self, inputs: Sequence[Any]) -> list[Any]:
         """As `call`, within a call that is measured already."""
         assert self._program is not None
         try:
+            self._copy_carried()
             return self._run(self, self._w, self.device.torch_device, *inputs)
-        finally:
+        except BaseException:
             self._arrived.clear()
-            self._evicted.clear()
-            for bundle in self._program.layout.bundles:
-                if bundle.offset is None:
-                    self._forget(bundle.index)
+            for index in [index for index in self._buffers if self._is_loose(index)]:
+                self._forget(index)
+            raise
 
     # What emitted programs call.
 
-    def prefetch(self, index: int, after: tuple[int, ...] = ()) -> None:
+    def prefetch(self, index: int) -> None:
         assert self._program is not None
         bundle = self._program.layout.bundles[index]
-        events = [self._evicted[other] for other in after]
         if bundle.offset is None:
             self._place(bundle, self.device.allocate(bundle.nbytes))
-            events.append(self.device.allocated())
-        self._arrived[index] = self.device.copy(self._copies[index], events)
+        # Behind everything issued so far: the readers of what it refills, and the last owner of an allocator's block (I4).
+        self._arrived[index] = self.device.copy(self._copies[index], [self.device.mark()], index)
 
     def onload(self, index: int) -> tuple[torch.Tensor, ...]:
-        self.device.wait(self._arrived[index])
+        self.device.wait(self._arrived.pop(index), index)
         return self._views[index]
 
     def evict(self, index: int) -> None:
-        assert self._program is not None
-        self._evicted[index] = self.device.evict(self._buffers[index])
-        if self._program.layout.bundles[index].offset is None:
+        self.device.evict(self._buffers[index], index)
+        if self._is_loose(index):
             self._forget(index)
 
     def _place(self, bundle: Bundle, buffer: torch.Tensor) -> None:

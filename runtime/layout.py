@@ -21,12 +21,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Weights that travel together. `offset` is its place in the staging arena, None when the allocator gives it one."""
+    """Weights that travel together. `offset` is its place in the staging arena, None when the allocator gives it one.
+
+    A `carried` bundle comes over the seam between two calls: the call before prefetches it.
+    """
 
     index: int
     slots: tuple[Slot, ...]
     nbytes: int
     offset: int | None
+    carried: bool = False
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,8 @@ class Layout:
     """Static memory of one emitted program, in bytes. Every offset is a multiple of `alignment`.
 
     `state` are the weights that the program writes (I6): resident too, but each in an allocation of its own that programs share
-    and the module sees, so their offsets are all 0.
+    and the module sees, so their offsets are all 0. `pool_bytes` is the segment that the device's allocator is given beforehand for
+    activations (and bundles without an offset), so that it need not break them up; 0 where it is not.
     """
 
     alignment: int
@@ -42,6 +47,7 @@ class Layout:
     resident_bytes: int = 0
     state: tuple[Slot, ...] = ()
     staging_bytes: int = 0
+    pool_bytes: int = 0
     bundles: tuple[Bundle, ...] = ()
 
     @property

@@ -9,8 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 
-def prefetch(bundle: int, after: tuple[int, ...] = ()) -> None:
-    """Starts copying a bundle to the device, once the evictions of the bundles in `after` have happened (I4)."""
+def prefetch(bundle: int) -> None:
+    """Starts copying a bundle to the device, once everything before this point has run: what it refills is free by then (I4).
+
+    Behind the bundle's eviction it is for the next call.
+    """
 
 
 def onload(bundle: int) -> tuple[Any, ...]:

@@ -293,7 +293,7 @@ class PartedRunner(Runner):
         with _disable_current_modes():
             runs = self.store.runs([(slot.weight, slot.offset) for slot in slots])
             copies = [(buffer[offset : offset + source.numel()], source) for offset, source in runs]
-            self.device.wait(self.device.copy(copies, [self.device.allocated()]))
+            self.device.wait(self.device.copy(copies, [self.device.mark()]))
             for slot in slots:
                 self._tensors[slot.weight].data = views[slot.weight].on(buffer, slot.offset)
         return buffer

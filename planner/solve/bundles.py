@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +67,32 @@ def spread(problem: Problem, spans: Sequence[BundleSpan], rate: float) -> tuple[
             chosen.append(span)
             sent += span.nbytes
     return _whole_weights(problem, spans, chosen)
+
+
+def spread_fractions(
+    problem: Problem, spans: Sequence[BundleSpan], fractions: Mapping[str, float], needed_bytes: int
+) -> tuple[BundleSpan, ...]:
+    """Rounds fractions of weights to whole bundles by error diffusion, in program order.
+
+    Where less than `needed_bytes` come out, the bundles that came closest to being chosen are added.
+    """
+    chosen: set[int] = set()
+    due = sent = 0.0
+    missed: list[tuple[float, int]] = []
+    for index, span in enumerate(spans):
+        wanted = sum(fractions.get(w, 0.0) * problem.weight_bytes[w] for w in span.weights)
+        due += wanted
+        if wanted > 0 and due - sent >= span.nbytes / 2:
+            chosen.add(index)
+            sent += span.nbytes
+        else:
+            missed.append((-wanted / span.nbytes, index))
+    for _, index in sorted(missed):
+        if sent >= needed_bytes:
+            break
+        chosen.add(index)
+        sent += spans[index].nbytes
+    return _whole_weights(problem, spans, [span for index, span in enumerate(spans) if index in chosen])
 
 
 def _whole_weights(problem: Problem, spans: Sequence[BundleSpan], chosen: Sequence[BundleSpan]) -> tuple[BundleSpan, ...]:

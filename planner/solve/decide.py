@@ -1,41 +1,35 @@
 """Decide: of all candidate schedules that fit the budget, the fastest under the simulator.
 
-A candidate is a bundling, a rate at which to stream (evenly by compute time) and a staging policy. None of
-these depends on the budget, and a schedule that starts copies as early as the budget leaves room only gets faster with more
-room; so a larger budget is never slower.
+A candidate is a selection of bundles to stream; its copies start as early as the budget leaves room, and over the seam of two calls
+where calls follow each other. Selections do not depend on the budget, and with more room each only gets faster; so a larger budget
+is never slower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 
 from passes.stream_weights import Stream
 from planner.memory import AllocationEvent
-from planner.schedule import (
-    Placement,
-    arena_offsets,
-    prefetch_into_arena,
-    prefetch_into_headroom,
-    staged_bytes,
-)  # fmt: skip
-from planner.solve.bundles import TINY_BYTES, BundleSpan, make_bundles, spread
+from planner.schedule import Placement, arena_offsets, staged_bytes
+from planner.solve.bundles import BundleSpan, make_bundles
 from planner.solve.decisions import Decisions, StagingMode
 from planner.solve.problem import Problem
-from planner.solve.simulate import StepTime, simulate
+from planner.solve.relax import Relaxation, relax
+from planner.solve.segments import Segments
+from planner.solve.select import GRANULARITIES, Selection, Selections
+from planner.solve.simulate import EngineProgram, StepTime, step_time
 
-MIB = 1024 * 1024
-# (bundle target, what is too small to stream). The finest comes last: it sets the minimum budget.
-GRANULARITIES = ((64 * MIB, TINY_BYTES), (16 * MIB, TINY_BYTES), (0, TINY_BYTES), (0, 0))
-# Bytes streamed per second of compute, in units of all weights over the whole step; the last streams everything.
-RATES = (*(i / 48 for i in range(1, 48)), *(1.05**i for i in range(80)), 1e30)
 # Staging arena sizes, in multiples of the largest bundle: 2 is double buffering.
 ARENA_SLOTS = (1, 2, 3, 4, 6, 8, 12)
 # Ratio of neighbouring limits for schedules in the headroom, for allocators that reserve more than is live.
 LIMIT_STEP = 1.01
+# Schedules whose seconds differ by no more than this share are equally fast.
+_EQUAL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -47,15 +41,11 @@ class Schedule:
     peak_bytes: int
     peak_position: int
     time: StepTime
+    staging_bytes: int = 0  # of the static arena, where there is one
 
     @property
     def streamed_bytes(self) -> int:
         return sum(p.span.nbytes for p in self.placements)
-
-    @property
-    def staging_bytes(self) -> int:
-        """Of the static staging arena, where there is one."""
-        return arena_offsets(self.placements)[1] if self.staging == "arena" and self.placements else 0
 
     def decisions(self, problem: Problem) -> Decisions:
         names = problem.names
@@ -67,9 +57,22 @@ class Schedule:
 
 @dataclass(frozen=True, eq=False)
 class Solver:
-    """Solves one problem for any number of budgets; what does not depend on the budget is computed once."""
+    """Solves one problem for any number of budgets; what does not depend on the budget is computed once.
+
+    `repeats`: how many calls follow each other; from two on copies go over the seam between them.
+    """
 
     problem: Problem
+    repeats: int = 1
+
+    @cached_property
+    def segments(self) -> Segments:
+        return Segments.of(self.problem)
+
+    @cached_property
+    def selections(self) -> Selections:
+        most = max(self.resident.peak_bytes, self.minimum.peak_bytes)
+        return Selections(self.problem, self.segments, self.repeats > 1, self.minimum.peak_bytes, most)
 
     @cached_property
     def minimum(self) -> Schedule:
@@ -80,31 +83,37 @@ class Solver:
     def tightest(self) -> Schedule:
         """Everything that may be streamed is, each visit by itself."""
         spans = make_bundles(self.problem, 0, 0)
-        return self._evaluate(tuple(Placement(s, s.first) for s in spans), "allocator")
+        return self.evaluate(tuple(Placement(s, s.first) for s in spans), "allocator")
 
     @cached_property
     def resident(self) -> Schedule:
         """Everything stays on the device: the unplanned way."""
-        return self._evaluate((), "arena")
+        return self.evaluate((), "arena")
 
-    def solve(self, budget_bytes: int) -> Schedule:
-        """The fastest schedule within the budget; requires `budget_bytes >= minimum.peak_bytes`."""
+    def relaxed(self, budget_bytes: int, host_bytes: int | None = None) -> Relaxation | None:
+        """The linear program's bound and solution within a budget; None where not even fractions of weights fit."""
+        return relax(self.problem, self.segments, budget_bytes, seam=self.repeats > 1, host_bytes=host_bytes)
+
+    def solve(self, budget_bytes: int, host_bytes: int | None = None) -> Schedule:
+        """The fastest schedule within the budget; requires `budget_bytes >= minimum.peak_bytes`.
+
+        `host_bytes`: what streamed weights may take of page-locked host memory.
+        """
         assert budget_bytes >= self.minimum.peak_bytes
-        best = self.resident if self.resident.peak_bytes <= budget_bytes else self.minimum
-        for spans, least in sorted(self._selections, key=lambda item: item[1]):
-            if least >= best.time.step_seconds:
+        search = _Search(self, budget_bytes, host_bytes)
+        if self.resident.peak_bytes <= budget_bytes:
+            return self.resident
+        search.best = self.minimum
+        for selection in self.selections.relaxed(budget_bytes, lambda: search.best.time.step_seconds):
+            if search.try_(selection) and search.perfect:
                 break
-            for placements in self._arenas(spans, budget_bytes):
-                best = self._better(best, placements, "arena", budget_bytes)
-            for limit in self._limits(budget_bytes):
-                early = prefetch_into_headroom(spans, self.problem.activation_bytes, self._resident_bytes(spans), limit)
-                if early is None or self._seconds(early) > best.time.step_seconds:
-                    break  # a smaller limit is no faster
-                schedule = self._evaluate(early, "allocator")
-                if schedule.peak_bytes <= budget_bytes:
-                    best = min(best, schedule, key=_rank)
-                    break
-        return best
+        for selection, least in self.selections.even:
+            if least >= search.best.time.step_seconds or search.perfect:
+                break
+            search.try_(selection)
+        search.make_uniform()
+        search.make_static()
+        return search.best
 
     def pass_through(self, budget_bytes: int) -> Schedule:
         """The fastest schedule that keeps nothing between calls: all that is worth a copy is streamed in every one.
@@ -112,52 +121,15 @@ class Solver:
         Requires `budget_bytes >= minimum.peak_bytes`.
         """
         assert budget_bytes >= self.minimum.peak_bytes
-        best = self.minimum
+        search = _Search(self, budget_bytes, None)
+        search.best = self.minimum
+        fresh = not self.minimum.placements
         for target, tiny in GRANULARITIES:
             spans = make_bundles(self.problem, target, tiny)
-            for limit in self._limits(budget_bytes) if spans else ():
-                early = prefetch_into_headroom(spans, self.problem.activation_bytes, self._resident_bytes(spans), limit)
-                if early is None or (best.placements and self._seconds(early) >= best.time.step_seconds):
-                    break  # a smaller limit is no faster
-                schedule = self._evaluate(early, "allocator")
-                if schedule.peak_bytes <= budget_bytes:
-                    best = min(best, schedule, key=_rank) if best.placements else schedule
-                    break
-        return best
+            fresh = not (spans and search.try_(spans, seam=False, anyway=fresh)) and fresh
+        return search.best
 
-    def _better(self, best: Schedule, placements: tuple[Placement, ...], staging: StagingMode, budget_bytes: int) -> Schedule:
-        """The better of two schedules. The simulator is cheap and the memory model is not: it is asked second."""
-        if self._seconds(placements) > best.time.step_seconds:
-            return best
-        schedule = self._evaluate(placements, staging)
-        return min(best, schedule, key=_rank) if schedule.peak_bytes <= budget_bytes else best
-
-    @cached_property
-    def _selections(self) -> list[tuple[tuple[BundleSpan, ...], float]]:
-        """Every choice of streamed bundles, with the least seconds that it can take."""
-        problem, chosen = self.problem, {}
-        for target, tiny in GRANULARITIES:
-            spans = make_bundles(problem, target, tiny)
-            for rate in RATES:
-                selection = spread(problem, spans, rate)
-                least = problem.machine.link_latency_seconds * len(selection)
-                least += sum(s.nbytes for s in selection) / problem.machine.link_bandwidth
-                if selection:
-                    chosen[selection] = max(problem.compute_seconds, least)
-        return list(chosen.items())
-
-    def _arenas(self, spans: tuple[BundleSpan, ...], budget_bytes: int) -> Iterator[tuple[Placement, ...]]:
-        """Placements of a selection in static arenas of several sizes, as long as they may fit."""
-        problem = self.problem
-        largest = max(s.nbytes for s in spans)
-        floor = self._resident_bytes(spans) + int(problem.activation_bytes.max()) + problem.memory.fixed_bytes
-        for slots in ARENA_SLOTS:
-            placements = prefetch_into_arena(spans, slots * largest)
-            if floor + int(staged_bytes(placements, len(problem.seconds)).max()) > budget_bytes:
-                break
-            yield placements
-
-    def _limits(self, budget_bytes: int) -> Iterator[int]:
+    def limits(self, budget_bytes: int) -> Iterator[int]:
         """Limits of live bytes to schedule into, the largest first.
 
         The budget itself where live bytes are all there is. Where the allocator reserves more, from a grid that is the same for
@@ -173,30 +145,29 @@ class Solver:
                 yield int(limit) - fixed
             limit /= LIMIT_STEP
 
-    def _seconds(self, placements: tuple[Placement, ...]) -> float:
-        return simulate(self.problem.seconds, placements, self.problem.machine).step_seconds
+    def seconds(self, placements: Sequence[Placement]) -> StepTime:
+        """What the simulator says."""
+        return step_time(EngineProgram.placed(self.problem.seconds, placements), self.problem.machine, self.repeats)
 
-    def _resident_bytes(self, spans: Sequence[BundleSpan]) -> int:
+    def resident_bytes(self, spans: Sequence[BundleSpan]) -> int:
+        """Of the weights that these spans leave on the device."""
         streamed = {w for s in spans for w in s.weights}
         return self.problem.total_weight_bytes - self.problem.arena_bytes(streamed)
 
     def weights_at(self, schedule: Schedule) -> np.ndarray:
         """Bytes of weights on the device at every operator, resident and staged; int64[n]."""
-        resident = self._resident_bytes([p.span for p in schedule.placements])
+        resident = self.resident_bytes([p.span for p in schedule.placements])
         if schedule.staging == "arena":
-            arena = arena_offsets(schedule.placements)[1] if schedule.placements else 0
-            return np.full(len(self.problem.seconds), resident + arena, dtype=np.int64)
+            return np.full(len(self.problem.seconds), resident + schedule.staging_bytes, dtype=np.int64)
         return resident + staged_bytes(schedule.placements, len(self.problem.seconds))
 
-    def evaluate(self, placements: tuple[Placement, ...], staging: StagingMode) -> Schedule:
-        """What the memory model and the simulator say of a schedule that was decided elsewhere."""
-        return self._evaluate(placements, staging)
-
-    def _evaluate(self, placements: tuple[Placement, ...], staging: StagingMode, time: StepTime | None = None) -> Schedule:
-        problem, memory = self.problem, self.problem.memory
-        resident = self._resident_bytes([p.span for p in placements])
-        staged = staged_bytes(placements, len(problem.seconds))
-        arena = arena_offsets(placements)[1] if staging == "arena" and placements else 0
+    def evaluate(self, placements: Sequence[Placement], staging: StagingMode, time: StepTime | None = None) -> Schedule:
+        """What the memory model says of a schedule, and the simulator, where `time` does not say it already."""
+        problem, memory, count = self.problem, self.problem.memory, len(self.problem.seconds)
+        placements = tuple(placements)
+        resident = self.resident_bytes([p.span for p in placements])
+        staged = staged_bytes(placements, count)
+        arena = arena_offsets(placements, count)[1] if staging == "arena" and placements else 0
         total = problem.activation_bytes + resident + (arena if staging == "arena" else staged)
         position = int(np.argmax(total))
         if memory.device != "cuda":
@@ -205,15 +176,19 @@ class Solver:
             peak = self._reserved_activations + memory.reserved_alone(resident) + memory.reserved_alone(arena)
         else:
             peak = memory.reserved_alone(resident) + memory.reserved_bytes(self._events(placements))
-        time = time or simulate(problem.seconds, placements, problem.machine)
-        return Schedule(placements, staging, peak + memory.fixed_bytes, position, time)
+        time = time or self.seconds(placements)
+        return Schedule(placements, staging, peak + memory.fixed_bytes, position, time, arena)
 
     @cached_property
     def _reserved_activations(self) -> int:
         return self.problem.memory.reserved_bytes(self._events(()))
 
     def _events(self, own: tuple[Placement, ...]) -> Iterator[AllocationEvent]:
-        """What the device's allocator is asked for in program order, besides the arenas; `own` bundles come from it too."""
+        """What the device's allocator is asked for in program order, besides the arenas; `own` bundles come from it too.
+
+        Where some come over the seam, of two calls: the first finds them in the order in which they are copied, the second as
+        the first has left them.
+        """
         live = self.problem.liveness
         keys: dict[int, int] = {}
         fresh = iter(range(1, 1 << 62))
@@ -224,9 +199,17 @@ class Solver:
         for index, placed in enumerate(own):
             starts.setdefault(placed.prefetch, []).append(index)
             ends.setdefault(placed.span.last, []).append(index)
-        bundles: dict[int, int] = {}
-        for i, cost in enumerate(live.costs):
-            for index in starts.get(i, ()):
+        carried = [index for index, placed in enumerate(own) if placed.carried]
+        bundles = {index: next(fresh) for index in carried}
+        for index in carried:
+            yield bundles[index], own[index].span.nbytes
+        for i in [*range(len(live.costs))] * (2 if carried else 1):
+            cost = live.costs[i]
+            if i == 0 and keys:  # the outputs of the call before are the caller's by now
+                for key in keys.values():
+                    yield -key, 0
+                keys.clear()
+            for index in sorted(starts.get(i, ()), key=lambda n: own[n].carried):
                 bundles[index] = next(fresh)
                 yield bundles[index], own[index].span.nbytes
             for storage, nbytes in live.born[i]:
@@ -242,6 +225,85 @@ class Solver:
                 yield -bundles.pop(index), 0
 
 
-def _rank(schedule: Schedule) -> tuple[float, int, int]:
-    """Faster first; then fewer bytes over the link, then less memory."""
-    return schedule.time.step_seconds, schedule.streamed_bytes, schedule.peak_bytes
+@dataclass
+class _Search:
+    """The best schedule so far within one budget."""
+
+    solver: Solver
+    budget_bytes: int
+    host_bytes: int | None
+    best: Schedule = field(init=False)
+
+    @property
+    def perfect(self) -> bool:
+        """Whether compute never waits, which nothing beats."""
+        return self.best.time.step_seconds <= self.solver.problem.compute_seconds * (1 + _EQUAL)
+
+    def try_(self, selection: Selection, *, seam: bool | None = None, anyway: bool = False) -> bool:
+        """Schedules a selection; gives whether it is better than what was known, or fits `anyway`."""
+        solver, problem = self.solver, self.solver.problem
+        if self._pinned_bytes(selection) > (self.host_bytes if self.host_bytes is not None else 1 << 62):
+            return False
+        resident = solver.resident_bytes(selection)
+        if resident + int(problem.activation_bytes.max()) + problem.memory.fixed_bytes > self.budget_bytes:
+            return False
+        for limit in solver.limits(self.budget_bytes):
+            room = limit - resident - solver.segments.activation_bytes
+            early = self._place(selection, room, solver.repeats > 1 if seam is None else seam)
+            if early is None:
+                return False
+            time = solver.seconds(early)
+            if not anyway and time.step_seconds > self.best.time.step_seconds * (1 + _EQUAL):
+                return False  # a smaller limit is no faster
+            schedule = solver.evaluate(early, "allocator", time)
+            if schedule.peak_bytes <= self.budget_bytes:
+                better = anyway or self._rank(schedule) < self._rank(self.best)
+                self.best = schedule if better else self.best
+                return better
+        return False
+
+    def _place(self, selection: Selection, room: np.ndarray, seam: bool) -> tuple[Placement, ...] | None:
+        return self.solver.segments.place(selection, room, seam)
+
+    def make_uniform(self) -> None:
+        """Identical blocks get identical treatment where that costs nothing."""
+        selections = self.solver.selections
+        if not selections.split_roles(tuple(p.span for p in self.best.placements)):
+            return
+        for selection, least in selections.uniform:
+            if least <= self.best.time.step_seconds * (1 + _EQUAL) and self.try_(selection):
+                return
+
+    def make_static(self) -> None:
+        """The same bundles through one static arena, where that is as fast: nothing is asked of the allocator then."""
+        spans = tuple(p.span for p in self.best.placements)
+        if not spans or self.best.staging == "arena":
+            return
+        solver, count = self.solver, len(self.solver.problem.seconds)
+        largest = max(s.nbytes for s in spans)
+        floor = solver.resident_bytes(spans) + int(solver.problem.activation_bytes.max()) + solver.problem.memory.fixed_bytes
+        for slots in ARENA_SLOTS:
+            room = np.full(len(solver.segments), slots * largest, dtype=np.int64)
+            placed = self._place(spans, room, solver.repeats > 1)
+            if placed is None:
+                continue
+            if floor + int(staged_bytes(placed, count).max()) > self.budget_bytes:
+                return
+            time = solver.seconds(placed)
+            if time.step_seconds > self.best.time.step_seconds * (1 + _EQUAL):
+                continue
+            schedule = solver.evaluate(placed, "arena", time)
+            if schedule.peak_bytes <= self.budget_bytes:
+                self.best = schedule
+                return
+
+    def _pinned_bytes(self, selection: Selection) -> int:
+        return self.solver.problem.arena_bytes({w for span in selection for w in span.weights})
+
+    def _rank(self, schedule: Schedule) -> tuple[float, int, int, int]:
+        """Faster first; then what reads better; then fewer bytes over the link, then less memory."""
+        split = self.solver.selections.split_roles(tuple(p.span for p in schedule.placements))
+        seconds = schedule.time.step_seconds
+        if self.perfect and seconds <= self.solver.problem.compute_seconds * (1 + _EQUAL):
+            seconds = 0.0  # not slower than the other one by more than rounding
+        return seconds, split, schedule.streamed_bytes, schedule.peak_bytes

@@ -1,4 +1,6 @@
-"""The `accounting` device: CPU kernels, every storage counted by a dispatch mode. Budgets and peaks without a GPU.
+"""The `accounting` device: CPU kernels, every storage counted by a dispatch mode, and a virtual clock of the planned machine.
+
+Budgets, peaks and overlap without a GPU.
 
 It is the unfriendly kind of device: evicted bytes are overwritten with ones, so a program that reads what it has given back
 gives NaN instead of being right by luck.
@@ -18,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from runtime.devices.base import Measurement
+from runtime.devices.virtual_clock import VirtualClock
+from runtime.executable import Executable
 from runtime.homes import Home, MemoryHome
 from runtime.weight_file import Source
 
@@ -34,6 +38,7 @@ class AccountingDevice:
         self._counter: StorageCounter | None = None
         self._last: Measurement | None = None
         self._copied_bytes = 0
+        self._clock: VirtualClock | None = None
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), _POISON, dtype=torch.uint8)
@@ -47,37 +52,47 @@ class AccountingDevice:
     def home(self) -> Home:
         return MemoryHome()
 
-    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any]) -> None:
+    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any], bundle: int | None = None) -> None:
         for target, source in pairs:
             assert isinstance(source, torch.Tensor)  # its home is memory
             target.copy_(source)
             self._copied_bytes += source.numel()
+        if self._clock is not None and bundle is not None:
+            self._clock.copy(bundle)
 
-    def allocated(self) -> None:
+    def mark(self) -> None:
         return None
 
-    def evict(self, buffer: torch.Tensor) -> None:
+    def evict(self, buffer: torch.Tensor, bundle: int | None = None) -> None:
         buffer.fill_(_POISON)
+        if self._clock is not None and bundle is not None:
+            self._clock.evict(bundle)
 
-    def wait(self, event: Any) -> None:
-        return None
+    def wait(self, event: Any, bundle: int | None = None) -> None:
+        if self._clock is not None and bundle is not None:
+            self._clock.wait(bundle)
 
     def loaded(self, program: object) -> None:
-        return None
+        self._clock = VirtualClock(program.pace) if isinstance(program, Executable) and program.pace is not None else None
 
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
         counter = StorageCounter()
         for tensor in (*inputs, *arenas):
             counter.count(tensor)
+        del arenas  # bundles that came over the seam go with their eviction
         self._copied_bytes, started = 0, time.perf_counter()
+        if self._clock is not None:
+            self._clock.begin()
         try:
             with counter, _LinearIsOneKernel(counter):
                 yield
         finally:
             counter.detach()
-        seconds = time.perf_counter() - started
-        self._last = Measurement(counter.peak_bytes, None, seconds, self._copied_bytes, None)
+        timeline = self._clock.end() if self._clock is not None else None
+        seconds = timeline.step_seconds if timeline is not None else time.perf_counter() - started
+        copying = timeline.copy_seconds if timeline is not None else None
+        self._last = Measurement(counter.peak_bytes, None, seconds, self._copied_bytes, copying, timeline)
 
     def measurement(self) -> Measurement | None:
         return self._last

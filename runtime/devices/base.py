@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from runtime.homes import Home
+from runtime.timeline import Timeline
 from runtime.weight_file import Source
 
 
@@ -18,7 +19,7 @@ class Measurement:
 
     `peak_bytes`: most bytes live (accounting) or allocated (cuda, cpu) by the program, inputs included. `reserved_bytes`: most
     that the allocator held, where there is one. `copied_bytes` went from host to device, in `copy_seconds` of copy-engine time
-    where the device can tell.
+    where the device can tell. `seconds` are by the device's clock, which on `accounting` is a virtual one.
     """
 
     peak_bytes: int
@@ -26,6 +27,7 @@ class Measurement:
     seconds: float
     copied_bytes: int
     copy_seconds: float | None
+    timeline: Timeline | None = None
 
 
 class Device(Protocol):
@@ -48,19 +50,22 @@ class Device(Protocol):
         """Where the host keeps the weights: memory, or disk where memory is the device."""
         ...
 
-    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any]) -> Any:
-        """Copies host to device on the copy engine, after the given events; returns the event of its end."""
+    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any], bundle: int | None = None) -> Any:
+        """Copies host to device on the copy engine, after the given events; returns the event of its end.
+
+        Where a `bundle` is named, here and below, the timeline of the call has it.
+        """
         ...
 
-    def allocated(self) -> Any:
-        """The event after which memory that was just allocated may be written by the copy engine."""
+    def mark(self) -> Any:
+        """The event that all compute before this point in program order has run: what it read or freed may be written."""
         ...
 
-    def evict(self, buffer: torch.Tensor) -> Any:
-        """Records that everything before this point in program order has read the buffer; returns the event."""
+    def evict(self, buffer: torch.Tensor, bundle: int | None = None) -> None:
+        """Says that nothing after this point in program order reads the buffer."""
         ...
 
-    def wait(self, event: Any) -> None:
+    def wait(self, event: Any, bundle: int | None = None) -> None:
         """Makes compute wait for an event of the copy engine."""
         ...
 

@@ -18,6 +18,7 @@ import torch
 
 from runtime.allocations import AllocationTrace, note
 from runtime.devices.base import Measurement
+from runtime.devices.call_log import CallLog
 from runtime.devices.readers import Arrival, Readers
 from runtime.homes import DiskHome, Home
 from runtime.weight_file import Source
@@ -48,6 +49,7 @@ class CpuDevice:
         self._last: Measurement | None = None
         self._threads = torch.get_num_threads()
         self._copied_bytes = 0
+        self._log = CallLog(time.perf_counter())
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return _mapped(nbytes) if nbytes >= _MAPPED_BYTES else torch.empty(nbytes, dtype=torch.uint8)
@@ -61,18 +63,26 @@ class CpuDevice:
     def home(self) -> Home:
         return DiskHome(self._disk_bytes)
 
-    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any]) -> Arrival:
-        self._copied_bytes += sum(source.numel() for _, source in pairs)
-        return self._readers.copy(pairs)
+    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any], bundle: int | None = None) -> Arrival:
+        nbytes = sum(source.numel() for _, source in pairs)
+        self._copied_bytes += nbytes
+        arrival = self._readers.copy(pairs)
+        if bundle is not None:
+            self._log.copy(bundle, nbytes, arrival)
+        return arrival
 
-    def allocated(self) -> None:
-        return None
+    def mark(self) -> None:
+        return None  # compute is synchronous: what was issued has run
 
-    def evict(self, buffer: torch.Tensor) -> None:
-        return None  # compute is synchronous: its readers are through
+    def evict(self, buffer: torch.Tensor, bundle: int | None = None) -> None:
+        if bundle is not None:
+            self._log.evict(bundle)
 
-    def wait(self, event: Any) -> None:
+    def wait(self, event: Any, bundle: int | None = None) -> None:
+        started = time.perf_counter()
         event.wait()
+        if bundle is not None:
+            self._log.waited(bundle, started, event)
 
     def loaded(self, program: object) -> None:
         self._program = program
@@ -83,21 +93,24 @@ class CpuDevice:
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
         self._check_threads()
         self._copied_bytes, busy, started = 0, self._readers.busy_seconds(), time.perf_counter()
+        self._log = CallLog(started)
         fixed = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*inputs, *arenas)}
+        del arenas  # bundles that came over the seam go with their eviction
         wanted = self.measure_every_call or id(self._program) not in self._peaks
         trace = AllocationTrace() if wanted and AllocationTrace.possible() else None
         try:
             with trace or contextlib.nullcontext():
                 yield
-        finally:
-            self._readers.drain()  # after a crash no read may land in memory that is given back
+        except BaseException:
+            self._readers.drain()  # no read may land in memory that is given back
+            raise
         seconds = time.perf_counter() - started
         if trace is not None:
             self._peaks[id(self._program)] = self._program, sum(fixed.values()) + trace.peak_bytes
         if id(self._program) in self._peaks:
             busy = self._readers.busy_seconds() - busy
             _, peak = self._peaks[id(self._program)]
-            self._last = Measurement(peak, None, seconds, self._copied_bytes, busy or None)
+            self._last = Measurement(peak, None, seconds, self._copied_bytes, busy or None, self._log.timeline(seconds))
 
     def _check_threads(self) -> None:
         threads = torch.get_num_threads()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from runtime.devices.base import Measurement
+from runtime.devices.event_log import EventLog
 from runtime.homes import Home, MemoryHome
 from runtime.weight_file import Source
 
@@ -34,6 +35,7 @@ class CudaDevice:
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._times: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._copied_bytes = 0
+        self._log = EventLog()
         self._baseline_bytes = 0
         self._reserved_baseline = 0
         self._enforced = False
@@ -59,7 +61,7 @@ class CudaDevice:
     def home(self) -> Home:
         return MemoryHome()
 
-    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any]) -> torch.cuda.Event:
+    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any], bundle: int | None = None) -> torch.cuda.Event:
         for event in after:
             self._copies.wait_event(event)
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -74,6 +76,8 @@ class CudaDevice:
                     self._copy_through_ring(target, source)
             end.record(self._copies)
         self._spans.append((begin, end))
+        if bundle is not None:
+            self._log.copies.append((bundle, sum(source.numel() for _, source in pairs), after[-1], begin, end))
         return end
 
     def _copy_through_ring(self, target: torch.Tensor, source: torch.Tensor) -> None:
@@ -91,31 +95,33 @@ class CudaDevice:
             target[start : start + piece.numel()].copy_(slot[: piece.numel()], non_blocking=True)
             sent.record(self._copies)
 
-    def allocated(self) -> torch.cuda.Event:
-        return self._mark()  # the memory's last owner was freed before this point of the stream that allocates
-
-    def evict(self, buffer: torch.Tensor) -> torch.cuda.Event:
-        return self._mark()
-
-    def _mark(self) -> torch.cuda.Event:
-        event = torch.cuda.Event()
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.torch_device))
         return event
 
-    def wait(self, event: Any) -> None:
+    def evict(self, buffer: torch.Tensor, bundle: int | None = None) -> None:
+        if bundle is not None:
+            self._log.evictions.append((bundle, self.mark()))
+
+    def wait(self, event: Any, bundle: int | None = None) -> None:
+        reached = self.mark() if bundle is not None else None
         torch.cuda.current_stream(self.torch_device).wait_event(event)
+        if bundle is not None:
+            self._log.waits.append((bundle, reached, self.mark()))
 
     def loaded(self, program: object) -> None:
         return None
 
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
+        del arenas  # bundles that came over the seam go with their eviction
         stream = torch.cuda.current_stream(self.torch_device)
         if self._done is not None:
             stream.wait_event(self._done)  # the last call may have run on another stream
         self._copies.wait_stream(stream)  # no copy before the last call's readers are through (I4)
         torch.cuda.reset_peak_memory_stats(self.torch_device)
-        self._spans, self._copied_bytes = [], 0
+        self._spans, self._copied_bytes, self._log = [], 0, EventLog()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(stream)
         try:
@@ -134,12 +140,14 @@ class CudaDevice:
             return None
         torch.cuda.synchronize(self.torch_device)
         copy_seconds = sum(a.elapsed_time(b) for a, b in self._spans) / 1e3
+        seconds = self._times[0].elapsed_time(self._times[1]) / 1e3
         return Measurement(
             torch.cuda.max_memory_allocated(self.torch_device) - self._baseline_bytes,
             torch.cuda.max_memory_reserved(self.torch_device) - self._reserved_baseline,
-            self._times[0].elapsed_time(self._times[1]) / 1e3,
+            seconds,
             self._copied_bytes,
             copy_seconds,
+            self._log.timeline(self._times[0], seconds),
         )
 
     def enforce(self, budget_bytes: int) -> None:

@@ -26,6 +26,16 @@ class Arrival:
         self._waiting = pieces
         self._done = threading.Condition()
         self._error: Exception | None = None
+        # By `time.perf_counter()`: when it was asked for, when a thread took the first piece, when the last one was through.
+        self.issued = time.perf_counter()
+        self.began: float | None = None
+        self.ended: float | None = self.issued if pieces == 0 else None
+
+    def begin(self) -> None:
+        """A thread has taken a piece."""
+        with self._done:
+            if self.began is None:
+                self.began = time.perf_counter()
 
     def finished(self, error: Exception | None) -> None:
         """One piece is through, or failed."""
@@ -33,6 +43,7 @@ class Arrival:
             self._error = self._error or error
             self._waiting -= 1
             if self._waiting == 0:
+                self.ended = time.perf_counter()
                 self._done.notify_all()
 
     def wait(self) -> None:
@@ -146,6 +157,7 @@ def _read(pieces: queue.SimpleQueue[_Piece | None], clock: _BusyClock) -> None:
     """What a thread does. It knows the queue and not the pool, which can thus be collected."""
     while (piece := pieces.get()) is not None:
         arrival, error = piece.arrival, None
+        arrival.begin()
         try:
             with clock:
                 _transfer(piece.target, piece.source)

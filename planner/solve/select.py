@@ -1,0 +1,135 @@
+"""Which bundles to stream: families of selections, none of which depends on the budget that is asked for.
+
+So a larger budget has every selection that a smaller one has, and is never slower.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from planner.bounds import physical_bound
+from planner.solve.bundles import TINY_BYTES, BundleSpan, make_bundles, spread, spread_fractions
+from planner.solve.problem import Problem
+from planner.solve.relax import Relaxation, relax
+from planner.solve.segments import Segments
+
+MIB = 1024 * 1024
+# (bundle target, what is too small to stream). The finest comes last: it sets the minimum budget.
+GRANULARITIES = ((64 * MIB, TINY_BYTES), (16 * MIB, TINY_BYTES), (0, TINY_BYTES), (0, 0))
+# Bytes streamed per second of compute, in units of all weights over the whole step; the last streams everything.
+RATES = (*(i / 48 for i in range(1, 48)), *(1.05**i for i in range(80)), 1e30)
+# Linear programs are solved for budgets in this ratio, and in so many steps between two of them interpolated.
+_BUDGET_RATIO = 1.2
+_BETWEEN = 20
+
+Selection = tuple[BundleSpan, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Selections:
+    """The selections of one problem; `seam`: whether calls follow each other and prefetch for the next."""
+
+    problem: Problem
+    segments: Segments
+    seam: bool
+    least_bytes: int
+    most_bytes: int
+
+    def least_seconds(self, selection: Selection) -> float:
+        """What no schedule of the selection can beat."""
+        machine = self.problem.machine
+        return max(self.problem.compute_seconds, sum(machine.copy_seconds(span.nbytes) for span in selection))
+
+    @cached_property
+    def even(self) -> list[tuple[Selection, float]]:
+        """Evenly by compute time, at every rate and granularity, with the least seconds of each; the fastest first."""
+        chosen: dict[Selection, float] = {}
+        for spans in self._granularities:
+            for rate in RATES:
+                selection = spread(self.problem, spans, rate)
+                if selection and selection not in chosen:
+                    chosen[selection] = self.least_seconds(selection)
+        return sorted(chosen.items(), key=lambda item: item[1])
+
+    @cached_property
+    def uniform(self) -> list[tuple[Selection, float]]:
+        """Whole roles: what has the same name but for numbers is streamed everywhere or nowhere. Fewest bytes first."""
+        nbytes: dict[str, int] = {}
+        for weight in self._names:
+            nbytes[self.role(weight)] = nbytes.get(self.role(weight), 0) + self.problem.weight_bytes[weight]
+        chosen: dict[Selection, float] = {}
+        for order in (sorted(nbytes, key=lambda r: -nbytes[r]), sorted(nbytes, key=lambda r: nbytes[r])):
+            for count in range(1, len(order) + 1):
+                taken = set(order[:count])
+                for spans in self._granularities[:1] + self._granularities[-1:]:
+                    fractions = {w: 1.0 for w in self._names if self.role(w) in taken}
+                    selection = spread_fractions(self.problem, spans, fractions, 0)
+                    if selection:
+                        chosen[selection] = self.least_seconds(selection)
+        return sorted(chosen.items(), key=lambda item: sum(s.nbytes for s in item[0]))
+
+    def relaxed(self, budget_bytes: int, enough: Callable[[], float]) -> Iterator[Selection]:
+        """Roundings of linear programs for budgets up to this one, the largest first, as long as one may beat `enough()`."""
+        for low, high, share, at in self._grid(budget_bytes):
+            if physical_bound(self.problem, at).seconds >= enough():
+                return
+            a, b = self._relaxed(low), self._relaxed(high)
+            if a is None or b is None:
+                continue
+            fractions = {
+                name: ((1 - share) * a.streamed.get(name, 0.0) + share * b.streamed.get(name, 0.0))
+                / self.problem.weight_bytes[name]
+                for name in a.streamed.keys() | b.streamed.keys()
+            }
+            needed = physical_bound(self.problem, at).streamed_bytes
+            for spans in self._granularities:
+                selection = spread_fractions(self.problem, spans, fractions, needed)
+                if selection:
+                    yield selection
+
+    def split_roles(self, selection: Selection) -> int:
+        """How many roles are streamed in part: what makes a plan hard to read."""
+        streamed = {weight for span in selection for weight in span.weights}
+        some = {self.role(weight) for weight in streamed}
+        rest = {self.role(weight) for weight in self._names if weight not in streamed}
+        return len(some & rest)
+
+    def role(self, weight: str) -> str:
+        """The weight's name with its numbers taken out."""
+        return self._roles[weight]
+
+    @cached_property
+    def _roles(self) -> Mapping[str, str]:
+        weights = self.problem.program.weights
+        return {key: re.sub(r"\d+", "*", weights[key].name) for key in self.problem.weight_bytes}
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [w for w, n in self.problem.weight_bytes.items() if w not in self.problem.pinned and n > TINY_BYTES]
+
+    @cached_property
+    def _granularities(self) -> list[Selection]:
+        return list(dict.fromkeys(make_bundles(self.problem, target, tiny) for target, tiny in GRANULARITIES))
+
+    def _grid(self, budget_bytes: int) -> Iterator[tuple[int, int, float, int]]:
+        """(lower budget, higher budget, share of the higher, budget in between), the last falling from `budget_bytes` on."""
+        ends = [float(self.least_bytes)]
+        while ends[-1] < self.most_bytes:
+            ends.append(min(ends[-1] * _BUDGET_RATIO, float(self.most_bytes)))
+        for low, high in reversed(list(zip(ends, ends[1:], strict=False))):
+            for step in range(_BETWEEN, 0, -1):
+                at = low + (high - low) * step / _BETWEEN
+                if at <= budget_bytes:
+                    yield int(low), int(high), step / _BETWEEN, int(at)
+
+    def _relaxed(self, budget_bytes: int) -> Relaxation | None:
+        if budget_bytes not in self._solved:
+            self._solved[budget_bytes] = relax(self.problem, self.segments, budget_bytes, seam=self.seam)
+        return self._solved[budget_bytes]
+
+    @cached_property
+    def _solved(self) -> dict[int, Relaxation | None]:
+        return {}

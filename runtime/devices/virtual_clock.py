@@ -1,0 +1,63 @@
+"""A virtual clock: one compute engine and one first-in-first-out copy engine, at the pace of the machine planned for.
+
+It is driven by what the running program does, and shares no code with the simulator that predicted it.
+"""
+
+from __future__ import annotations
+
+from runtime.executable import Pace
+from runtime.timeline import Cause, Copy, Eviction, Stall, Timeline
+
+
+class VirtualClock:
+    """`begin`, then every `copy`, `wait` and `evict` of a call in program order, then `end`."""
+
+    def __init__(self, pace: Pace) -> None:
+        self._pace = pace
+        self._now = self._engine_free = 0.0
+        self._step = 0
+        self._under_way: dict[int, tuple[float, Cause]] = {}  # arrival, and what its copy had waited for
+        self._copies: list[Copy] = []
+        self._stalls: list[Stall] = []
+        self._evictions: list[Eviction] = []
+
+    def begin(self) -> None:
+        """A call begins where the last one ended; what that prefetched for it may still be on its way."""
+        passed = self._now
+        self._now, self._step = 0.0, 0
+        self._engine_free -= passed
+        self._under_way = {bundle: (arrival - passed, cause) for bundle, (arrival, cause) in self._under_way.items()}
+        self._copies, self._stalls, self._evictions = [], [], []
+
+    def copy(self, bundle: int) -> None:
+        """The program came to a prefetch."""
+        self._compute()
+        seconds, nbytes = self._pace.copies[bundle]
+        cause: Cause = "space" if self._now > 0 and self._now >= self._engine_free else "link"
+        start = max(self._engine_free, self._now)
+        self._engine_free = start + seconds
+        self._under_way[bundle] = self._engine_free, cause
+        self._copies.append(Copy(bundle, nbytes, self._now, start, self._engine_free))
+
+    def wait(self, bundle: int) -> None:
+        """The program came to an onload. What was copied before the first call is there."""
+        self._compute()
+        arrival, cause = self._under_way.pop(bundle, (self._now, "link"))
+        if arrival > self._now:
+            self._stalls.append(Stall(bundle, self._now, arrival, cause))
+            self._now = arrival
+
+    def evict(self, bundle: int) -> None:
+        """The program came to an evict."""
+        self._compute()
+        self._evictions.append(Eviction(bundle, self._now))
+
+    def end(self) -> Timeline:
+        """The call is over."""
+        self._compute()
+        return Timeline(self._now, tuple(self._copies), tuple(self._stalls), tuple(self._evictions))
+
+    def _compute(self) -> None:
+        """The operators since the last step ran."""
+        self._now += self._pace.compute[self._step]
+        self._step += 1
