@@ -38,7 +38,7 @@ _AT_ONCE = -1
 _SMALL_LIMIT = SMALL_LIMIT_BYTES // ROUND_BYTES
 _STEP = LARGE_ROUND_BYTES // ROUND_BYTES
 _LEAST_POOL = LARGE_EXACT_BYTES // ROUND_BYTES
-# Pools that are tried beside the one that holds all: so many steps of 2 MiB larger (its tail is another block to choose from
+# Pools that are tried beside those that may hold all: so many steps of 2 MiB larger (its tail is another block to choose from
 # than what lies behind an endless one), and so many eighths of the live peak, for where one segment fragments more than a few.
 _STEPS_LARGER = (0, 1, 2, 4)
 _EIGHTHS_OF_LIVE = (10, 9, 8, 7, 6, 5, 4, 3, 2)
@@ -151,8 +151,7 @@ class Trace:
         """Pools to try, in units, the likeliest first."""
         live = -(-self._live_units // _STEP)
         if live:
-            high = _high_water(self._large, most)
-            sizes = [-(-high // _STEP) + more for more in _STEPS_LARGER] if high is not None else []
+            sizes = [-(-high // _STEP) + more for high in _high_waters(self._large, most) for more in _STEPS_LARGER]
             sizes += [live * eighths // 8 for eighths in _EIGHTHS_OF_LIVE]
             yield from dict.fromkeys(max(size * _STEP, _LEAST_POOL) for size in sizes)
         yield 0
@@ -164,7 +163,7 @@ class Trace:
     @cached_property
     def _live_units(self) -> int:
         sizes = [0] * self._large.slots
-        changes = []
+        changes: list[int] = []
         for slot, units in self._large.operations:
             if slot == _AT_ONCE:
                 changes += (units, -units)
@@ -289,17 +288,18 @@ def _replay(requests: _Requests, pool: int, most: int | None, *, small: bool = F
     return reserved
 
 
-def _high_water(requests: _Requests, most: int | None) -> int | None:
-    """Where the highest block ends if the pool has no end, in units; None once that is more than `most`.
+def _high_waters(requests: _Requests, most: int | None) -> tuple[int, ...]:
+    """Where the highest block ends if the pool has no end, in units: of all, and of those that are not given back at once.
 
-    What lies behind all blocks is larger than any hole, so it is taken last. A pool that ends there holds everything, unless
-    its tail is a better fit than a hole somewhere; a replay tells.
+    Empty once the latter is more than `most`. What lies behind all blocks is larger than any hole, so it is taken last. A pool
+    that ends there holds everything, unless its tail is a better fit than a hole somewhere; and what is given back at once may
+    yet find a hole in a smaller one. A replay tells.
     """
     free: list[int] = []
     ends: dict[int, int] = {}
     starts: dict[int, int] = {}
     first, last = [0] * requests.slots, [0] * requests.slots
-    top = high = 0
+    top = high = highest = 0
     for slot, units in requests.operations:
         if units:
             index = bisect_left(free, units << _ADDRESS_BITS)
@@ -319,14 +319,16 @@ def _high_water(requests: _Requests, most: int | None) -> int | None:
                     del starts[end]
             else:
                 start, end = top, top + units
+                if end > highest:
+                    highest = end
+                if slot < 0:
+                    continue
+                top = end
                 if end > high:
                     high = end
                     assert high <= _ADDRESS_MASK, "8 TiB of blocks"
                     if most is not None and high > most:
-                        return None
-                if slot < 0:
-                    continue
-                top = end
+                        return ()
             first[slot], last[slot] = start, end
         else:
             start, end = first[slot], last[slot]
@@ -343,7 +345,7 @@ def _high_water(requests: _Requests, most: int | None) -> int | None:
                 end = after
             insort(free, end - start << _ADDRESS_BITS | start)
             ends[start], starts[end] = end, start
-    return high
+    return highest, high
 
 
 def _segment_units(units: int) -> int:

@@ -52,9 +52,9 @@ class MemoryModel:
     def reserve(self, events: Iterable[AllocationEvent] | Trace, limit: int | None = None) -> Reserved | None:
         """What the allocator reserves at most while it serves the events; None where that is more than `limit` bytes.
 
-        On CUDA segments, with the pool that makes them fewest; elsewhere the live peak. A limit never changes the answer, it only
-        makes "no" come sooner. Where many schedules share their activations, prepare those once: `Trace.of(steps)` and then
-        `trace.holding(bundles)`.
+        On CUDA segments, with the pool that makes them fewest; elsewhere the live peak. A limit never changes the answer, it
+        only makes "no" come sooner. Where many schedules share their activations, prepare those once: `Trace.of(steps)`, and
+        then `trace.holding(bundles)`.
         """
         if self.device == "cuda":
             pool = (events if isinstance(events, Trace) else Trace.of([events])).best_pool(limit)

@@ -65,6 +65,9 @@ class AccountingDevice:
     def loaded(self, program: object) -> None:
         return None
 
+    def reserve(self, nbytes: int) -> None:
+        return None
+
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
         counter = StorageCounter()

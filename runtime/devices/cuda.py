@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from runtime.devices.base import Measurement
+from runtime.devices.cuda_pool import PoolSegment, TorchCache
 from runtime.homes import Home, MemoryHome
 from runtime.weight_file import Source
 
@@ -37,6 +39,7 @@ class CudaDevice:
         self._baseline_bytes = 0
         self._reserved_baseline = 0
         self._enforced = False
+        self._pool = PoolSegment(TorchCache(self.torch_device))
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
@@ -108,12 +111,16 @@ class CudaDevice:
     def loaded(self, program: object) -> None:
         return None
 
+    def reserve(self, nbytes: int) -> None:
+        self._pool.make(nbytes)
+
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
         stream = torch.cuda.current_stream(self.torch_device)
         if self._done is not None:
             stream.wait_event(self._done)  # the last call may have run on another stream
         self._copies.wait_stream(stream)  # no copy before the last call's readers are through (I4)
+        self._pool.renew()  # before the peaks are reset: it is allocated for a moment
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         self._spans, self._copied_bytes = [], 0
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -149,8 +156,8 @@ class CudaDevice:
         self._baseline_bytes = torch.cuda.memory_allocated(self.torch_device)
         self._reserved_baseline = torch.cuda.memory_reserved(self.torch_device)
         total = torch.cuda.get_device_properties(self.torch_device).total_memory
-        share = min(1.0, (self._reserved_baseline + budget_bytes) / total)
-        torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
+        self._pool.limit_bytes = self._reserved_baseline + budget_bytes
+        torch.cuda.set_per_process_memory_fraction(share_of(self._pool.limit_bytes, total), self.torch_device)
         self._enforced = True
 
     def close(self) -> None:
@@ -158,5 +165,12 @@ class CudaDevice:
         if self._enforced:
             torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
             self._enforced = False
+        self._pool.limit_bytes = None
+        self._pool.make(0)
         self._ring.clear()
         torch.cuda.empty_cache()
+
+
+def share_of(nbytes: int, total_bytes: int) -> float:
+    """The least fraction of which the allocator, which multiplies it by `total_bytes` and rounds down, makes `nbytes`."""
+    return min(1.0, math.nextafter(nbytes / total_bytes, math.inf))
