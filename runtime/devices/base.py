@@ -71,7 +71,8 @@ class Device(Protocol):
     def reserve(self, nbytes: int) -> None:
         """Has the allocator, where there is one, hold a free segment of `nbytes` from which the next calls are served; 0: none.
 
-        To be called when the arenas of a program are allocated, and before it runs; it takes the place of the pool before.
+        To be called when the arenas of a program are allocated, and before it runs; it takes the place of the pool before. What
+        is allocated outside of calls lies beside it, what is allocated in them lies in it.
         """
         ...
 

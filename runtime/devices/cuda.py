@@ -40,8 +40,11 @@ class CudaDevice:
         self._reserved_baseline = 0
         self._enforced = False
         self._pool = PoolSegment(TorchCache(self.torch_device))
+        self._calling = False
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        if not self._calling:
+            self._pool.release()  # arenas stay, and lie in segments of their own
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def pin(self, buffer: torch.Tensor) -> bool:
@@ -125,6 +128,7 @@ class CudaDevice:
         self._spans, self._copied_bytes = [], 0
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(stream)
+        self._calling = True
         try:
             with torch.cuda.device(self.torch_device):
                 yield
@@ -132,6 +136,7 @@ class CudaDevice:
             self._copies.synchronize()  # copies under way must not land in memory that is about to be given back
             raise
         finally:
+            self._calling = False
             end.record(stream)
             self._done = end
             self._times = (begin, end)

@@ -78,8 +78,14 @@ class PoolSegment:
         if nbytes:
             self._make()
 
+    def release(self) -> None:
+        """Gives it back until the next call: what is allocated now, to stay, would be cut out of it."""
+        if self.nbytes and self._made_for is not None:
+            self._made_for = None
+            self._cache.empty()
+
     def renew(self) -> None:
-        """Makes it again where a call would find none: on another stream, or where segments were released since."""
+        """Makes it again where a call would find none: it was released, segments were since, or the stream is another."""
         if not self.nbytes or self._made_for == (self._cache.stream(), self._cache.released_segments()):
             return
         self._cache.empty()

@@ -102,3 +102,19 @@ def test_a_call_finds_its_pool_on_another_stream_and_after_empty_cache(stream: t
                 blocks.clear()
     finally:
         device.close()
+
+
+def test_arenas_lie_beside_the_pool(stream: torch.cuda.Stream) -> None:
+    device = CudaDevice(torch.device("cuda"))
+    before = torch.cuda.memory_reserved()
+    device.reserve(64 * MIB)
+    try:
+        arena = device.allocate(32 * MIB)
+        assert torch.cuda.memory_reserved() - before == 32 * MIB
+        with device.call([], [arena]):
+            assert torch.cuda.memory_reserved() - before == (32 + 64) * MIB
+            staged = device.allocate(48 * MIB)
+            assert torch.cuda.memory_reserved() - before == (32 + 64) * MIB
+        del arena, staged
+    finally:
+        device.close()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from passes.cuda_allocator import MIB, CachingAllocator, OutOfMemory
+from runtime.devices import open_device
 from runtime.devices.cuda import share_of
 from runtime.devices.cuda_pool import Cache, PoolSegment
 
@@ -97,6 +98,24 @@ def test_it_is_made_again_on_another_stream_and_when_it_was_given_back() -> None
     assert cache.segments(1) == []
     pool.renew()
     assert cache.segments(1) == [24 * MIB]
+
+
+def test_what_stays_is_not_cut_out_of_the_pool() -> None:
+    cache = SimulatedCache()
+    pool = PoolSegment(cache)
+    pool.release()  # there is none yet
+    pool.make(24 * MIB)
+    pool.release()
+    arena = cache.allocate(20 * MIB)
+    assert cache.segments() == [20 * MIB]
+    pool.renew()
+    assert cache.segments() == [20 * MIB, 24 * MIB]
+    del arena
+
+
+@pytest.mark.parametrize("name", ["accounting", "cpu"])
+def test_devices_without_a_caching_allocator_have_no_pool(name: str) -> None:
+    open_device(name).reserve(24 * MIB)
 
 
 def test_no_pool_passes_the_cap() -> None:
