@@ -11,7 +11,9 @@ reading that file:
   the request rounded up to 2 MiB.
 - What is left over of a block becomes a free block of its own if it has at least 512 B (small pool) or more than 1 MiB
   (large pool). A shorter tail stays in the block, and **counts as allocated**: `max_memory_allocated` sees it.
-- A freed block merges with free neighbours of its segment. Segments stay reserved.
+- A freed block merges with free neighbours of its segment. Segments stay reserved. A free segment of any size serves every
+  large request that fits, of 1 to 10 MiB too, and is cut for it: made and freed beforehand, it is a pool
+  (`passes.cuda_replay`). Blocks are free for the stream on which they were allocated alone.
 - Where a new segment would pass the cap of `set_per_process_memory_fraction`, every segment that is wholly free, of
   either pool, goes back to the driver, and the request is tried once more.
 

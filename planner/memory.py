@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from passes.cuda_allocator import CachingAllocator, round_bytes, segment_bytes
+from passes.cuda_allocator import round_bytes, segment_bytes
+from passes.cuda_replay import Trace
 from passes.workspace import cublas_workspace_bytes
 from runtime.layout import align
 
 # An event of the activation allocator: (+key, bytes) makes a storage, (-key, 0) ends it; keys are positive.
 AllocationEvent = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """What an allocator reserves at most, and the pool that it has to be given first (`Device.reserve`); both in bytes."""
+
+    reserved_bytes: int
+    pool_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -40,24 +49,34 @@ class MemoryModel:
         """What one long-lived arena of `nbytes` takes; on CUDA whole segments, which nothing else is counted on to share."""
         return segment_bytes(round_bytes(nbytes)) if self.device == "cuda" and nbytes else nbytes
 
-    def reserved_bytes(self, events: Iterable[AllocationEvent]) -> int:
-        """What the allocator reserves at most while it serves the events: on CUDA segments, elsewhere the live peak."""
+    def reserve(self, events: Iterable[AllocationEvent] | Trace, limit: int | None = None) -> Reserved | None:
+        """What the allocator reserves at most while it serves the events; None where that is more than `limit` bytes.
+
+        On CUDA segments, with the pool that makes them fewest; elsewhere the live peak. A limit never changes the answer, it
+        only makes "no" come sooner. Where many schedules share their activations, prepare those once: `Trace.of(steps)`, and
+        then `trace.holding(bundles)`.
+        """
         if self.device == "cuda":
-            allocator = CachingAllocator()
-            handles: dict[int, int] = {}
-            for key, nbytes in events:
-                if key > 0:
-                    handles[key] = allocator.alloc(nbytes)
-                else:
-                    allocator.free(handles.pop(-key))
-            return allocator.peak_reserved_bytes
-        live = peak = 0
-        sizes: dict[int, int] = {}
-        for key, nbytes in events:
-            if key > 0:
-                sizes[key] = nbytes
-                live += nbytes
-                peak = max(peak, live)
-            else:
-                live -= sizes.pop(-key)
-        return peak
+            pool = (events if isinstance(events, Trace) else Trace.of([events])).best_pool(limit)
+            return None if pool is None else Reserved(pool.reserved_bytes, pool.pool_bytes)
+        if isinstance(events, Trace):
+            raise TypeError(f"a Trace counts as CUDA does, in blocks of 512 B; give reserve() of {self.device!r} the events")
+        peak = _live_peak(events)
+        return None if limit is not None and peak > limit else Reserved(peak)
+
+    def reserved_bytes(self, events: Iterable[AllocationEvent]) -> int:
+        """What the allocator reserves at most while it serves the events, without a pool."""
+        return Trace.of([events]).reserved_bytes() if self.device == "cuda" else _live_peak(events)
+
+
+def _live_peak(events: Iterable[AllocationEvent]) -> int:
+    live = peak = 0
+    sizes: dict[int, int] = {}
+    for key, nbytes in events:
+        if key > 0:
+            sizes[key] = nbytes
+            live += nbytes
+            peak = max(peak, live)
+        else:
+            live -= sizes.pop(-key)
+    return peak

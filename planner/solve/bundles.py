@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,19 +52,20 @@ def make_bundles(problem: Problem, target_bytes: int, tiny_bytes: int) -> tuple[
     return tuple(spans)
 
 
-def spread(problem: Problem, spans: Sequence[BundleSpan], rate: float) -> tuple[BundleSpan, ...]:
-    """Chooses bundles evenly by compute time (error diffusion); the rest stays resident.
+def spread_evenly(
+    problem: Problem, spans: Sequence[BundleSpan], target_bytes: float, largest_bytes: float = math.inf, phase: float = 0.5
+) -> tuple[BundleSpan, ...]:
+    """Chooses bundles of about `target_bytes` evenly by compute time (error diffusion); the rest stays resident.
 
-    `rate` is streamed bytes per second of compute, in units of all bytes over all seconds. Where the program has fewer bytes
-    than that they are all chosen and the debt is carried on, so 1.0 need not choose everything; infinity does.
-    A weight with several visits is streamed in all of them or in none.
+    Those above `largest_bytes` are left out. A bundle is chosen once `phase` of it is due: the larger, the later. Where the program has fewer bytes than are due they are all chosen and the debt is
+    carried on. A weight with several visits is streamed in all of them or in none.
     """
     elapsed = np.concatenate([[0.0], np.cumsum(problem.seconds)])
-    due = rate * sum(s.nbytes for s in spans) * elapsed / max(elapsed[-1], 1e-30)
+    due = target_bytes * elapsed / max(elapsed[-1], 1e-30)
     chosen: list[BundleSpan] = []
     sent = 0.0
     for span in spans:
-        if due[span.last + 1] - sent >= span.nbytes / 2:
+        if span.nbytes <= largest_bytes and due[span.last + 1] - sent >= span.nbytes * phase:
             chosen.append(span)
             sent += span.nbytes
     return _whole_weights(problem, spans, chosen)

@@ -104,13 +104,12 @@ class Solver:
         if self.resident.peak_bytes <= budget_bytes:
             return self.resident
         search.best = self.minimum
-        for selection in self.selections.relaxed(budget_bytes, lambda: search.best.time.step_seconds):
-            if search.try_(selection) and search.perfect:
-                break
-        for selection, least in self.selections.even:
-            if least >= search.best.time.step_seconds or search.perfect:
-                break
-            search.try_(selection)
+        for family in (self.selections.relaxed, self.selections.even):
+            for selection in family(budget_bytes, lambda: search.best.time.step_seconds):
+                if search.perfect:
+                    break
+                if self.selections.least_seconds(selection) < search.best.time.step_seconds:
+                    search.try_(selection)
         search.make_uniform()
         search.make_static()
         return search.best

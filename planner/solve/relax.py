@@ -26,8 +26,9 @@ from planner.solve.segments import Segments
 
 # All weights, and the time to compute and to copy them once, are so many units: tolerances of the solver are absolute.
 _UNITS = 1000.0
-# What a streamed unit costs besides time, so that of equally fast solutions one that streams little is found.
-_TIE = 1e-9
+# What streaming everything costs besides time, as a share of the units: of equally fast solutions one that streams little and in
+# small pieces is found, whose buffers take less memory as a whole.
+_TIE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class _Model:
         upper = np.full(self.columns, highspy.kHighsInf)
         upper[: len(self.names)] = [problem.weight_bytes[name] / self.byte_unit for name in self.names]
         cost[self.waits : self.waits + count] = 1.0
-        cost[self.total] = _TIE
+        cost[: len(self.names)] = _TIE * upper[: len(self.names)] / max(upper[: len(self.names)].max(initial=0.0), 1e-30)
         linear = highspy.HighsLp()
         linear.num_col_, linear.num_row_ = self.columns, len(self.rows)
         linear.col_cost_, linear.col_lower_, linear.col_upper_ = cost, lower, upper
@@ -133,6 +134,7 @@ class _Model:
         if highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
             return None
         values = np.array(highs.getSolution().col_value)
-        waited = float(values[self.waits : self.waits + count].sum()) * self.second_unit
+        # The optimum without the ties is at least this.
+        waited = max(0.0, float(highs.getInfo().objective_function_value) - _TIE * _UNITS) * self.second_unit
         streamed = {name: float(x) * self.byte_unit for name, x in zip(self.names, values, strict=False) if x > 1e-6}
-        return Relaxation(problem.compute_seconds + max(0.0, waited), streamed)
+        return Relaxation(problem.compute_seconds + waited, streamed)

@@ -5,13 +5,14 @@ So a larger budget has every selection that a smaller one has, and is never slow
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from planner.bounds import physical_bound
-from planner.solve.bundles import TINY_BYTES, BundleSpan, make_bundles, spread, spread_fractions
+from planner.solve.bundles import TINY_BYTES, BundleSpan, make_bundles, spread_evenly, spread_fractions
 from planner.solve.problem import Problem
 from planner.solve.relax import Relaxation, relax
 from planner.solve.segments import Segments
@@ -19,8 +20,12 @@ from planner.solve.segments import Segments
 MIB = 1024 * 1024
 # (bundle target, what is too small to stream). The finest comes last: it sets the minimum budget.
 GRANULARITIES = ((64 * MIB, TINY_BYTES), (16 * MIB, TINY_BYTES), (0, TINY_BYTES), (0, 0))
-# Bytes streamed per second of compute, in units of all weights over the whole step; the last streams everything.
-RATES = (*(i / 48 for i in range(1, 48)), *(1.05**i for i in range(80)), 1e30)
+# Selections stream so many bytes as powers of this, up to so many times all weights: what is not there in time is owed.
+_TARGET_RATIO = 1.01
+_MOST_TARGET = 16
+# How many of the least sizes that suffice for a target are tried as the largest streamed.
+_SIZES = 2
+_PHASES = (0.5, 0.95)
 # Linear programs are solved for budgets in this ratio, and in so many steps between two of them interpolated.
 _BUDGET_RATIO = 1.2
 _BETWEEN = 20
@@ -43,16 +48,51 @@ class Selections:
         machine = self.problem.machine
         return max(self.problem.compute_seconds, sum(machine.copy_seconds(span.nbytes) for span in selection))
 
+    def even(self, budget_bytes: int, enough: Callable[[], float]) -> Iterator[Selection]:
+        """Evenly by compute time, the fewest bytes first, as long as one may beat `enough()`.
+
+        Of large bundles and small ones, of all weights and of those up to some size: a buffer is taken as a whole.
+        """
+        needed = physical_bound(self.problem, budget_bytes).streamed_bytes
+        exponent = math.ceil(math.log(max(needed, 1)) / math.log(_TARGET_RATIO))
+        while (target := _TARGET_RATIO**exponent) <= _MOST_TARGET * self.problem.total_weight_bytes:
+            if target / self.problem.machine.link_bandwidth >= enough():
+                break
+            yield from self._even_at(exponent)
+            exponent += 1
+        yield from self._even_at(None)
+
+    def _even_at(self, exponent: int | None) -> Sequence[Selection]:
+        """The selections for one target, by its logarithm; None is everything."""
+        if exponent not in self._known:
+            target = math.inf if exponent is None else _TARGET_RATIO**exponent
+            found: dict[Selection, None] = {}
+            for spans in self._granularities:
+                sizes = sorted({span.nbytes for span in spans})
+                enough = [size for size in sizes if sum(s.nbytes for s in spans if s.nbytes <= size) >= target]
+                for largest in dict.fromkeys([*enough[:_SIZES], math.inf]):
+                    for phase in _PHASES:
+                        selection = spread_evenly(self.problem, spans, min(target, 1e30), largest, phase)
+                        if selection:
+                            found |= dict.fromkeys((selection, self._to_the_end(selection, spans)))
+            self._known[exponent] = list(found)
+        return self._known[exponent]
+
+    def _to_the_end(self, selection: Selection, spans: Selection) -> Selection:
+        """The last streamed bundle exchanged for the last there is: what is computed behind it, no copy is hidden by."""
+        if self.seam or selection[-1] == spans[-1] or len(set(spans[-1].weights) & self._tied):
+            return selection
+        return (*selection[:-1], spans[-1])
+
     @cached_property
-    def even(self) -> list[tuple[Selection, float]]:
-        """Evenly by compute time, at every rate and granularity, with the least seconds of each; the fastest first."""
-        chosen: dict[Selection, float] = {}
-        for spans in self._granularities:
-            for rate in RATES:
-                selection = spread(self.problem, spans, rate)
-                if selection and selection not in chosen:
-                    chosen[selection] = self.least_seconds(selection)
-        return sorted(chosen.items(), key=lambda item: item[1])
+    def _tied(self) -> set[str]:
+        """Weights that are read in several places."""
+        seen: set[str] = set()
+        return {v.weight for v in self.problem.visits if v.weight in seen or seen.add(v.weight)}  # type: ignore[func-returns-value]
+
+    @cached_property
+    def _known(self) -> dict[int | None, list[Selection]]:
+        return {}
 
     @cached_property
     def uniform(self) -> list[tuple[Selection, float]]:

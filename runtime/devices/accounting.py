@@ -75,6 +75,9 @@ class AccountingDevice:
     def loaded(self, program: object) -> None:
         self._clock = VirtualClock(program.pace) if isinstance(program, Executable) and program.pace is not None else None
 
+    def reserve(self, nbytes: int) -> None:
+        return None
+
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
         counter = StorageCounter()

@@ -73,6 +73,14 @@ class Device(Protocol):
         """The program that the next calls run. What is measured once per program is measured in its first call."""
         ...
 
+    def reserve(self, nbytes: int) -> None:
+        """Has the allocator, where there is one, hold a free segment of `nbytes` from which the next calls are served; 0: none.
+
+        To be called when the arenas of a program are allocated, and before it runs; it takes the place of the pool before. What
+        is allocated outside of calls lies beside it, what is allocated in them lies in it.
+        """
+        ...
+
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> contextlib.AbstractContextManager[Any]:
         """Surrounds one call: orders it behind the last one, and measures."""
         ...

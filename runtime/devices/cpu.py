@@ -89,6 +89,9 @@ class CpuDevice:
         if _trim is not None:
             _trim(0)  # what planning and building freed, malloc still has
 
+    def reserve(self, nbytes: int) -> None:
+        return None
+
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
         self._check_threads()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from runtime.devices.base import Measurement
+from runtime.devices.cuda_pool import PoolSegment, TorchCache
 from runtime.devices.event_log import EventLog
 from runtime.homes import Home, MemoryHome
 from runtime.weight_file import Source
@@ -39,8 +41,12 @@ class CudaDevice:
         self._baseline_bytes = 0
         self._reserved_baseline = 0
         self._enforced = False
+        self._pool = PoolSegment(TorchCache(self.torch_device))
+        self._calling = False
 
     def allocate(self, nbytes: int) -> torch.Tensor:
+        if not self._calling:
+            self._pool.release()  # arenas stay, and lie in segments of their own
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def pin(self, buffer: torch.Tensor) -> bool:
@@ -113,6 +119,9 @@ class CudaDevice:
     def loaded(self, program: object) -> None:
         return None
 
+    def reserve(self, nbytes: int) -> None:
+        self._pool.make(nbytes)
+
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
         del arenas  # bundles that came over the seam go with their eviction
@@ -120,10 +129,12 @@ class CudaDevice:
         if self._done is not None:
             stream.wait_event(self._done)  # the last call may have run on another stream
         self._copies.wait_stream(stream)  # no copy before the last call's readers are through (I4)
+        self._pool.renew()  # before the peaks are reset: it is allocated for a moment
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         self._spans, self._copied_bytes, self._log = [], 0, EventLog()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(stream)
+        self._calling = True
         try:
             with torch.cuda.device(self.torch_device):
                 yield
@@ -131,6 +142,7 @@ class CudaDevice:
             self._copies.synchronize()  # copies under way must not land in memory that is about to be given back
             raise
         finally:
+            self._calling = False
             end.record(stream)
             self._done = end
             self._times = (begin, end)
@@ -157,8 +169,8 @@ class CudaDevice:
         self._baseline_bytes = torch.cuda.memory_allocated(self.torch_device)
         self._reserved_baseline = torch.cuda.memory_reserved(self.torch_device)
         total = torch.cuda.get_device_properties(self.torch_device).total_memory
-        share = min(1.0, (self._reserved_baseline + budget_bytes) / total)
-        torch.cuda.set_per_process_memory_fraction(share, self.torch_device)
+        self._pool.limit_bytes = self._reserved_baseline + budget_bytes
+        torch.cuda.set_per_process_memory_fraction(share_of(self._pool.limit_bytes, total), self.torch_device)
         self._enforced = True
 
     def close(self) -> None:
@@ -166,5 +178,12 @@ class CudaDevice:
         if self._enforced:
             torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
             self._enforced = False
+        self._pool.limit_bytes = None
+        self._pool.make(0)
         self._ring.clear()
         torch.cuda.empty_cache()
+
+
+def share_of(nbytes: int, total_bytes: int) -> float:
+    """The least fraction of which the allocator, which multiplies it by `total_bytes` and rounds down, makes `nbytes`."""
+    return min(1.0, math.nextafter(nbytes / total_bytes, math.inf))

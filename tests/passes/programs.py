@@ -22,12 +22,13 @@ from planner import plan
 from planner.capture import capture
 from planner.pipeline import emit_program, make_executable
 from planner.plan import Plan
-from planner.schedule import Placement, prefetch_into_arena
+from planner.schedule import Placement
 from planner.solve.bundles import make_bundles
 from planner.solve.decisions import Decisions, StagingMode
 from runtime.devices.accounting import AccountingDevice
 from runtime.executor import Executor
 from runtime.store import HostStore
+from tests.planner.problems import in_arena
 from tests.zoo import ZOO, Example
 
 aten = torch.ops.aten
@@ -159,8 +160,8 @@ def emitted(name: str, staging: StagingMode) -> Emitted:
     largest = max(problem.weight_bytes[w] for w in problem.weight_bytes if w not in problem.pinned)
     spans = make_bundles(problem, largest, 128 if largest < 4096 else 1024)
     arena = 2 * max(s.nbytes for s in spans)
-    placed = prefetch_into_arena(spans, arena) if staging == "arena" else tuple(Placement(s, s.first) for s in spans)
     names = problem.names
+    placed = in_arena(spans, len(names), arena) if staging == "arena" else tuple(Placement(s, s.first) for s in spans)
     streams = (Stream(p.span.weights, names[p.prefetch], names[p.span.first], names[p.span.last]) for p in placed)
     program, proof = emit_program(problem, Decisions(tuple(streams), staging), 10**9)
     return Emitted(program, proof, example)

@@ -8,10 +8,11 @@ from functools import cache
 import numpy as np
 import pytest
 
+from passes.cuda_replay import Trace
 from planner.bounds import physical_bound
 from planner.budget import Budget
 from planner.machine import Machine
-from planner.memory import MemoryModel
+from planner.memory import MemoryModel, Reserved
 from planner.options import Options
 from planner.pipeline import emit_program
 from planner.prepare import prepare
@@ -123,3 +124,16 @@ def test_memory_models_round_as_they_say() -> None:
     assert MemoryModel.of("cuda", (8, 9)).round_activation(513) == 1024
     assert MemoryModel.of("cuda", (8, 9)).reserved_alone(1) == 2 * 1024 * 1024
     assert MemoryModel.of("accounting").reserved_bytes([(1, 10), (2, 5), (-1, 0), (3, 7)]) == 15
+
+
+def test_memory_models_reserve_a_pool_where_there_is_an_allocator_to_give_it_to() -> None:
+    mib = 1024 * 1024
+    events = [(1, 12 * mib), (2, 12 * mib), (-1, 0), (-2, 0), (3, 24 * mib)]
+    cuda, accounting = MemoryModel.of("cuda"), MemoryModel.of("accounting")
+    assert cuda.reserved_bytes(events) == 48 * mib
+    assert cuda.reserve(events) == cuda.reserve(Trace.of([events])) == Reserved(24 * mib, 24 * mib)
+    assert cuda.reserve(events, 24 * mib - 1) is None
+    assert accounting.reserve(events) == accounting.reserve(events, 24 * mib) == Reserved(24 * mib, 0)
+    assert accounting.reserve(events, 24 * mib - 1) is None
+    with pytest.raises(TypeError, match=r"give reserve\(\) of 'accounting' the events"):
+        accounting.reserve(Trace.of([events]))

@@ -1,4 +1,4 @@
-"""Prefetch positions and arena offsets, against definitions that compare every pair."""
+"""Prefetch positions and arena offsets, against definitions that compare every pair and go through call after call."""
 
 from __future__ import annotations
 
@@ -8,93 +8,115 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.schedule import Placement, arena_offsets, prefetch_into_arena, prefetch_into_headroom, staged_bytes
+from planner.schedule import Placement, arena_offsets, staged_bytes
 from planner.solve.bundles import BundleSpan
-from tests.planner.problems import Case, cases
+from tests.planner.problems import Case, cases, placed, seam_cases
+
+
+def occupied(placement: Placement, length: int) -> set[int]:
+    """The positions of a call at which the bundle's bytes are taken."""
+    span = placement.span
+    if placement.prefetch <= span.last:
+        return set(range(placement.prefetch, span.last + 1))
+    return set(range(span.last + 1)) | set(range(placement.prefetch, length))
 
 
 def naive_staged(placements: tuple[Placement, ...], length: int) -> list[int]:
-    return [sum(p.span.nbytes for p in placements if p.prefetch <= i <= p.span.last) for i in range(length)]
+    return [sum(p.span.nbytes for p in placements if i in occupied(p, length)) for i in range(length)]
 
 
-def is_first_in_first_out(placements: tuple[Placement, ...]) -> bool:
-    return all(a.prefetch <= b.prefetch for a, b in pairwise(placements)) and all(
-        0 <= p.prefetch <= p.span.first for p in placements
-    )
+def is_first_in_first_out(placements: tuple[Placement, ...], length: int) -> bool:
+    """In a call and over the seam to the next."""
+    starts = [p.prefetch - (length if p.prefetch > p.span.last else 0) for p in placements]
+    around = not starts or starts[-1] <= starts[0] + length
+    return around and all(a <= b for a, b in pairwise(starts)) and all(
+        s <= p.span.first for s, p in zip(starts, placements, strict=True)
+    )  # fmt: skip
 
 
-@given(cases())
+@given(seam_cases())
 def test_staged_bytes(case: Case) -> None:
     length = len(case.seconds)
     assert staged_bytes(case.placements, length).tolist() == naive_staged(case.placements, length)
 
 
-@given(cases())
+@given(seam_cases())
 def test_offsets_never_overlap_in_time_and_space(case: Case) -> None:
     if not case.placements:
         return
-    offsets, size = arena_offsets(case.placements)
+    length = len(case.seconds)
+    offsets, size = arena_offsets(case.placements, length)
     places = list(zip(case.placements, offsets, strict=True))
     for (a, x), (b, y) in combinations(places, 2):
-        in_time = a.prefetch <= b.span.last and b.prefetch <= a.span.last
+        in_time = occupied(a, length) & occupied(b, length)
         in_space = x < y + b.span.nbytes and y < x + a.span.nbytes
         assert not (in_time and in_space)
     assert size == max(offset + p.span.nbytes for p, offset in places)
     assert min(offsets) >= 0
-    assert size >= max(naive_staged(case.placements, len(case.seconds)))
+    assert size >= max(naive_staged(case.placements, length))
     assert size <= sum(p.span.nbytes for p in case.placements)
 
 
-@given(cases(), st.integers(1, 1500))
-def test_arena_prefetches(case: Case, staging: int) -> None:
-    placements = prefetch_into_arena(case.spans, staging)
-    assert tuple(p.span for p in placements) == case.spans
-    assert is_first_in_first_out(placements)
-    # Above the arena's size only where a bundle comes as late as it can.
-    staged = naive_staged(placements, len(case.seconds))
-    late = {p.prefetch for p in placements if p.prefetch == p.span.first}
-    for p in placements:
-        assert staged[p.prefetch] <= staging or any(p.prefetch >= i for i in late)
-
-
-@given(cases(), st.integers(0, 2500), st.integers(0, 500))
-def test_headroom_never_exceeds_the_limit(case: Case, limit: int, resident: int) -> None:
-    placements = prefetch_into_headroom(case.spans, case.activation_bytes, resident, limit)
+@given(cases(), st.lists(st.integers(0, 900), min_size=12, max_size=12), st.booleans())
+def test_prefetches_fit_their_room(case: Case, rooms: list[int], seam: bool) -> None:
+    length = len(case.seconds)
+    room = np.array(rooms[:length])
+    placements = placed(case.spans, room, seam)
     if placements is None:
         return
     assert tuple(p.span for p in placements) == case.spans
-    assert is_first_in_first_out(placements)
-    staged = naive_staged(placements, len(case.seconds))
-    if case.spans:
-        used = [resident + int(a) + s for a, s in zip(case.activation_bytes, staged, strict=True) if s]
-        assert max(used) <= limit
+    assert is_first_in_first_out(placements, length)
+    assert seam or not any(p.carried for p in placements)
+    staged = naive_staged(placements, length)
+    assert all(used <= free for used, free in zip(staged, rooms, strict=False) if used)
 
 
-@given(cases(), st.integers(0, 2500), st.integers(0, 1000))
-def test_headroom_with_more_room_is_never_later(case: Case, limit: int, more: int) -> None:
-    tight = prefetch_into_headroom(case.spans, case.activation_bytes, 0, limit)
-    loose = prefetch_into_headroom(case.spans, case.activation_bytes, 0, limit + more)
+@given(cases(), st.lists(st.integers(0, 900), min_size=12, max_size=12), st.integers(0, 400), st.booleans())
+def test_with_more_room_none_is_later(case: Case, rooms: list[int], more: int, seam: bool) -> None:
+    length = len(case.seconds)
+    room = np.array(rooms[:length])
+    tight, loose = placed(case.spans, room, seam), placed(case.spans, room + more, seam)
     if tight is None:
         return
     assert loose is not None
-    assert all(b.prefetch <= a.prefetch for a, b in zip(tight, loose, strict=True))
+
+    def start(p: Placement) -> int:
+        return p.prefetch - (length if p.carried else 0)
+
+    assert all(start(b) <= start(a) for a, b in zip(tight, loose, strict=True))
 
 
-@given(cases())
-def test_headroom_exists_where_copying_at_the_use_fits(case: Case) -> None:
+@given(cases(), st.booleans())
+def test_what_fits_when_copied_at_its_use_fits(case: Case, seam: bool) -> None:
     at_use = tuple(Placement(s, s.first) for s in case.spans)
-    staged = np.array(naive_staged(at_use, len(case.seconds)))
-    limit = int((case.activation_bytes + staged).max())
-    assert prefetch_into_headroom(case.spans, case.activation_bytes, 0, limit) is not None
+    room = np.array(naive_staged(at_use, len(case.seconds)))
+    assert placed(case.spans, room, seam) is not None
+
+
+@given(cases(), st.lists(st.integers(0, 900), min_size=12, max_size=12))
+def test_over_the_seam_none_is_later(case: Case, rooms: list[int]) -> None:
+    length = len(case.seconds)
+    room = np.array(rooms[:length])
+    alone, cyclic = placed(case.spans, room), placed(case.spans, room, seam=True)
+    assert (alone is None) == (cyclic is None)
+    if alone is not None and cyclic is not None:
+        assert all(b.carried or b.prefetch <= a.prefetch for a, b in zip(alone, cyclic, strict=True))
 
 
 def test_by_hand() -> None:
     spans = (BundleSpan(("a",), 10, 0, 1), BundleSpan(("b",), 10, 2, 2), BundleSpan(("c",), 10, 3, 3))
-    assert [p.prefetch for p in prefetch_into_arena(spans, 10)] == [0, 2, 3]
-    assert [p.prefetch for p in prefetch_into_arena(spans, 20)] == [0, 0, 2]
-    assert [p.prefetch for p in prefetch_into_arena(spans, 30)] == [0, 0, 0]
-    activations = np.array([5, 15, 5, 5])
-    headroom = prefetch_into_headroom(spans, activations, 0, 25)
-    assert headroom is not None
-    assert [p.prefetch for p in headroom] == [0, 2, 2]
-    assert prefetch_into_headroom(spans, activations, 0, 24) is None
+
+    def prefetches(*room: int, seam: bool = False) -> list[int] | None:
+        found = placed(spans, np.array(room), seam)
+        return None if found is None else [p.prefetch for p in found]
+
+    assert prefetches(10, 10, 10, 10) == [0, 2, 3]
+    assert prefetches(20, 20, 20, 20) == [0, 0, 2]
+    assert prefetches(30, 30, 30, 30) == [0, 0, 0]
+    assert prefetches(20, 10, 20, 20) == [0, 2, 2]
+    assert prefetches(9, 20, 20, 20) is None
+    # Over the seam: `a` comes while `c` of the call before is used, and `b` with it where there is room.
+    assert prefetches(20, 20, 20, 20, seam=True) == [3, 0, 2]
+    assert prefetches(20, 20, 20, 30, seam=True) == [3, 3, 2]
+    assert prefetches(20, 20, 30, 30, seam=True) == [2, 3, 2]
+    assert prefetches(30, 30, 30, 30, seam=True) == [2, 3, 0]

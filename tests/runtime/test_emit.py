@@ -41,7 +41,7 @@ def test_every_statement() -> None:
         "# a header",
         "def program(rt, w, device, arg_0):",
         "    rt.prefetch(0)",
-        "    rt.prefetch(1, after=(0,))",
+        "    rt.prefetch(1)",
         "    onload = rt.onload(0)",
         "    getitem = onload[2]",
         "    add = aten.add.Tensor(arg_0, w.a, alpha=2)",
