@@ -74,7 +74,7 @@ def _problem(model: nn.Module, options: Options, found: Exploration) -> PartedPr
     """What was explored, for the machine and device of the options."""
     memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
     solvers = {
-        key: Solver(build_problem(part.program, options.machine, memory, options.keeps_resident))
+        key: Solver(build_problem(part.program, options.machine, memory, options.keeps_resident), pool=False)
         for key, part in found.parts.items()
     }
     names = Names(model)
@@ -331,7 +331,7 @@ class PartedPlan(Plan):
         memory = MemoryModel.of(self.device.partition(":")[0], self.machine.capability)
         try:
             program = Names(self._target).rename(run_passes(capture(child, args, kwargs), CANONICALISE), path)
-            solver = Solver(build_problem(program, self.machine, memory, self._options.keeps_resident))
+            solver = Solver(build_problem(program, self.machine, memory, self._options.keeps_resident), pool=False)
         except (CaptureError, UnknownSize):
             return None
         kept = [self.parts[key].layout for key in self.kept]

@@ -52,7 +52,7 @@ def placements_of(problem: Problem, decisions: Decisions) -> tuple[Placement, ..
     return tuple(placements)
 
 
-def emit_program(problem: Problem, decisions: Decisions, budget_bytes: int) -> tuple[Program, Proof]:
+def emit_program(problem: Problem, decisions: Decisions, budget_bytes: int, pool_bytes: int = 0) -> tuple[Program, Proof]:
     """Rewrites, schedules and checks; what comes back is proved to fit.
 
     Raises:
@@ -66,7 +66,7 @@ def emit_program(problem: Problem, decisions: Decisions, budget_bytes: int) -> t
             InsertFrees(),  # last: it looks at everybody's last use
         ),
     )
-    program = replace(program, layout=layout)
+    program = replace(program, layout=replace(layout, pool_bytes=pool_bytes))
     if program.dims is not None:  # what is proved is what runs, at the largest sizes
         program = Concretise(program.dims.largest, problem.program).apply(program)
     annotate_workspace(problem, program.graph)

@@ -71,7 +71,7 @@ class Plan:
         self.decisions = decisions
         if solver.problem.in_symbols is not None:
             check_sizes(solver.problem, decisions, options.budget.device_bytes)
-        self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes)
+        self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes, schedule.pool_bytes)
         self._schedule = schedule
 
     # What was asked.

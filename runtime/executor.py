@@ -71,6 +71,7 @@ class Executor:
                 assert self._staging is not None
                 self._place(bundle, self._staging[bundle.offset : bundle.offset + bundle.nbytes])
         if self._alone:
+            self.device.reserve(layout.pool_bytes)
             self.device.loaded(program)
         self.refresh()
 
@@ -82,19 +83,24 @@ class Executor:
             runs = self.store.runs([(names[s.weight].name, s.offset) for s in self._program.layout.resident])
             # Behind whatever still reads this memory: its last owner, or the call before.
             self.device.wait(self.device.copy(_onto(self._resident, runs), [self.device.mark()]))
-        self._copy_carried(anew=True)
+        self._drop_carried()
 
-    def _copy_carried(self, *, anew: bool = False) -> None:
-        """Copies the bundles that a call expects from the one before it, where that one has not; `anew`: in any case."""
+    def _copy_carried(self) -> None:
+        """Copies the bundles that a call expects from the one before it, where there was none, and waits for them."""
         assert self._program is not None
         for bundle in self._program.layout.bundles:
-            if not bundle.carried or (bundle.index in self._arrived and not anew):
+            if not bundle.carried or bundle.index in self._arrived:
                 continue
-            if bundle.offset is None and bundle.index not in self._buffers:
+            if bundle.offset is None:
                 self._place(bundle, self.device.allocate(bundle.nbytes))
-            self._settle(bundle.index)
             event = self._arrived[bundle.index] = self.device.copy(self._copies[bundle.index], [self.device.mark()])
             self.device.wait(event)
+
+    def _drop_carried(self) -> None:
+        """Forgets what the last call has prefetched for the next, which then copies it itself."""
+        self._settle(*self._arrived)
+        for index in [index for index in self._buffers if self._is_loose(index)]:
+            self._forget(index)
 
     def _settle(self, *indices: int) -> None:
         """Waits for copies that no `onload` has waited for: nothing may land in memory that is used otherwise from now on."""
@@ -146,9 +152,8 @@ class Executor:
             self._copy_carried()
             return self._run(self, self._w, self.device.torch_device, *inputs)
         except BaseException:
-            self._arrived.clear()
-            for index in [index for index in self._buffers if self._is_loose(index)]:
-                self._forget(index)
+            self._arrived.clear()  # the device sees to it that they end
+            self._drop_carried()
             raise
 
     # What emitted programs call.

@@ -13,8 +13,9 @@ from functools import cached_property
 
 import numpy as np
 
+from passes.cuda_replay import Trace
 from passes.stream_weights import Stream
-from planner.memory import AllocationEvent
+from planner.memory import AllocationEvent, Reserved
 from planner.schedule import Placement, arena_offsets, staged_bytes
 from planner.solve.bundles import BundleSpan, make_bundles
 from planner.solve.decisions import Decisions, StagingMode
@@ -42,6 +43,7 @@ class Schedule:
     peak_position: int
     time: StepTime
     staging_bytes: int = 0  # of the static arena, where there is one
+    pool_bytes: int = 0  # of the segment that the device's allocator is given beforehand
 
     @property
     def streamed_bytes(self) -> int:
@@ -59,11 +61,13 @@ class Schedule:
 class Solver:
     """Solves one problem for any number of budgets; what does not depend on the budget is computed once.
 
-    `repeats`: how many calls follow each other; from two on copies go over the seam between them.
+    `repeats`: how many calls follow each other; from two on copies go over the seam between them. `pool`: whether the device's
+    allocator can be given a segment beforehand (where several programs share a device it cannot).
     """
 
     problem: Problem
     repeats: int = 1
+    pool: bool = True
 
     @cached_property
     def segments(self) -> Segments:
@@ -162,66 +166,79 @@ class Solver:
 
     def evaluate(self, placements: Sequence[Placement], staging: StagingMode, time: StepTime | None = None) -> Schedule:
         """What the memory model says of a schedule, and the simulator, where `time` does not say it already."""
+        schedule = self.within(placements, staging, None, time)
+        assert schedule is not None
+        return schedule
+
+    def within(
+        self, placements: Sequence[Placement], staging: StagingMode, budget_bytes: int | None, time: StepTime | None = None
+    ) -> Schedule | None:
+        """As `evaluate`; None, and that sooner, for a schedule that takes more than `budget_bytes`."""
         problem, memory, count = self.problem, self.problem.memory, len(self.problem.seconds)
         placements = tuple(placements)
         resident = self.resident_bytes([p.span for p in placements])
         staged = staged_bytes(placements, count)
         arena = arena_offsets(placements, count)[1] if staging == "arena" and placements else 0
         total = problem.activation_bytes + resident + (arena if staging == "arena" else staged)
-        position = int(np.argmax(total))
-        if memory.device != "cuda":
-            peak = int(total[position])
-        elif staging == "arena":
-            peak = self._reserved_activations + memory.reserved_alone(resident) + memory.reserved_alone(arena)
-        else:
-            peak = memory.reserved_alone(resident) + memory.reserved_bytes(self._events(placements))
-        time = time or self.seconds(placements)
-        return Schedule(placements, staging, peak + memory.fixed_bytes, position, time, arena)
+        position, pool = int(np.argmax(total)), 0
+        peak = int(total[position])
+        if memory.device == "cuda":
+            arenas = memory.reserved_alone(resident) + memory.reserved_alone(arena)
+            limit = None if budget_bytes is None else budget_bytes - arenas - memory.fixed_bytes
+            reserved = self._reserve(placements if staging == "allocator" else (), limit)
+            if reserved is None:
+                return None
+            peak, pool = arenas + reserved.reserved_bytes, reserved.pool_bytes
+        peak += memory.fixed_bytes
+        if budget_bytes is not None and peak > budget_bytes:
+            return None
+        return Schedule(placements, staging, peak, position, time or self.seconds(placements), arena, pool)
+
+    def _reserve(self, own: Sequence[Placement], limit: int | None) -> Reserved | None:
+        """What the device's allocator reserves besides the arenas, `own` bundles included; None where that passes the limit."""
+        memory, count = self.problem.memory, len(self.problem.seconds)
+        blocks = []
+        for placed in own:
+            # Step 0 makes the inputs, operator i is step i + 1; behind the last operator a second call may follow.
+            span, nbytes = placed.span, placed.span.nbytes
+            if not placed.carried:
+                blocks += [(placed.prefetch + 1 + call, span.last + 1 + call, nbytes) for call in self._calls]
+            else:
+                blocks += [(1, span.last + 1, nbytes), (placed.prefetch + 1, span.last + 1 + count, nbytes)]
+                blocks.append((placed.prefetch + 1 + count, 2 * count, nbytes))
+        trace = self._trace.holding(blocks) if blocks else self._trace
+        if self.pool:
+            return memory.reserve(trace, limit)
+        reserved = trace.reserved_bytes(limit=limit)
+        return Reserved(reserved) if limit is None or reserved <= limit else None
+
+    @property
+    def _calls(self) -> tuple[int, ...]:
+        """Where calls begin that the allocator's replay goes through."""
+        return (0, len(self.problem.seconds)) if self.repeats > 1 else (0,)
 
     @cached_property
-    def _reserved_activations(self) -> int:
-        return self.problem.memory.reserved_bytes(self._events(()))
+    def _trace(self) -> Trace:
+        """What the device's allocator is asked for besides the arenas: the inputs, then by operator.
 
-    def _events(self, own: tuple[Placement, ...]) -> Iterator[AllocationEvent]:
-        """What the device's allocator is asked for in program order, besides the arenas; `own` bundles come from it too.
-
-        Where some come over the seam, of two calls: the first finds them in the order in which they are copied, the second as
-        the first has left them.
+        Where calls follow each other there are two, and what the first returns is kept while the second runs, as in `y = f(x)`.
         """
         live = self.problem.liveness
-        keys: dict[int, int] = {}
         fresh = iter(range(1, 1 << 62))
-        for nbytes in live.input_storages:
-            yield next(fresh), nbytes
-        starts: dict[int, list[int]] = {}
-        ends: dict[int, list[int]] = {}
-        for index, placed in enumerate(own):
-            starts.setdefault(placed.prefetch, []).append(index)
-            ends.setdefault(placed.span.last, []).append(index)
-        carried = [index for index, placed in enumerate(own) if placed.carried]
-        bundles = {index: next(fresh) for index in carried}
-        for index in carried:
-            yield bundles[index], own[index].span.nbytes
-        for i in [*range(len(live.costs))] * (2 if carried else 1):
-            cost = live.costs[i]
-            if i == 0 and keys:  # the outputs of the call before are the caller's by now
-                for key in keys.values():
-                    yield -key, 0
-                keys.clear()
-            for index in sorted(starts.get(i, ()), key=lambda n: own[n].carried):
-                bundles[index] = next(fresh)
-                yield bundles[index], own[index].span.nbytes
-            for storage, nbytes in live.born[i]:
-                keys[storage] = next(fresh)
-                yield keys[storage], nbytes
-            if cost.workspace_bytes:
-                workspace = next(fresh)
-                yield workspace, cost.workspace_bytes
-                yield -workspace, 0
-            for storage in live.dies[i]:
-                yield -keys.pop(storage), 0
-            for index in ends.get(i, ()):
-                yield -bundles.pop(index), 0
+        steps: list[list[AllocationEvent]] = [[(next(fresh), nbytes) for nbytes in live.input_storages]]
+        for _ in self._calls:
+            keys: dict[int, int] = {}
+            for born, dies, cost in zip(live.born, live.dies, live.costs, strict=True):
+                events = []
+                for storage, nbytes in born:
+                    keys[storage] = next(fresh)
+                    events.append((keys[storage], nbytes))
+                if cost.workspace_bytes:
+                    workspace = next(fresh)
+                    events += [(workspace, cost.workspace_bytes), (-workspace, 0)]
+                events += [(-keys.pop(storage), 0) for storage in dies]
+                steps.append(events)
+        return Trace.of(steps)
 
 
 @dataclass
@@ -254,8 +271,8 @@ class _Search:
             time = solver.seconds(early)
             if not anyway and time.step_seconds > self.best.time.step_seconds * (1 + _EQUAL):
                 return False  # a smaller limit is no faster
-            schedule = solver.evaluate(early, "allocator", time)
-            if schedule.peak_bytes <= self.budget_bytes:
+            schedule = solver.within(early, "allocator", self.budget_bytes, time)
+            if schedule is not None:
                 better = anyway or self._rank(schedule) < self._rank(self.best)
                 self.best = schedule if better else self.best
                 return better
@@ -291,8 +308,8 @@ class _Search:
             time = solver.seconds(placed)
             if time.step_seconds > self.best.time.step_seconds * (1 + _EQUAL):
                 continue
-            schedule = solver.evaluate(placed, "arena", time)
-            if schedule.peak_bytes <= self.budget_bytes:
+            schedule = solver.within(placed, "arena", self.budget_bytes, time)
+            if schedule is not None:
                 self.best = schedule
                 return
 

@@ -81,8 +81,7 @@ class AccountingDevice:
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
         counter = StorageCounter()
-        for tensor in (*inputs, *arenas):
-            counter.count(tensor)
+        counter.count_all([*inputs, *arenas])
         del arenas  # bundles that came over the seam go with their eviction
         self._copied_bytes, started = 0, time.perf_counter()
         if self._clock is not None:
@@ -120,6 +119,10 @@ class StorageCounter(TorchDispatchMode):
         """Stops watching what is still alive: arenas, inputs, outputs."""
         for death in self._deaths.values():
             death.detach()
+
+    def count_all(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            self.count(tensor)
 
     def count(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
