@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def plan(
     method: str = "forward",
     call: Mapping[str, Any] | None = None,
     device: str | None = None,
-    machine: str | Machine | None = None,
+    machine: str | os.PathLike[str] | Machine | None = None,
     allow: tuple[str, ...] = ("offload", "tile", "layout"),
     allow_cast: str | None = None,
     max_error: float | None = None,
@@ -51,7 +51,7 @@ def plan(
         method: which method to plan.
         device: "cuda", "cuda:1", "cpu" (the budget is RAM, weights live on disk) or "accounting" (CPU kernels, every byte
             counted). Default: CUDA where it is or where `machine` is one, else cpu.
-        machine: a preset's name, a `Machine`, or None for this one.
+        machine: a preset's name, the path of a file with a machine (.toml or .json), a `Machine`, or None for this one.
         allow: transforms that may be used; without "offload" every weight stays on the device.
         dynamic: which dimensions vary, as in `torch.export`: {"x": {0: "batch", 2: torch.export.Dim("height", max=128)}}. One
             program then serves every size from 2 up to the largest (a named dim's is the example's, a `Dim`'s its maximum), and
@@ -98,7 +98,7 @@ def plan(
     return plan_or_parts(target, options, prepare)
 
 
-def _device(device: str | None, budget: BudgetLike | None, machine: str | Machine | None) -> str:
+def _device(device: str | None, budget: BudgetLike | None, machine: str | os.PathLike[str] | Machine | None) -> str:
     if device is None and isinstance(budget, (Mapping, Budget)):
         device = Budget.parse(budget).device
     if device is None:
@@ -115,13 +115,8 @@ def _device(device: str | None, budget: BudgetLike | None, machine: str | Machin
     return device
 
 
-def _machine(machine: str | Machine | None, device: str) -> Machine:
-    if machine is None:
-        machine = Machine.detect(device)
-    elif isinstance(machine, str):
-        machine = Machine.preset(machine)
-    # On a CPU the copy engine is the disk.
-    return replace(machine, link_bandwidth=machine.disk_bandwidth) if device == "cpu" else machine
+def _machine(machine: str | os.PathLike[str] | Machine | None, device: str) -> Machine:
+    return (Machine.detect(device) if machine is None else Machine.of(machine)).on(device)
 
 
 def _free_bytes(device: str) -> int:

@@ -249,8 +249,7 @@ class PartedPlan(Plan):
         options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
         if machine is None:
             return PartedPlan(self._target, options, self._parted)
-        described = Machine.preset(machine) if isinstance(machine, str) else machine
-        options = dataclasses.replace(options, machine=described)
+        options = dataclasses.replace(options, machine=Machine.of(machine).on(self.device))
         return PartedPlan(self._target, options, _problem(self._target, options, self.exploration))
 
     def save(self, path: str | Path) -> None:

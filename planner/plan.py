@@ -280,8 +280,7 @@ class Plan:
         options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
         if machine is None:
             return Plan(self._target, options, self._solver)
-        described = Machine.preset(machine) if isinstance(machine, str) else machine
-        options = dataclasses.replace(options, machine=described)
+        options = dataclasses.replace(options, machine=Machine.of(machine).on(self.device))
         return Plan(self._target, options, solver_of(self.program, options))
 
     def save(self, path: str | Path) -> None:

@@ -53,7 +53,8 @@ SHOW_FIELDS = """\
 MACHINE_FIELDS = """\
 fields of --json (a list; bandwidths in bytes per second): name, description, capacity_bytes,
   memory_bandwidth, flops (by dtype), launch_seconds, link_bandwidth, link_latency_seconds,
-  pageable_bandwidth, disk_bandwidth, capability
+  pageable_bandwidth, disk_bandwidth, capability, link_seconds (pairs of bytes and seconds)
+--machine takes the path of a TOML or JSON file with these fields too: a machine of your own
 """
 
 PRESET_FIELDS = """\
@@ -110,7 +111,9 @@ def _add_target(command: argparse.ArgumentParser) -> None:
         help="what modules that cannot be captured take at most, where vramplan asks for it: 'blocks.*.moe=200MB'",
     )
     command.add_argument("--budget", required=True, metavar="SIZE", help="6GB (powers of 1000) or 6GiB (of 1024)")
-    command.add_argument("--machine", metavar="NAME", help="plan for that one (vramplan machines); default: this one")
+    command.add_argument(
+        "--machine", metavar="NAME", help="plan for that one (vramplan machines), or that of a file; default: this one"
+    )
     command.add_argument(
         "--device",
         metavar="DEVICE",
