@@ -61,7 +61,8 @@ def cuda_index(device: str) -> int:
 def device_name(device: str) -> str:
     """What measurements belong to: the driver's name of a GPU, the processor and the number of threads for a CPU."""
     if device in ("cpu", "accounting"):
-        return f"{_processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
     return str(torch.cuda.get_device_properties(cuda_index(device)).name)
 
 

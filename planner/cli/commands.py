@@ -113,12 +113,20 @@ def presets_command(arguments: Namespace) -> Answer:
     return Answer("\n".join(rows), data)
 
 
+def calibrate_command(arguments: Namespace) -> Answer:
+    """`vramplan calibrate`."""
+    from planner.cli.calibrate import run
+
+    return run(arguments)
+
+
 COMMANDS: dict[str, Callable[[Namespace], Answer]] = {
     "plan": plan_command,
     "run": run_command,
     "show": show_command,
     "machines": machines_command,
     "presets": presets_command,
+    "calibrate": calibrate_command,
 }
 
 

@@ -57,6 +57,14 @@ fields of --json (a list; bandwidths in bytes per second): name, description, ca
 --machine takes the path of a TOML or JSON file with these fields too: a machine of your own
 """
 
+CALIBRATE = """\
+Measures what predicted seconds are computed from, in under a minute: products by dtype, memory,
+launches, copies over the link by size (on a CPU: reads of a scratch file), the disk. Kept in
+$VRAMPLAN_CACHE or ~/.cache/vramplan, and used from then on where no machine is named, on exactly
+this device (for a CPU: with as many threads).
+fields of --json: device, file, machine (as of vramplan machines)
+"""
+
 PRESET_FIELDS = """\
 fields of --json (a list): name, description, library, class, method, dtype, parameters, sizes
   (by name: default, step, offset, most; text is arithmetic over the model's config)
@@ -87,6 +95,8 @@ def make_parser() -> argparse.ArgumentParser:
     show.add_argument("file", metavar="FILE")
     _command(commands, "presets", "list presets", PRESET_FIELDS)
     _command(commands, "machines", "list machine models", MACHINE_FIELDS)
+    calibrate = _command(commands, "calibrate", "measure this machine", CALIBRATE)
+    calibrate.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1 or cpu; default: cuda where it is, else cpu")
     return parser
 
 
