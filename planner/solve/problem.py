@@ -13,8 +13,9 @@ from passes.liveness import Liveness, analyse_liveness, is_view
 from passes.probe import Prober
 from passes.program import Program
 from passes.visits import Visit, weight_visits
-from planner.costs import node_seconds
+from planner.costs import arithmetic_dtype, node_seconds
 from planner.dynamic_bytes import DynamicBytes
+from planner.families import family_of
 from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.progress import working
@@ -78,9 +79,11 @@ def build_problem(
     seconds = np.empty(len(liveness.nodes))
     for i, node in enumerate(liveness.nodes):
         cost = prober.cost(node)  # known by now
-        val = node.meta.get("val")
-        dtype = str(getattr(val, "dtype", "torch.float32")).removeprefix("torch.")
-        seconds[i] = 0.0 if is_view(node, cost) else node_seconds(cost.flops, cost.moved_bytes, dtype, machine)
+        if is_view(node, cost):
+            seconds[i] = 0.0
+            continue
+        dtype, family = arithmetic_dtype(node), family_of(node.target)
+        seconds[i] = node_seconds(cost.flops, cost.moved_bytes, dtype, machine, family)
     return Problem(
         program=program,
         machine=machine,
