@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.cache import cache_folder, read_json, write_json
 from passes.spec import TensorSpec
@@ -108,7 +108,7 @@ def _run(
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for _ in range(_MOST_RUNS):
             bases = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
-            own_args, own_kwargs = tree_map_only(TensorSpec, lambda spec: _tensor(spec, bases, fill), (args, kwargs))  # noqa: B023
+            own_args, own_kwargs = tree_map_only(TensorSpec, lambda spec: tensor_over(spec, bases, fill), (args, kwargs))  # noqa: B023
             started = time.perf_counter()
             with AllocationTrace() as trace:
                 result = target(*own_args, **own_kwargs)
@@ -123,7 +123,17 @@ def _run(
     return max(visible_bytes, *(t.peak_bytes - min(output_bytes, t.end_bytes) for t in traces))
 
 
-def _tensor(spec: TensorSpec, bases: list[torch.Tensor], fill: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+def base_sizes(args: Any, kwargs: Any) -> list[int]:
+    """Bytes of the storages that the `TensorSpec`s of a call refer to, by their ids."""
+    specs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, TensorSpec)]
+    sizes = [0] * (1 + max((s.storage for s in specs), default=-1))
+    for spec in specs:
+        sizes[spec.storage] = max(sizes[spec.storage], spec.offset * spec.dtype.itemsize + spec.span_bytes)
+    return sizes
+
+
+def tensor_over(spec: TensorSpec, bases: list[torch.Tensor], fill: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    """The tensor that a spec describes, over the bytes of its storage, which `fill` fills as elements of its dtype."""
     base = bases[spec.storage]
     whole = base[: base.numel() // spec.dtype.itemsize * spec.dtype.itemsize].view(spec.dtype)
     tensor = whole.as_strided(spec.shape, spec.stride, spec.offset)

@@ -13,7 +13,7 @@ from passes.calibrate import free_ram_bytes
 from planner.budget import Budget
 from planner.dynamic import read_dynamic
 from planner.machine import Machine
-from planner.options import Options, check_allow, check_keep, check_opaque_bytes
+from planner.options import Options, check_allow, check_keep, check_opaque_bytes, check_profile
 from planner.parted import plan_or_parts
 from planner.plan import Plan
 from planner.prepare import prepare
@@ -56,6 +56,8 @@ def plan(
         dynamic: which dimensions vary, as in `torch.export`: {"x": {0: "batch", 2: torch.export.Dim("height", max=128)}}. One
             program then serves every size from 2 up to the largest (a named dim's is the example's, a `Dim`'s its maximum), and
             the budget holds for the largest. Other sizes, and those that the model's own guards exclude, are planned anew.
+        profile: measure how long the operators take on this device, each distinct one once on made-up data, and plan with
+            that instead of the machine model. Kept in the cache folder: a second plan runs nothing.
         keep: patterns of weight names to pin, such as {"embeddings.*": {"resident": True}}.
         opaque_bytes: what the Python of modules that cannot be captured takes at most, besides inputs and weights, by pattern
             of their paths: {"blocks.*.moe": "200MB"}. Asked for by UnknownSize where it cannot be found out.
@@ -74,7 +76,7 @@ def plan(
         raise PlannerError(f"plan() takes an nn.Module, got {type(target).__name__}: plan(model, budget='6GB', inputs=(x,))")
     for name, value, default in (
         ("call", call, None), ("allow_cast", allow_cast, None), ("max_error", max_error, None),
-        ("repeats", repeats, 1), ("profile", profile, False),
+        ("repeats", repeats, 1),
     ):  # fmt: skip
         if value != default:
             raise PlannerError(f"{name}={value!r} is not supported for a module yet; leave it at {default!r}")
@@ -94,6 +96,7 @@ def plan(
         offload="offload" in check_allow(allow),
         opaque_bytes=check_opaque_bytes(opaque_bytes),
         dynamic=None if dynamic is None else read_dynamic(target, method, args, dict(kwargs or {}), dynamic),
+        profile=check_profile(profile),
     )
     return plan_or_parts(target, options, prepare)
 

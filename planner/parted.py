@@ -24,6 +24,7 @@ from planner.names import Names
 from planner.options import Options, check_patterns
 from planner.plan import Plan
 from planner.plan_file import check_fingerprint, fingerprint, write_plan
+from planner.profile_ops import counts_of
 from planner.progress import working
 from planner.refuse import refuse_shared_state
 from planner.sizes import format_bytes
@@ -73,8 +74,9 @@ def prepare_parts(model: nn.Module, options: Options, reason: str) -> PartedProb
 def _problem(model: nn.Module, options: Options, found: Exploration) -> PartedProblem:
     """What was explored, for the machine and device of the options."""
     memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
+    profiler = options.profiler  # one, so that its time is for all of them
     solvers = {
-        key: Solver(build_problem(part.program, options.machine, memory, options.keeps_resident))
+        key: Solver(build_problem(part.program, options.machine, memory, options.keeps_resident, profiler))
         for key, part in found.parts.items()
     }
     names = Names(model)
@@ -192,6 +194,10 @@ class PartedPlan(Plan):
         """Of all calls of parts, simulated, and of the copies around them; what Python itself takes is not known."""
         return self._parted.shared.time(self._shares)
 
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        return counts_of([solver.problem.profiled for solver in self._parted.solvers.values()])
+
     @cached_property
     def bound(self) -> Bound:
         """As of one program: what arithmetic takes, and copying what cannot stay."""
@@ -270,6 +276,7 @@ class PartedPlan(Plan):
             keep=self._options.keep,
             offload=self._options.offload,
             opaque_bytes=self._options.opaque_bytes,
+            profile=self._options.profile,
         )
 
     @classmethod

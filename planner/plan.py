@@ -23,6 +23,7 @@ from planner.options import Options, check_keep
 from planner.pipeline import emit_program, make_executable, placements_of
 from planner.plan_file import check_fingerprint, fingerprint, load_call, read_plan, write_plan
 from planner.prepare import infeasible, prepare, solver_of
+from planner.profile_ops import counts_of
 from planner.progress import working
 from planner.show import describe, where
 from planner.sizes import format_bytes
@@ -178,6 +179,11 @@ class Plan:
     def step_seconds(self) -> float:
         return self.time.step_seconds
 
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """Of how many of how many distinct operators the seconds were measured on the device; None without `profile=True`."""
+        return counts_of([self.problem.profiled])
+
     @cached_property
     def bound(self) -> Bound:
         return physical_bound(self.problem, self.budget_bytes)
@@ -298,6 +304,7 @@ class Plan:
             keep=self._options.keep,
             offload=self._options.offload,
             dynamic=None if self._options.dynamic is None else self._options.dynamic.to_json(),
+            profile=self._options.profile,
         )
 
     @classmethod
@@ -320,6 +327,7 @@ class Plan:
                 budget, machine, data["device"], data["method"], args, named, check_keep(data["keep"]), bool(data["offload"]),
                 {str(path): int(nbytes) for path, nbytes in data["opaque_bytes"].items()},
                 DynamicShapes.from_json(data["dynamic"]) if "dynamic" in data else None,
+                bool(data.get("profile", False)),
             )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:

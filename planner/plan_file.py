@@ -65,6 +65,7 @@ def write_plan(
     offload: bool,
     opaque_bytes: Mapping[str, int] | None = None,
     dynamic: Mapping[str, Any] | None = None,
+    profile: bool = False,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
@@ -84,6 +85,8 @@ def write_plan(
     }
     if dynamic is not None:
         data["dynamic"] = dynamic
+    if profile:
+        data["profile"] = True
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

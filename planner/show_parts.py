@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from planner.names import Names
-from planner.show import WIDTH, format_seconds, ratio, wrap
+from planner.show import WIDTH, format_seconds, measured_times, ratio, wrap
 from planner.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ def describe_parts(plan: PartedPlan) -> str:
         ("Python", f"{python}; found on fakes, along {paths}"),
         ("because", found.reasons[""]),
     ]
+    if plan.profiled is not None:
+        rows.append(("times", measured_times(plan.profiled)))
     if plan.validation is not None:
         rows.append(("validated", str(plan.validation)))
     lines = [f"{plan.title}: its Python runs as it is, {len(plan.parts)} calls in it as programs"]

@@ -165,6 +165,7 @@ def make_plan(target: Target, arguments: Namespace) -> Plan:
             device=arguments.device,
             machine=arguments.machine,
             opaque_bytes=_opaque_bytes(arguments.opaque_bytes),
+            profile=arguments.profile,
         )
 
 
@@ -191,6 +192,7 @@ def plan_data(target: Target, p: Plan) -> dict[str, Any]:
         "step_seconds": p.step_seconds,
         "bound_seconds": p.bound_seconds,
         "limited_by": p.bound.limited_by,
+        "profiled": p.profiled,
     }
 
 

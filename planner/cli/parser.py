@@ -34,7 +34,8 @@ PLAN_FIELDS = """\
 fields of --json (bytes and seconds, all but budget_bytes predicted):
   target, program, method, device, machine, inputs, budget_bytes, peak_bytes, reserved_bytes,
   minimum_bytes, unplanned_bytes, peak_at, peak_parts, weight_bytes, resident_bytes,
-  streamed_bytes, bundles, step_seconds, bound_seconds, limited_by; file with -o, code with --code
+  streamed_bytes, bundles, step_seconds, bound_seconds, limited_by, profiled (null, or how many of
+  how many distinct operators were measured); file with -o, code with --code
 """
 
 RUN_FIELDS = """\
@@ -47,7 +48,8 @@ fields of --json:
 
 SHOW_FIELDS = """\
 --json prints the file itself: format, version, program, method, device, budget, machine, call,
-  keep, offload, opaque_bytes, decisions, fingerprint, dynamic (where sizes vary)
+  keep, offload, opaque_bytes, decisions, fingerprint, dynamic (where sizes vary), profile (where
+  true)
 """
 
 MACHINE_FIELDS = """\
@@ -129,6 +131,7 @@ def _add_target(command: argparse.ArgumentParser) -> None:
         metavar="DEVICE",
         help="cuda, cuda:1, cpu (RAM) or accounting (every byte counted)",
     )
+    command.add_argument("--profile", action="store_true", help="measure the operators on this device, and plan with that")
     command.add_argument("--dtype", metavar="DTYPE", help=f"of the weights: {', '.join(MODEL_DTYPES)}")
     command.add_argument("--method", metavar="NAME", help="which method of the module (default: the preset's, or forward)")
     sizes = command.add_argument_group(
