@@ -209,7 +209,7 @@ class PartedPlan(Plan):
         outside = {key: max(moments.values()) for key, moments in self.exploration.outside.items()}
         needs = [outside[key] + int(solver.problem.activation_bytes.max()) for key, solver in solvers.items()]
         streamed = max(0, sum(weights.values()) - max(0, self.budget_bytes - max(needs, default=0)))
-        return Bound(compute, streamed / self.machine.link_bandwidth, streamed)
+        return Bound(compute, streamed / self.machine.link_peak_bandwidth, streamed)
 
     @property
     def code(self) -> str:
@@ -298,7 +298,7 @@ class PartedPlan(Plan):
             self._options.method,
             open_device(self.device, self.budget.disk_bytes),
             self.budget_bytes,
-            self.machine.link_bandwidth,
+            self.machine.link_peak_bandwidth,
             self._replan_all,
             self._replan_part,
             concurrent,

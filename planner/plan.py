@@ -375,7 +375,7 @@ class Plan:
             self._options.method,
             open_device(self.device, self.budget.disk_bytes),
             self.budget_bytes,
-            self.machine.link_bandwidth,
+            self.machine.link_peak_bandwidth,
             self._replan_call,
             concurrent,
         )
