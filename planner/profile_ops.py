@@ -45,8 +45,7 @@ _MOST_IN_A_ROW = 100
 # Share of the free memory that a call may take.
 _SHARE = 0.8
 _BLOCK = 1 << 20
-# What operators raise that do not run on made-up data: values they refuse, kernels they lack.
-_REFUSALS = (RuntimeError, ValueError, IndexError, TypeError, ArithmeticError, NotImplementedError)
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -124,17 +123,20 @@ class Profiler:
         if not missing:
             return
         known, fresh = _known(self._file), dict[str, float | None]()
-        with _undisturbed(self._device), stepping("timing operators", len(missing)) as step:
-            for name in sorted(missing, key=weight, reverse=True):
-                call, cost = missing[name]
-                step(name.partition("|")[0])
-                if self._left_seconds <= 0 or not self._fits(call, cost):
-                    continue
-                started = self._watch.clock()
-                fresh[name] = known[name] = self._seconds(call)
-                self._left_seconds -= max(self._watch.clock() - started, 0.0)
-        # The code behind an operator that is not PyTorch's own may change without notice.
-        self._save({name: taken for name, taken in fresh.items() if name.startswith("aten.")})
+        try:
+            with _undisturbed(self._device), stepping("timing operators", len(missing)) as step:
+                for name in sorted(missing, key=weight, reverse=True):
+                    call, cost = missing[name]
+                    step(name.partition("|")[0])
+                    if self._left_seconds <= 0 or not self._fits(call, cost):
+                        continue
+                    started = self._watch.clock()
+                    with contextlib.suppress(torch.OutOfMemoryError):  # another process took it: no answer, not even for later
+                        fresh[name] = known[name] = self._seconds(call)
+                    self._left_seconds -= max(self._watch.clock() - started, 0.0)
+        finally:
+            # The code behind an operator that is not PyTorch's own may change without notice.
+            self._save({name: taken for name, taken in fresh.items() if name.startswith("aten.")})
 
     def _fits(self, call: Call, cost: Any) -> bool:
         needed = sum(base_sizes(call.args, call.kwargs)) + sum(call.fresh_bytes) + cost.workspace_bytes
@@ -147,13 +149,21 @@ class Profiler:
             return None  # a false assertion ends a CUDA context
         self.runs += 1
         for kind in ("random", "zeros") if self._device.type == "cuda" else ("random", "zeros", "ones"):
+            args, kwargs = self._arguments(call, kind)
             try:
-                return self._timed(call, kind)
-            except _REFUSALS:
+                return self._timed(call.key[0], args, kwargs)
+            except torch.OutOfMemoryError:
+                raise
+            except torch.AcceleratorError as error:  # the context is lost, and every operator would now fail
+                raise PlannerError(
+                    f"{call.key[0]} broke {self._device} on made-up data ({str(error).splitlines()[0]}): start anew, and plan "
+                    "without profile=True"
+                ) from error
+            except Exception:  # noqa: BLE001  anybody's code, on data that it was not made for, raises anything
                 continue
         return None
 
-    def _timed(self, call: Call, kind: str) -> float:
+    def _arguments(self, call: Call, kind: str) -> tuple[Any, Any]:
         bases = [torch.zeros(n, dtype=torch.uint8, device=self._device) for n in base_sizes(call.args, call.kwargs)]
         ranges, random = _index_ranges(call), torch.Generator(self._device).manual_seed(0)
 
@@ -163,8 +173,9 @@ class Profiler:
             return tensor_over(leaf, bases, lambda flat: _fill(flat, kind, ranges.get(leaf.storage, 1), random))
 
         args, kwargs = tree_map_only((TensorSpec, torch.device), made, (call.args, call.kwargs))
-        target = call.key[0]
+        return args, kwargs
 
+    def _timed(self, target: Any, args: Any, kwargs: Any) -> float:
         def run() -> None:
             target(*args, **kwargs)
 
@@ -210,7 +221,11 @@ def _undisturbed(device: torch.device) -> Iterator[None]:
     # In this order: leaving inference mode turns gradients on, and RNNs then do more.
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=devices):
         warnings.simplefilter("ignore")
-        yield
+        try:
+            yield
+        finally:
+            if devices:
+                torch.cuda.empty_cache()  # what was measured leaves nothing on the device
 
 
 def _fill(flat: torch.Tensor, kind: str, index_range: int, random: torch.Generator) -> None:
@@ -227,7 +242,10 @@ def _fill(flat: torch.Tensor, kind: str, index_range: int, random: torch.Generat
     if flat.dtype == torch.bool:
         block.view(torch.uint8).random_(0, 2, generator=random)
     elif not flat.dtype.is_floating_point:
-        block.random_(0, index_range, generator=random)
+        if flat.dtype not in _INDEX_DTYPES:
+            flat.zero_()  # unsigned ones, which have no random kernel and index nothing
+            return
+        block.random_(0, min(index_range, torch.iinfo(flat.dtype).max), generator=random)
     elif flat.dtype.itemsize == 1:
         block.view(torch.uint8).random_(0, 0x38, generator=random)  # up to 1 in float8_e4m3fn, never NaN in any
     else:

@@ -197,6 +197,62 @@ def test_operators_of_others_are_not_kept(cache: Path) -> None:
     assert [name.partition("|")[0] for name in saved] == ["aten.add.Tensor"]
 
 
+def test_anybody_s_code_may_raise_anything() -> None:
+    @torch.library.custom_op("vramplan_profile_test::picky", mutates_args=())
+    def picky(y: torch.Tensor) -> torch.Tensor:
+        raise KeyError("not this one")
+
+    @picky.register_fake
+    def _(y: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(y)
+
+    class Own(nn.Module):
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            return torch.ops.vramplan_profile_test.picky(y) + 1
+
+    assert plan(Own().eval(), "1GB", inputs=(x(),), device="accounting", profile=True).profiled == (1, 2)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError])
+def test_what_happens_to_the_device_is_not_remembered(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    def fail(self: Profiler, target: Any, args: Any, kwargs: Any) -> float:
+        raise error("out of luck")
+
+    monkeypatch.setattr(Profiler, "_timed", fail)
+    action = lambda: plan(Mlp().eval(), "1GB", inputs=(x(),), device="accounting", profile=True)  # noqa: E731
+    if error is torch.OutOfMemoryError:
+        profiled = action().profiled
+        assert profiled is not None
+        assert profiled[0] == 0
+    else:
+        with pytest.raises(
+            PlannerError, match=r"broke cpu on made-up data \(out of luck\): start anew, and plan without profile"
+        ):
+            action()
+    assert not (cache / "seconds-v1.json").exists()
+
+
+KINDS = (
+    *(torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+
+
+@pytest.mark.parametrize("kind", ["random", "zeros", "ones"])
+@pytest.mark.parametrize("dtype", KINDS)
+def test_made_up_data(kind: str, dtype: torch.dtype) -> None:
+    flat = torch.full(((1 << 20) + 5,), 7).to(dtype)
+    profile_ops._fill(flat, kind, 3, torch.Generator().manual_seed(0))
+    if dtype.is_complex:
+        flat = torch.view_as_real(flat)
+    values = flat.to(torch.float64)
+    assert 0 <= values.min() <= values.max() <= 2  # no NaN either
+    if kind == "ones" and not dtype.is_complex:
+        assert values.min() == 1
+
+
 def test_dtypes_of_all_kinds() -> None:
     class Kinds(nn.Module):
         def forward(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
