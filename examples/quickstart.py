@@ -19,8 +19,7 @@ from transformers import AutoTokenizer, BertModel
 from transformers.utils import logging as transformers_logging
 
 from planner import plan
-from planner.show import format_seconds
-from planner.sizes import format_bytes
+from planner.sizes import format_bytes, format_seconds
 
 SENTENCES = [
     "A planner that knows every byte does not need to guess.",

@@ -17,8 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from planner import InfeasibleBudget, Machine, Plan, plan
 from planner.presets import Preset
-from planner.show import format_seconds
-from planner.sizes import format_bytes, parse_size
+from planner.sizes import format_bytes, format_seconds, parse_size
 
 MACHINES = ("rtx-3060", "rtx-4060-ti", "rtx-4070", "rtx-4090")
 BUDGETS = ("6GB", "8GB", "12GB", "16GB", "24GB")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
+from passes.cache import cache_folder, read_json, write_json
 from passes.spec import TensorSpec
 from runtime.allocations import AllocationTrace
 from runtime.errors import UnknownSize
 
 VERSION = 1
-VARIABLE = "VRAMPLAN_CACHE"
 # The first run of a kernel may take more than later ones, and a trace may lack an event (memory that another thread frees).
 _MOST_RUNS = 5
 # What takes longer is not run a second time.
@@ -68,11 +67,8 @@ class Calibrator:
         """Adds what was measured to the file. One that cannot be written is no reason to fail: it only saves time."""
         if self._file is None or not self._fresh:
             return
-        scratch = self._file.with_name(f".{self._file.name}.{os.getpid()}.part")
         with contextlib.suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps({"version": VERSION, "workspace_bytes": {**_read(self._file), **self._fresh}}))
-            os.replace(scratch, self._file)
+            write_json(self._file, {"version": VERSION, "workspace_bytes": {**_read(self._file), **self._fresh}})
             self._fresh.clear()
 
     def _measure(self, target: Any, args: Any, kwargs: Any, sizes: list[int], output_bytes: int, visible_bytes: int) -> int:
@@ -112,7 +108,7 @@ def _run(
     with torch.inference_mode(False), torch.no_grad(), torch.random.fork_rng(devices=[]):
         for _ in range(_MOST_RUNS):
             bases = [torch.zeros(size, dtype=torch.uint8) for size in sizes]
-            own_args, own_kwargs = tree_map_only(TensorSpec, lambda spec: _tensor(spec, bases, fill), (args, kwargs))  # noqa: B023
+            own_args, own_kwargs = tree_map_only(TensorSpec, lambda spec: tensor_over(spec, bases, fill), (args, kwargs))  # noqa: B023
             started = time.perf_counter()
             with AllocationTrace() as trace:
                 result = target(*own_args, **own_kwargs)
@@ -127,7 +123,17 @@ def _run(
     return max(visible_bytes, *(t.peak_bytes - min(output_bytes, t.end_bytes) for t in traces))
 
 
-def _tensor(spec: TensorSpec, bases: list[torch.Tensor], fill: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+def base_sizes(args: Any, kwargs: Any) -> list[int]:
+    """Bytes of the storages that the `TensorSpec`s of a call refer to, by their ids."""
+    specs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, TensorSpec)]
+    sizes = [0] * (1 + max((s.storage for s in specs), default=-1))
+    for spec in specs:
+        sizes[spec.storage] = max(sizes[spec.storage], spec.offset * spec.dtype.itemsize + spec.span_bytes)
+    return sizes
+
+
+def tensor_over(spec: TensorSpec, bases: list[torch.Tensor], fill: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+    """The tensor that a spec describes, over the bytes of its storage, which `fill` fills as elements of its dtype."""
     base = bases[spec.storage]
     whole = base[: base.numel() // spec.dtype.itemsize * spec.dtype.itemsize].view(spec.dtype)
     tensor = whole.as_strided(spec.shape, spec.stride, spec.offset)
@@ -160,24 +166,15 @@ def _known(file: Path | None) -> dict[str, int]:
 
 
 def _read(file: Path) -> dict[str, int]:
-    try:
-        data = json.loads(file.read_text())
-    except (OSError, ValueError):  # none yet, or damaged: it is measured anew
-        return {}
+    data = read_json(file)
     known = data.get("workspace_bytes") if isinstance(data, dict) and data.get("version") == VERSION else None
     return {str(k): int(v) for k, v in known.items()} if isinstance(known, dict) else {}
 
 
 def cache_file() -> Path | None:
-    """Where results are kept: `$VRAMPLAN_CACHE`, else the user's cache folder; None without a home."""
-    folder = os.environ.get(VARIABLE)
-    if folder is None:
-        try:
-            base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-        except RuntimeError:
-            return None
-        folder = str(Path(base, "vramplan"))
-    return Path(folder, f"workspace-v{VERSION}.json")
+    """Where results are kept, in `cache_folder()`; None without a home."""
+    folder = cache_folder()
+    return None if folder is None else folder / f"workspace-v{VERSION}.json"
 
 
 def environment() -> tuple[object, ...]:

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from passes.calibrate import Calibrator
+from passes.calibrate import Calibrator, base_sizes
 from passes.fakes import FaithfulFakes
 from passes.program import operator_name, storage_id, tensors_of
 from passes.spec import TensorSpec
@@ -110,10 +110,7 @@ class Prober:
         target: Any = node.target
         args, kwargs, outputs, fresh = call.args, call.kwargs, call.outputs, call.fresh_bytes
         watch = _Watch()
-        specs = _specs((args, kwargs))
-        sizes = [0] * (1 + max((s.storage for s in specs), default=-1))
-        for spec in specs:
-            sizes[spec.storage] = max(sizes[spec.storage], spec.offset * spec.dtype.itemsize + spec.span_bytes)
+        sizes = base_sizes(args, kwargs)
         with FakeTensorMode(), torch.no_grad():
             bases = [torch.empty(size, dtype=torch.uint8) for size in sizes]
 

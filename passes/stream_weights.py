@@ -34,8 +34,8 @@ class StreamWeights:
     """Requires: a canonical program; every use of a streamed weight lies in one of its streams, no stream in another's way.
 
     Ensures: streamed weights have no placeholder left; each stream has one prefetch, onload and evict, in that order (over the
-    seam of two calls where the prefetch is for the next), and the prefetches are in the order of `streams`, those for the next call
-    last. Nothing is computed differently (I5).
+    seam of two calls where the prefetch is for the next), and the prefetches are in the order of `streams`, those for the next
+    call last. Nothing is computed differently (I5).
 
     Raises:
         ValueError: a stream names an unknown node or misses a use of its weight.

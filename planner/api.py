@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from passes.calibrate import free_ram_bytes
 from planner.budget import Budget
 from planner.dynamic import read_dynamic
 from planner.machine import Machine
-from planner.options import Options, check_allow, check_keep, check_opaque_bytes, check_repeats
+from planner.options import Options, check_allow, check_keep, check_opaque_bytes, check_profile, check_repeats
 from planner.parted import plan_or_parts
 from planner.plan import Plan
 from planner.prepare import prepare
@@ -32,7 +32,7 @@ def plan(
     method: str = "forward",
     call: Mapping[str, Any] | None = None,
     device: str | None = None,
-    machine: str | Machine | None = None,
+    machine: str | os.PathLike[str] | Machine | None = None,
     allow: tuple[str, ...] = ("offload", "tile", "layout"),
     allow_cast: str | None = None,
     max_error: float | None = None,
@@ -51,11 +51,13 @@ def plan(
         method: which method to plan.
         device: "cuda", "cuda:1", "cpu" (the budget is RAM, weights live on disk) or "accounting" (CPU kernels, every byte
             counted). Default: CUDA where it is or where `machine` is one, else cpu.
-        machine: a preset's name, a `Machine`, or None for this one.
+        machine: a preset's name, the path of a file with a machine (.toml or .json), a `Machine`, or None for this one.
         allow: transforms that may be used; without "offload" every weight stays on the device.
         dynamic: which dimensions vary, as in `torch.export`: {"x": {0: "batch", 2: torch.export.Dim("height", max=128)}}. One
             program then serves every size from 2 up to the largest (a named dim's is the example's, a `Dim`'s its maximum), and
             the budget holds for the largest. Other sizes, and those that the model's own guards exclude, are planned anew.
+        profile: measure how long the operators take on this device, each distinct one once on made-up data, and plan with
+            that instead of the machine model. Kept in the cache folder: a second plan runs nothing.
         keep: patterns of weight names to pin, such as {"embeddings.*": {"resident": True}}.
         repeats: how many calls follow each other, the steps of a denoiser say. From two on, copies go over the seam between
             calls: the end of one fetches what the beginning of the next needs, and bundles stay on the device in between.
@@ -76,7 +78,6 @@ def plan(
         raise PlannerError(f"plan() takes an nn.Module, got {type(target).__name__}: plan(model, budget='6GB', inputs=(x,))")
     for name, value, default in (
         ("call", call, None), ("allow_cast", allow_cast, None), ("max_error", max_error, None),
-        ("profile", profile, False),
     ):  # fmt: skip
         if value != default:
             raise PlannerError(f"{name}={value!r} is not supported for a module yet; leave it at {default!r}")
@@ -97,11 +98,12 @@ def plan(
         opaque_bytes=check_opaque_bytes(opaque_bytes),
         dynamic=None if dynamic is None else read_dynamic(target, method, args, dict(kwargs or {}), dynamic),
         repeats=check_repeats(repeats),
+        profile=check_profile(profile),
     )
     return plan_or_parts(target, options, prepare)
 
 
-def _device(device: str | None, budget: BudgetLike | None, machine: str | Machine | None) -> str:
+def _device(device: str | None, budget: BudgetLike | None, machine: str | os.PathLike[str] | Machine | None) -> str:
     if device is None and isinstance(budget, (Mapping, Budget)):
         device = Budget.parse(budget).device
     if device is None:
@@ -118,13 +120,8 @@ def _device(device: str | None, budget: BudgetLike | None, machine: str | Machin
     return device
 
 
-def _machine(machine: str | Machine | None, device: str) -> Machine:
-    if machine is None:
-        machine = Machine.detect(device)
-    elif isinstance(machine, str):
-        machine = Machine.preset(machine)
-    # On a CPU the copy engine is the disk.
-    return replace(machine, link_bandwidth=machine.disk_bandwidth) if device == "cpu" else machine
+def _machine(machine: str | os.PathLike[str] | Machine | None, device: str) -> Machine:
+    return (Machine.detect(device) if machine is None else Machine.of(machine)).on(device)
 
 
 def _free_bytes(device: str) -> int:

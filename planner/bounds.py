@@ -32,4 +32,4 @@ def physical_bound(problem: Problem, budget_bytes: int) -> Bound:
     """The bound of one call within `budget_bytes`."""
     room = max(0, budget_bytes - int(problem.activation_bytes.max()) - problem.memory.fixed_bytes)
     streamed = max(0, problem.total_weight_bytes - room)
-    return Bound(problem.compute_seconds, streamed / problem.machine.link_bandwidth, streamed)
+    return Bound(problem.compute_seconds, streamed / problem.machine.link_peak_bandwidth, streamed)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves
 
+from passes.program import tensors_of
+from planner.families import IDEAL, Family
 from planner.machine import Machine
 
 
@@ -12,7 +16,19 @@ def dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def node_seconds(flops: float, bytes_moved: float, dtype: torch.dtype | str, machine: Machine) -> float:
+def arithmetic_dtype(node: fx.Node) -> torch.dtype:
+    """What an operator computes in: the dtype of its first floating (or complex) tensor argument.
+
+    Not of its result: a comparison gives bools, `argmax` int64, and `native_layer_norm` a tuple. Without such an argument it is
+    the dtype of the first floating result (a quotient of integers), else of the first tensor there is; float32 without any.
+    """
+    arguments = [t for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node) for t in tensors_of(leaf)]
+    tensors = [*arguments, *tensors_of(node)]
+    floating = (t.dtype for t in tensors if t.dtype.is_floating_point or t.dtype.is_complex)
+    return next(floating, tensors[0].dtype if tensors else torch.float32)
+
+
+def node_seconds(flops: float, bytes_moved: float, dtype: torch.dtype | str, machine: Machine, family: Family = IDEAL) -> float:
     """Seconds one operator takes: the slower of arithmetic and memory traffic, plus the launch (roofline model).
 
     Args:
@@ -20,8 +36,10 @@ def node_seconds(flops: float, bytes_moved: float, dtype: torch.dtype | str, mac
         bytes_moved: bytes read from and written to device memory.
         dtype: what the arithmetic is done in; a dtype without a rate on this machine runs at the float32 rate.
         machine: where it runs.
+        family: the shares of the machine's rates that such operators reach.
     """
     assert flops >= 0, f"negative or NaN work: flops={flops}"
     assert bytes_moved >= 0, f"negative or NaN traffic: bytes_moved={bytes_moved}"
     rate = machine.flops.get(dtype_name(dtype), machine.flops["float32"])
-    return max(flops / rate, bytes_moved / machine.memory_bandwidth) + machine.launch_seconds
+    arithmetic = flops / (rate * family.arithmetic)
+    return max(arithmetic, bytes_moved / (machine.memory_bandwidth * family.traffic)) + machine.launch_seconds

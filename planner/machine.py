@@ -5,27 +5,28 @@ Presets live in `machines.toml`, so that a plan can be made for a device that th
 
 from __future__ import annotations
 
+import bisect
 import difflib
 import functools
 import json
 import math
 import os
-import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from passes.cache import write_json
 from runtime.errors import PlannerError
 
-FILE_VERSION = 1
+FORMAT, FILE_VERSION = "vramplan-machine", 1
 
 _PRESETS_PATH = Path(__file__).with_name("machines.toml")
 _POSITIVE_FIELDS = ("memory_bandwidth", "link_bandwidth", "pageable_bandwidth", "disk_bandwidth")
 _NON_NEGATIVE_FIELDS = ("launch_seconds", "link_latency_seconds")
+_OPTIONAL_FIELDS = {"capability", "link_seconds"}
 
 
 class MachineError(PlannerError, ValueError):
@@ -36,18 +37,37 @@ class MachineError(PlannerError, ValueError):
 class Machine:
     """Rates and capacities of one device and its link to the host.
 
+    By hand: a JSON or TOML file with these fields at its top, which `machine=` and `--machine` take by its path, and
+    `Machine.load` reads. The last two may be left out. All of them, for a card on a slow link::
+
+        name = "rtx-3060-x4"
+        description = "GeForce RTX 3060 in a riser, PCIe gen3 x4"
+        capacity_bytes = 12_000_000_000
+        memory_bandwidth = 3.6e11
+        flops = { float32 = 1.27e13, bfloat16 = 2.56e13, float16 = 2.56e13 }
+        launch_seconds = 4e-6
+        link_bandwidth = 2.8e9
+        link_latency_seconds = 10e-6
+        pageable_bandwidth = 2.0e9
+        disk_bandwidth = 3.4e9
+        capability = [8, 6]
+        link_seconds = [[65536, 3.5e-5], [1048576, 3.9e-4], [67108864, 0.0241]]
+
     Attributes:
         name: short name, such as that of a preset.
         description: one line for people; says what was assumed where the machine was not fully known.
         capacity_bytes: device memory.
         memory_bandwidth: device memory, bytes per second.
-        flops: achievable dense FLOP/s by dtype name (`"float32"`, `"bfloat16"`, ...); `"float32"` is always there.
+        flops: achievable dense FLOP/s by dtype name (`"float32"`, `"bfloat16"`, ...); `"float32"` is always there, and is the
+            rate of dtypes that are not.
         launch_seconds: host time per operator.
         link_bandwidth: page-locked host memory to device, bytes per second (for a CPU: disk to RAM).
         link_latency_seconds: fixed cost of one copy.
         pageable_bandwidth: pageable host memory to device, bytes per second.
         disk_bandwidth: disk to host memory, bytes per second.
         capability: CUDA compute capability, or None for a CPU.
+        link_seconds: measured copies over the link as pairs (bytes, seconds), both ascending. Empty: every copy takes
+            `link_latency_seconds` and its bytes over `link_bandwidth`.
     """
 
     name: str
@@ -61,6 +81,7 @@ class Machine:
     pageable_bandwidth: float
     disk_bandwidth: float
     capability: tuple[int, int] | None = None
+    link_seconds: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("name", "description"):
@@ -84,10 +105,48 @@ class Machine:
         for name in _NON_NEGATIVE_FIELDS:
             self._require_number(name, getattr(self, name), zero=True)
         self._require_capability()
+        self._require_link_seconds()
 
     def copy_seconds(self, nbytes: int) -> float:
-        """Seconds one copy of `nbytes` from page-locked host memory takes: latency plus bytes over bandwidth."""
-        return self.link_latency_seconds + nbytes / self.link_bandwidth
+        """Seconds one copy of `nbytes` from page-locked host memory takes; never less for more bytes.
+
+        Between measured sizes it is interpolated, below the least towards the latency, and beyond the largest the rate stays
+        that of the largest. Without measured sizes it is the latency plus bytes over bandwidth.
+        """
+        if not self.link_seconds:
+            return self.link_latency_seconds + nbytes / self.link_bandwidth
+        points = self._points
+        i = bisect.bisect_left(points, nbytes, key=lambda point: point[0])
+        if i == len(points):
+            return points[-1][1] * (nbytes / points[-1][0])
+        (more, upper), (less, lower) = points[i], points[max(i - 1, 0)]
+        if nbytes == more:
+            return upper
+        # Rounding may not pass the end of the segment: the next size would then be faster.
+        return min(lower + (upper - lower) * ((nbytes - less) / (more - less)), upper)
+
+    @cached_property
+    def _points(self) -> tuple[tuple[int, float], ...]:
+        """`link_seconds`, and before it what nothing at all takes."""
+        least = self.link_seconds[0][1]
+        return ((0, min(self.link_latency_seconds, least)), *self.link_seconds)
+
+    @cached_property
+    def link_peak_bandwidth(self) -> float:
+        """The highest rate that a copy of any size reaches, in bytes per second.
+
+        `nbytes / link_peak_bandwidth <= copy_seconds(nbytes)` for every size (but for rounding), so that bounds from below may
+        use it. Along a segment the rate rises or falls throughout, so that the highest is at a measured size.
+        """
+        if not self.link_seconds:
+            return self.link_bandwidth
+        return max(nbytes / seconds for nbytes, seconds in self.link_seconds)
+
+    def on(self, device: str) -> Machine:
+        """As this machine serves a plan for `device`: on `"cpu"` the copy engine is the disk."""
+        if device != "cpu" or (self.capability is None and self.link_bandwidth == self.disk_bandwidth):
+            return self
+        return replace(self, link_bandwidth=self.disk_bandwidth, link_seconds=())
 
     @staticmethod
     def names() -> tuple[str, ...]:
@@ -121,41 +180,54 @@ class Machine:
         Raises:
             MachineError: if there is no such device.
         """
-        if device in ("cpu", "accounting"):
-            return replace(cls.preset("cpu"), capacity_bytes=_physical_ram_bytes())
-        match = re.fullmatch(r"cuda(?::(\d+))?", device, re.ASCII)
-        if match is None:
-            raise MachineError(
-                f'unknown device {device!r}; known are "cuda", "cuda:1", "cpu" and "accounting". '
-                'Write for example Machine.detect("cuda").'
-            )
-        if not torch.cuda.is_available():
-            raise MachineError(
-                "this machine has no CUDA device that PyTorch can use. "
-                'To plan for one that is elsewhere, name it: machine="rtx-4090" (see Machine.names()).'
-            )
-        index = int(match[1]) if match[1] else torch.cuda.current_device()
-        if index >= torch.cuda.device_count():
-            raise MachineError(f"there is no device 'cuda:{index}': this machine has {torch.cuda.device_count()}.")
-        return _from_properties(torch.cuda.get_device_properties(index))
+        from planner.detect import detect
+
+        return detect(device)
+
+    @classmethod
+    def of(cls, machine: str | os.PathLike[str] | Machine) -> Machine:
+        """A machine, a preset's name, or the path of a file with one (`.json` or `.toml`).
+
+        Raises:
+            MachineError: as `preset` and `load`, or it is none of these.
+        """
+        if isinstance(machine, Machine):
+            return machine
+        if isinstance(machine, str) and machine in _presets():
+            return cls.preset(machine)
+        if isinstance(machine, os.PathLike) or (isinstance(machine, str) and _is_path(machine)):
+            return cls.load(machine)
+        if isinstance(machine, str):
+            return cls.preset(machine)
+        raise MachineError(
+            f"machine={machine!r} is no machine: write machine='rtx-4090' (see Machine.names()), machine='mine.toml' for a "
+            "file, or pass a Machine"
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the machine as JSON."""
-        document = {"format": "vramplan-machine", "version": FILE_VERSION, "machine": asdict(self)}
-        Path(path).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        """Write the machine as JSON, atomically.
+
+        Raises:
+            MachineError: the name ends in `.toml`, or the file cannot be written.
+        """
+        if Path(path).suffix == ".toml":
+            raise MachineError(f"{path}: save writes JSON. Write machine.save({str(Path(path).with_suffix('.json'))!r}).")
+        try:
+            write_json(Path(path), {"format": FORMAT, "version": FILE_VERSION, "machine": asdict(self)}, indent=2)
+        except OSError as error:
+            raise MachineError(f"{path}: the machine cannot be written: {error.strerror or error}.") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Machine:
-        """Read a machine that `save` wrote.
+        """Read a machine that `save` wrote, or one written by hand: JSON, or TOML where the name ends in `.toml`.
 
         Raises:
-            MachineError: if the file is no such JSON, is of another version, or lacks or adds a field.
+            MachineError: there is no such file, it is no such JSON or TOML, is of another version, or lacks or adds a field.
         """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise MachineError(f"{path}: not JSON ({error}). Write it with Machine.save(path).") from error
-        if not isinstance(document, dict) or document.get("format") != "vramplan-machine":
+        document = _read_document(Path(path))
+        if isinstance(document, dict) and not {"format", "machine"} & document.keys() and _fields_in(document):
+            return machine_from_mapping(document, origin=str(path))  # by hand: the fields themselves
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise MachineError(f"{path}: not a machine file. Write it with Machine.save(path).")
         if document.get("version") != FILE_VERSION:
             raise MachineError(
@@ -180,12 +252,56 @@ class Machine:
             raise MachineError(f"machine {self.name!r}: capability must be two integers such as (8, 9), not {capability!r}.")
         object.__setattr__(self, "capability", parts)  # JSON and TOML give a list
 
+    def _require_link_seconds(self) -> None:
+        given: object = self.link_seconds
+        rows = (
+            [tuple(row) if isinstance(row, tuple | list) else () for row in given] if isinstance(given, tuple | list) else [()]
+        )
+        before = (0, 0.0)
+        for row in rows:
+            if len(row) != 2 or isinstance(row[0], bool) or not isinstance(row[0], int):
+                raise MachineError(
+                    f"machine {self.name!r}: link_seconds must be pairs of bytes and seconds such as ((65536, 1.3e-5), "
+                    f"(1048576, 5e-5)), not {given!r}."
+                )
+            self._require_number(f"link_seconds at {row[0]} bytes", row[1])
+            if row[0] <= before[0] or row[1] < before[1]:
+                raise MachineError(
+                    f"machine {self.name!r}: link_seconds must ascend: {row} comes after {before}. "
+                    "More bytes take as long or longer."
+                )
+            before = (row[0], float(row[1]))
+        object.__setattr__(self, "link_seconds", tuple((int(n), float(s)) for n, s in rows))
+
+
+def _is_path(text: str) -> bool:
+    return text.endswith((".json", ".toml")) or os.sep in text
+
+
+def _read_document(path: Path) -> Any:
+    kind = "TOML" if path.suffix == ".toml" else "JSON"
+    try:
+        text = path.read_text(encoding="utf-8")
+        return tomllib.loads(text) if kind == "TOML" else json.loads(text)
+    except OSError as error:
+        raise MachineError(
+            f"{path}: the machine cannot be read: {error.strerror or error}. A file is one that Machine.save(path) wrote, or "
+            f"one written by hand (see help(Machine)); presets are {', '.join(_presets())}."
+        ) from error
+    except ValueError as error:
+        raise MachineError(f"{path}: not {kind} ({error}). Write it with Machine.save(path).") from error
+
+
+def _fields_in(document: Mapping[str, Any]) -> set[str]:
+    """Which of the keys are fields of a machine."""
+    return {item.name for item in fields(Machine)} & document.keys()
+
 
 def machine_from_mapping(data: object, *, origin: str) -> Machine:
     if not isinstance(data, dict):
         raise MachineError(f"{origin}: the machine must be a table of fields, not {data!r}.")
     known = {item.name for item in fields(Machine)}
-    missing = sorted(known - data.keys() - {"capability"})
+    missing = sorted(known - data.keys() - _OPTIONAL_FIELDS)
     unknown = sorted(data.keys() - known)
     if missing or unknown:
         problems = [f"lacks {', '.join(missing)}"] if missing else []
@@ -196,75 +312,14 @@ def machine_from_mapping(data: object, *, origin: str) -> Machine:
 
 
 @functools.cache
-def _tables() -> dict[str, dict[str, Any]]:
+def preset_tables() -> dict[str, dict[str, Any]]:
     return tomllib.loads(_PRESETS_PATH.read_text(encoding="utf-8"))
 
 
 @functools.cache
 def _presets() -> dict[str, Machine]:
     machines = {}
-    for name, table in _tables().items():
+    for name, table in preset_tables().items():
         data = {key: value for key, value in table.items() if key != "device_names"}
         machines[name] = machine_from_mapping({"name": name, **data}, origin=f"machines.toml [{name}]")
     return machines
-
-
-def _physical_ram_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not a POSIX system: the preset's size stands
-        return Machine.preset("cpu").capacity_bytes
-
-
-def _from_properties(properties: Any) -> Machine:
-    """A machine from `torch.cuda.get_device_properties`: a preset's rates where the name matches exactly."""
-    for name, table in _tables().items():
-        if properties.name in table["device_names"]:
-            return replace(Machine.preset(name), capacity_bytes=properties.total_memory)
-    return _estimated(properties)
-
-
-# float32 lanes per multiprocessor, by compute capability (CUDA programming guide, arithmetic throughput).
-_LANES = {(7, 0): 64, (7, 5): 64, (8, 0): 64}
-_LANES_DEFAULT = 128
-# Dense half-precision tensor-core rate over the float32 rate: data-centre parts by capability, else consumer parts.
-_TENSOR_RATIO = {(7, 0): 8.0, (7, 5): 4.0, (8, 0): 16.0, (9, 0): 11.0, (10, 0): 20.0}
-_TENSOR_RATIO_DEFAULT = 2.0
-_ASSUMED_MEMORY_BANDWIDTH = 300e9
-_ASSUMED_CLOCK_HZ = 1.5e9
-
-
-def _estimated(properties: Any) -> Machine:
-    """A machine for a device that no preset names; every assumption is stated in the description."""
-    capability = (int(properties.major), int(properties.minor))
-    assumed = []
-    clock_hz = 1e3 * getattr(properties, "clock_rate", 0)  # the driver reports kHz
-    if clock_hz <= 0:
-        clock_hz = _ASSUMED_CLOCK_HZ
-        assumed.append("a clock of 1.5 GHz")
-    # Two transfers per memory clock; the bus width is in bits.
-    bandwidth = 2e3 * getattr(properties, "memory_clock_rate", 0) * getattr(properties, "memory_bus_width", 0) / 8
-    if bandwidth <= 0:
-        bandwidth = _ASSUMED_MEMORY_BANDWIDTH
-        assumed.append("a memory bandwidth of 300 GB/s")
-    float32 = properties.multi_processor_count * _LANES.get(capability, _LANES_DEFAULT) * 2 * clock_hz
-    ratio = _TENSOR_RATIO.get(capability, _TENSOR_RATIO_DEFAULT) if capability >= (7, 0) else 1.0
-    half = float32 * ratio
-    assumed.append(f"half precision at {ratio:g} times the float32 rate")
-    like = Machine.preset("rtx-4090" if capability >= (8, 0) else "t4")
-    assumed.append("a PCIe gen4 x16 link" if capability >= (8, 0) else "a PCIe gen3 x16 link")
-    return replace(
-        like,
-        name=re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-"),
-        description=f"{properties.name}, built from the driver's properties; assumed: {', '.join(assumed)}",
-        capacity_bytes=properties.total_memory,
-        memory_bandwidth=bandwidth,
-        flops={
-            "float32": float32,
-            "bfloat16": half if capability >= (8, 0) else float32,
-            "float16": half,
-            "float8_e4m3fn": 2 * half if capability >= (8, 9) else float32,
-            "int8": 2 * half if capability >= (7, 5) else float32,
-        },
-        capability=capability,
-    )

@@ -11,6 +11,7 @@ from typing import Any
 from planner.budget import Budget
 from planner.dynamic import DynamicShapes
 from planner.machine import Machine
+from planner.profile_ops import Profiler, refuse_profile
 from planner.sizes import parse_size
 from runtime.errors import PlannerError
 
@@ -21,7 +22,8 @@ TRANSFORMS = ("offload", "tile", "cast", "layout")
 class Options:
     """A target's call and constraints. `keep` maps name patterns to what is pinned: `{"vae.*": {"resident": True}}`.
 
-    `repeats`: how many calls follow each other. `opaque_bytes` maps patterns of module paths to bytes that their Python takes, where that cannot be found out.
+    `opaque_bytes` maps patterns of module paths to bytes that their Python takes, where that cannot be found out. `repeats`:
+    how many calls follow each other. `profile`: seconds are measured on the device, which must then be here.
     """
 
     budget: Budget
@@ -35,6 +37,16 @@ class Options:
     opaque_bytes: Mapping[str, int] = field(default_factory=dict)
     dynamic: DynamicShapes | None = None
     repeats: int = 1
+    profile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.profile:
+            refuse_profile(self.device, self.machine)
+
+    @property
+    def profiler(self) -> Profiler | None:
+        """What measures the seconds of operators, if that was asked for."""
+        return Profiler(self.device, self.budget.device_bytes) if self.profile else None
 
     def keeps_resident(self, name: str) -> bool:
         """Whether a weight may not leave the device."""
@@ -86,3 +98,10 @@ def check_repeats(repeats: int) -> int:
     if not isinstance(repeats, int) or isinstance(repeats, bool) or repeats < 1:
         raise PlannerError(f"repeats={repeats!r}: how many calls follow each other, at least 1; write repeats=28")
     return repeats
+
+
+def check_profile(profile: object) -> bool:
+    """Raises PlannerError for what is neither True nor False."""
+    if not isinstance(profile, bool):
+        raise PlannerError(f"profile={profile!r}: write profile=True to measure operators on this device, or leave it out")
+    return profile

@@ -18,12 +18,14 @@ from planner.bounds import Bound
 from planner.budget import Budget
 from planner.capture import capture
 from planner.explore import Exploration, explore
+from planner.gap import PartedGap
 from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.names import Names
 from planner.options import Options, check_patterns
 from planner.plan import Plan
 from planner.plan_file import check_fingerprint, fingerprint, write_plan
+from planner.profile_ops import counts_of
 from planner.progress import working
 from planner.refuse import refuse_shared_state
 from planner.sizes import format_bytes
@@ -73,8 +75,9 @@ def prepare_parts(model: nn.Module, options: Options, reason: str) -> PartedProb
 def _problem(model: nn.Module, options: Options, found: Exploration) -> PartedProblem:
     """What was explored, for the machine and device of the options."""
     memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
+    profiler = options.profiler  # one, so that its time is for all of them
     solvers = {
-        key: Solver(build_problem(part.program, options.machine, memory, options.keeps_resident), pool=False)
+        key: Solver(build_problem(part.program, options.machine, memory, options.keeps_resident, profiler), pool=False)
         for key, part in found.parts.items()
     }
     names = Names(model)
@@ -124,7 +127,7 @@ class PartedPlan(Plan):
         return Plan(child, options, solver, share.schedule.decisions(solver.problem))
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("decisions", "emitted", "executable", "layout", "problem", "program", "proof"):
+        if name in ("decisions", "emitted", "engines", "executable", "layout", "problem", "program", "proof", "timeline"):
             raise AttributeError(f"a plan in parts has no {name!r} of its own; each of its parts has one: p.parts[name].{name}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -192,6 +195,10 @@ class PartedPlan(Plan):
         """Of all calls of parts, simulated, and of the copies around them; what Python itself takes is not known."""
         return self._parted.shared.time(self._shares)
 
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        return counts_of([solver.problem.profiled for solver in self._parted.solvers.values()])
+
     @cached_property
     def bound(self) -> Bound:
         """As of one program: what arithmetic takes, and copying what cannot stay."""
@@ -203,7 +210,12 @@ class PartedPlan(Plan):
         outside = {key: max(moments.values()) for key, moments in self.exploration.outside.items()}
         needs = [outside[key] + int(solver.problem.activation_bytes.max()) for key, solver in solvers.items()]
         streamed = max(0, sum(weights.values()) - max(0, self.budget_bytes - max(needs, default=0)))
-        return Bound(compute, streamed / self.machine.link_bandwidth, streamed)
+        return Bound(compute, streamed / self.machine.link_peak_bandwidth, streamed)
+
+    @cached_property
+    def gap(self) -> Any:
+        """How far the plan is from the physical bound, and what more memory would buy: a `PartedGap`."""
+        return PartedGap(self._parted.shared, self._shares, self.bound, self.budget_bytes)
 
     @property
     def code(self) -> str:
@@ -249,8 +261,7 @@ class PartedPlan(Plan):
         options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
         if machine is None:
             return PartedPlan(self._target, options, self._parted)
-        described = Machine.preset(machine) if isinstance(machine, str) else machine
-        options = dataclasses.replace(options, machine=described)
+        options = dataclasses.replace(options, machine=Machine.of(machine).on(self.device))
         return PartedPlan(self._target, options, _problem(self._target, options, self.exploration))
 
     def save(self, path: str | Path) -> None:
@@ -271,6 +282,7 @@ class PartedPlan(Plan):
             keep=self._options.keep,
             offload=self._options.offload,
             opaque_bytes=self._options.opaque_bytes,
+            profile=self._options.profile,
         )
 
     @classmethod
@@ -292,7 +304,7 @@ class PartedPlan(Plan):
             self._options.method,
             open_device(self.device, self.budget.disk_bytes),
             self.budget_bytes,
-            self.machine.link_bandwidth,
+            self.machine.link_peak_bandwidth,
             self._replan_all,
             self._replan_part,
             concurrent,

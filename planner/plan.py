@@ -18,11 +18,13 @@ from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
 from planner.dynamic import DynamicShapes
 from planner.dynamic_plan import check_sizes, describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
+from planner.gap import Gap
 from planner.machine import Machine, machine_from_mapping
 from planner.options import Options, check_keep, check_repeats
 from planner.pipeline import emit_program, make_executable, placements_of
 from planner.plan_file import check_fingerprint, fingerprint, load_call, read_plan, write_plan
 from planner.prepare import infeasible, prepare, solver_of
+from planner.profile_ops import counts_of
 from planner.progress import working
 from planner.show import describe, where
 from planner.sizes import format_bytes
@@ -39,8 +41,8 @@ from runtime.layout import Layout
 from runtime.module import PlannedModule, planned
 from runtime.report import Report
 from runtime.runner import Runner
-from runtime.timeline import Timeline
 from runtime.signature import CallSignature, Signature, bind_call
+from runtime.timeline import Timeline
 
 
 class Plan:
@@ -190,6 +192,11 @@ class Plan:
     def step_seconds(self) -> float:
         return self.time.step_seconds
 
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """Of how many of how many distinct operators the seconds were measured on the device; None without `profile=True`."""
+        return counts_of([self.problem.profiled])
+
     @cached_property
     def bound(self) -> Bound:
         return physical_bound(self.problem, self.budget_bytes)
@@ -197,6 +204,11 @@ class Plan:
     @property
     def bound_seconds(self) -> float:
         return self.bound.seconds
+
+    @cached_property
+    def gap(self) -> Gap:
+        """How far the plan is from the limit, what sets that, and what more memory would buy."""
+        return Gap(self._solver, self._schedule, self.timeline, self.budget_bytes)
 
     @property
     def title(self) -> str:
@@ -293,8 +305,7 @@ class Plan:
         options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
         if machine is None:
             return Plan(self._target, options, self._solver)
-        described = Machine.preset(machine) if isinstance(machine, str) else machine
-        options = dataclasses.replace(options, machine=described)
+        options = dataclasses.replace(options, machine=Machine.of(machine).on(self.device))
         return Plan(self._target, options, solver_of(self.program, options))
 
     def save(self, path: str | Path) -> None:
@@ -313,6 +324,7 @@ class Plan:
             offload=self._options.offload,
             dynamic=None if self._options.dynamic is None else self._options.dynamic.to_json(),
             repeats=self._options.repeats,
+            profile=self._options.profile,
         )
 
     @classmethod
@@ -336,6 +348,7 @@ class Plan:
                 {str(path): int(nbytes) for path, nbytes in data["opaque_bytes"].items()},
                 DynamicShapes.from_json(data["dynamic"]) if "dynamic" in data else None,
                 check_repeats(data.get("repeats", 1)),
+                bool(data.get("profile", False)),
             )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -383,7 +396,7 @@ class Plan:
             self._options.method,
             open_device(self.device, self.budget.disk_bytes),
             self.budget_bytes,
-            self.machine.link_bandwidth,
+            self.machine.link_peak_bandwidth,
             self._replan_call,
             concurrent,
         )

@@ -66,6 +66,7 @@ def write_plan(
     opaque_bytes: Mapping[str, int] | None = None,
     dynamic: Mapping[str, Any] | None = None,
     repeats: int = 1,
+    profile: bool = False,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
@@ -86,6 +87,8 @@ def write_plan(
     }
     if dynamic is not None:
         data["dynamic"] = dynamic
+    if profile:
+        data["profile"] = True
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

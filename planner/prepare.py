@@ -40,7 +40,7 @@ def prepare(model: nn.Module, options: Options) -> Solver:
 def solver_of(program: Program, options: Options) -> Solver:
     """The solver of a canonical program, for the machine and device of the options."""
     memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
-    return Solver(build_problem(program, options.machine, memory, options.keeps_resident), options.repeats)
+    return Solver(build_problem(program, options.machine, memory, options.keeps_resident, options.profiler), options.repeats)
 
 
 def infeasible(solver: Solver, budget_bytes: int) -> InfeasibleBudget:

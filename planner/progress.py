@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.spinner import Spinner
 
 
@@ -21,3 +23,17 @@ def working(what: str) -> Iterator[None]:
     spinner = Spinner("dots", what)
     with Live(spinner, console=console, transient=True, refresh_per_second=12, redirect_stdout=False, redirect_stderr=False):
         yield
+
+
+@contextlib.contextmanager
+def stepping(what: str, steps: int) -> Iterator[Callable[[str], None]]:
+    """A bar of `steps` steps while the block runs; what it gives is called with the name of each as it begins."""
+    console = Console(file=sys.__stderr__ or sys.stderr)
+    if not console.is_terminal:
+        yield lambda step: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
+        task = progress.add_task(what, total=steps)
+        begun = itertools.count()
+        yield lambda step: progress.update(task, description=f"{what}: {step}", completed=next(begun))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import fx
 
 from planner.dynamic_plan import describe_sizes
-from planner.sizes import format_bytes
+from planner.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -26,14 +26,6 @@ class _Group:
     streamed_bytes: int = 0
 
 
-def format_seconds(seconds: float) -> str:
-    """`1.23 s`, `45.6 ms` or `7.89 us`."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if seconds * factor >= 1 or unit == "us":
-            return f"{seconds * factor:.3g} {unit}"
-    raise AssertionError
-
-
 def describe(plan: Plan) -> str:
     """The plan as text of at most 100 columns; the same plan always gives the same text."""
     rows = [
@@ -42,11 +34,14 @@ def describe(plan: Plan) -> str:
         ("at", where(plan)),
         ("made of", " + ".join(f"{name} {format_bytes(n)}" for name, n in plan.peak_parts.items() if n)),
         ("step", f"{format_seconds(plan.step_seconds)} predicted, {ratio(plan)}"),
+        *_gap(plan),
         ("weights", _weights(plan)),
     ]
     if plan.symbols:
         rows.insert(1, ("sizes", f"{describe_sizes(plan)}: {plan.problem.in_symbols.doubtful[1]}"))  # type: ignore[union-attr]
     size = f"{_count(len(plan.problem.names), 'operator')}, {_count(len(plan.program.weights), 'weight')}"
+    if plan.profiled is not None:
+        rows.append(("times", measured_times(plan.profiled)))
     if plan.validation is not None:
         rows.append(("validated", str(plan.validation)))
     lines = [f"{plan.program.name}: {size}"]
@@ -87,6 +82,22 @@ def _count(n: int, noun: str) -> str:
 def ratio(plan: Plan) -> str:
     ratio = plan.step_seconds / plan.bound_seconds if plan.bound_seconds else 1.0
     return f"{ratio:.2f} x the bound of {format_seconds(plan.bound_seconds)} set by the {plan.bound.limited_by}"
+
+
+def measured_times(profiled: tuple[int, int]) -> str:
+    """`measured for 38 of 40 distinct operators on this device`."""
+    measured, distinct = profiled
+    return f"measured for {measured} of {_count(distinct, 'distinct operator')} on this device"
+
+
+def _gap(plan: Plan) -> list[tuple[str, str]]:
+    """What limits the step, and what more memory would buy; nothing where everything stays on the device."""
+    gap = plan.gap
+    if not gap.schedule.placements:
+        return []
+    limits = f"{gap.resource} binds; no schedule takes less than {format_seconds(gap.lp_seconds)} (linear program)"
+    rows = [("limit", limits), ("1 GB more", gap.describe_more())]
+    return [*rows, ("above it", gap.why)] if gap.why else rows
 
 
 def _weights(plan: Plan) -> str:

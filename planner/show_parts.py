@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from planner.names import Names
-from planner.show import WIDTH, format_seconds, ratio, wrap
-from planner.sizes import format_bytes
+from planner.show import WIDTH, measured_times, ratio, wrap
+from planner.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from planner.parted import PartedPlan
@@ -25,9 +25,12 @@ def describe_parts(plan: PartedPlan) -> str:
         ("peak", f"{format_bytes(plan.peak_bytes)} (the least possible budget is {format_bytes(plan.minimum_bytes)})"),
         ("at", plan.peak_at),
         ("step", f"{format_seconds(plan.step_seconds)} predicted besides its Python, {ratio(plan)}"),
+        ("1 GB more", plan.gap.describe_more()),
         ("Python", f"{python}; found on fakes, along {paths}"),
         ("because", found.reasons[""]),
     ]
+    if plan.profiled is not None:
+        rows.append(("times", measured_times(plan.profiled)))
     if plan.validation is not None:
         rows.append(("validated", str(plan.validation)))
     lines = [f"{plan.title}: its Python runs as it is, {len(plan.parts)} calls in it as programs"]

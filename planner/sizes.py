@@ -144,3 +144,11 @@ def _shown(value: object) -> str:
 
 def _corrected(what: str, number: str = _EXAMPLE_NUMBER) -> str:
     return f'Write {what}="{number}GB" (powers of 1000), {what}="{number}GiB" (powers of 1024) or an integer of bytes.'
+
+
+def format_seconds(seconds: float) -> str:
+    """`1.23 s`, `45.6 ms` or `7.89 us`."""
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * factor >= 1 or unit == "us":
+            return f"{seconds * factor:.3g} {unit}"
+    raise AssertionError

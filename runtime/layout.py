@@ -38,8 +38,8 @@ class Layout:
     """Static memory of one emitted program, in bytes. Every offset is a multiple of `alignment`.
 
     `state` are the weights that the program writes (I6): resident too, but each in an allocation of its own that programs share
-    and the module sees, so their offsets are all 0. `pool_bytes` is the segment that the device's allocator is given beforehand for
-    activations (and bundles without an offset), so that it need not break them up; 0 where it is not.
+    and the module sees, so their offsets are all 0. `pool_bytes` is the segment that the device's allocator is given beforehand
+    for activations and bundles without an offset, which would else get segments of their own; 0 where it is not.
     """
 
     alignment: int

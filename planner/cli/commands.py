@@ -113,12 +113,20 @@ def presets_command(arguments: Namespace) -> Answer:
     return Answer("\n".join(rows), data)
 
 
+def calibrate_command(arguments: Namespace) -> Answer:
+    """`vramplan calibrate`."""
+    from planner.cli.calibrate import run
+
+    return run(arguments)
+
+
 COMMANDS: dict[str, Callable[[Namespace], Answer]] = {
     "plan": plan_command,
     "run": run_command,
     "show": show_command,
     "machines": machines_command,
     "presets": presets_command,
+    "calibrate": calibrate_command,
 }
 
 
@@ -157,6 +165,7 @@ def make_plan(target: Target, arguments: Namespace) -> Plan:
             device=arguments.device,
             machine=arguments.machine,
             opaque_bytes=_opaque_bytes(arguments.opaque_bytes),
+            profile=arguments.profile,
         )
 
 
@@ -183,6 +192,10 @@ def plan_data(target: Target, p: Plan) -> dict[str, Any]:
         "step_seconds": p.step_seconds,
         "bound_seconds": p.bound_seconds,
         "limited_by": p.bound.limited_by,
+        "lp_seconds": p.gap.lp_seconds,
+        "resource": p.gap.resource,
+        "seconds_with_1gb_more": p.gap.seconds_with_more,
+        "profiled": p.profiled,
     }
 
 

@@ -34,7 +34,9 @@ PLAN_FIELDS = """\
 fields of --json (bytes and seconds, all but budget_bytes predicted):
   target, program, method, device, machine, inputs, budget_bytes, peak_bytes, reserved_bytes,
   minimum_bytes, unplanned_bytes, peak_at, peak_parts, weight_bytes, resident_bytes,
-  streamed_bytes, bundles, step_seconds, bound_seconds, limited_by; file with -o, code with --code
+  streamed_bytes, bundles, step_seconds, bound_seconds, limited_by, lp_seconds (of the linear program),
+  resource (compute, link or memory), seconds_with_1gb_more, profiled (null, or how many of
+  how many distinct operators were measured); file with -o, code with --code
 """
 
 RUN_FIELDS = """\
@@ -47,13 +49,23 @@ fields of --json:
 
 SHOW_FIELDS = """\
 --json prints the file itself: format, version, program, method, device, budget, machine, call,
-  keep, offload, opaque_bytes, decisions, fingerprint, dynamic (where sizes vary)
+  keep, offload, opaque_bytes, decisions, fingerprint, dynamic (where sizes vary), profile (where
+  true)
 """
 
 MACHINE_FIELDS = """\
 fields of --json (a list; bandwidths in bytes per second): name, description, capacity_bytes,
   memory_bandwidth, flops (by dtype), launch_seconds, link_bandwidth, link_latency_seconds,
-  pageable_bandwidth, disk_bandwidth, capability
+  pageable_bandwidth, disk_bandwidth, capability, link_seconds (pairs of bytes and seconds)
+--machine takes the path of a TOML or JSON file with these fields too: a machine of your own
+"""
+
+CALIBRATE = """\
+Measures what predicted seconds are computed from, in under a minute: products by dtype, memory,
+launches, copies over the link by size (on a CPU: reads of a scratch file), the disk. Kept in
+$VRAMPLAN_CACHE or ~/.cache/vramplan, and used from then on where no machine is named, on exactly
+this device (for a CPU: with as many threads).
+fields of --json: device, file, machine (as of vramplan machines)
 """
 
 PRESET_FIELDS = """\
@@ -86,6 +98,8 @@ def make_parser() -> argparse.ArgumentParser:
     show.add_argument("file", metavar="FILE")
     _command(commands, "presets", "list presets", PRESET_FIELDS)
     _command(commands, "machines", "list machine models", MACHINE_FIELDS)
+    calibrate = _command(commands, "calibrate", "measure this machine", CALIBRATE)
+    calibrate.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1 or cpu; default: cuda where it is, else cpu")
     return parser
 
 
@@ -110,12 +124,15 @@ def _add_target(command: argparse.ArgumentParser) -> None:
         help="what modules that cannot be captured take at most, where vramplan asks for it: 'blocks.*.moe=200MB'",
     )
     command.add_argument("--budget", required=True, metavar="SIZE", help="6GB (powers of 1000) or 6GiB (of 1024)")
-    command.add_argument("--machine", metavar="NAME", help="plan for that one (vramplan machines); default: this one")
+    command.add_argument(
+        "--machine", metavar="NAME", help="plan for that one (vramplan machines), or that of a file; default: this one"
+    )
     command.add_argument(
         "--device",
         metavar="DEVICE",
         help="cuda, cuda:1, cpu (RAM) or accounting (every byte counted)",
     )
+    command.add_argument("--profile", action="store_true", help="measure the operators on this device, and plan with that")
     command.add_argument("--dtype", metavar="DTYPE", help=f"of the weights: {', '.join(MODEL_DTYPES)}")
     command.add_argument("--method", metavar="NAME", help="which method of the module (default: the preset's, or forward)")
     sizes = command.add_argument_group(

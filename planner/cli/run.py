@@ -16,8 +16,7 @@ from planner.cli.commands import Answer, make_plan, plan_data, quiet, target_of
 from planner.cli.random_weights import RandomWeights
 from planner.cli.targets import Target
 from planner.plan import Plan
-from planner.show import format_seconds
-from planner.sizes import format_bytes
+from planner.sizes import format_bytes, format_seconds
 from runtime.errors import PlannerError
 from runtime.report import Report
 

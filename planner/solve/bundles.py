@@ -57,8 +57,9 @@ def spread_evenly(
 ) -> tuple[BundleSpan, ...]:
     """Chooses bundles of about `target_bytes` evenly by compute time (error diffusion); the rest stays resident.
 
-    Those above `largest_bytes` are left out. A bundle is chosen once `phase` of it is due: the larger, the later. Where the program has fewer bytes than are due they are all chosen and the debt is
-    carried on. A weight with several visits is streamed in all of them or in none.
+    Those above `largest_bytes` are left out. A bundle is chosen once `phase` of it is due: the larger, the later. Where the
+    program has fewer bytes than are due they are all chosen and the debt is carried on. A weight with several visits is
+    streamed in all of them or in none.
     """
     elapsed = np.concatenate([[0.0], np.cumsum(problem.seconds)])
     due = target_bytes * elapsed / max(elapsed[-1], 1e-30)

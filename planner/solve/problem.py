@@ -13,10 +13,12 @@ from passes.liveness import Liveness, analyse_liveness, is_view
 from passes.probe import Prober
 from passes.program import Program
 from passes.visits import Visit, weight_visits
-from planner.costs import node_seconds
+from planner.costs import arithmetic_dtype, node_seconds
 from planner.dynamic_bytes import DynamicBytes
+from planner.families import family_of
 from planner.machine import Machine
 from planner.memory import MemoryModel
+from planner.profile_ops import Profiled, Profiler
 from planner.progress import working
 from runtime.errors import InvalidCall
 from runtime.layout import align
@@ -24,7 +26,10 @@ from runtime.layout import align
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Operators 0..n-1 in order; per operator its seconds and activation bytes; weights with sizes and visits."""
+    """Operators 0..n-1 in order; per operator its seconds and activation bytes; weights with sizes and visits.
+
+    `profiled`: of how many distinct operators the seconds were measured; None where all are modelled.
+    """
 
     program: Program
     machine: Machine
@@ -34,6 +39,7 @@ class Problem:
     weight_bytes: dict[str, int]
     pinned: frozenset[str]
     visits: tuple[Visit, ...]
+    profiled: Profiled | None = None
 
     @cached_property
     def activation_bytes(self) -> np.ndarray:
@@ -62,9 +68,15 @@ class Problem:
 
 
 def build_problem(
-    program: Program, machine: Machine, memory: MemoryModel, keep: Callable[[str], bool] = lambda name: False
+    program: Program,
+    machine: Machine,
+    memory: MemoryModel,
+    keep: Callable[[str], bool] = lambda name: False,
+    profiler: Profiler | None = None,
 ) -> Problem:
     """Analyses a canonical program. Weights for which `keep(module name)` holds are pinned on the device, as is state.
+
+    Seconds are modelled, and with a `profiler` measured where operators run on made-up data.
 
     Raises:
         InvalidCall: the program has no operator.
@@ -78,9 +90,14 @@ def build_problem(
     seconds = np.empty(len(liveness.nodes))
     for i, node in enumerate(liveness.nodes):
         cost = prober.cost(node)  # known by now
-        val = node.meta.get("val")
-        dtype = str(getattr(val, "dtype", "torch.float32")).removeprefix("torch.")
-        seconds[i] = 0.0 if is_view(node, cost) else node_seconds(cost.flops, cost.moved_bytes, dtype, machine)
+        if is_view(node, cost):
+            seconds[i] = 0.0
+            continue
+        dtype, family = arithmetic_dtype(node), family_of(node.target)
+        seconds[i] = node_seconds(cost.flops, cost.moved_bytes, dtype, machine, family)
+    profiled = None
+    if profiler is not None:
+        seconds, profiled = profiler.measure(liveness.nodes, liveness.costs, seconds)
     return Problem(
         program=program,
         machine=machine,
@@ -90,4 +107,5 @@ def build_problem(
         weight_bytes={k: align(w.nbytes, memory.weight_alignment) for k, w in program.weights.items()},
         pinned=frozenset(k for k, w in program.weights.items() if w.state or w.nbytes == 0 or keep(w.name)),
         visits=weight_visits(program),
+        profiled=profiled,
     )

@@ -1,7 +1,7 @@
 """The linear program: what no schedule can beat, and which fractions of the weights it would stream.
 
-Design section 6, in cumulative bytes. Time goes by segments k = 0..K-1 of c_k seconds and A_k activation bytes; weight j of s_j bytes
-is streamed by a fraction x_j. D_k: bytes copied when segment k begins; N_k: of them, needed by then; E_k: evicted by then;
+Design section 6, in cumulative bytes. Time goes by segments k = 0..K-1 of c_k seconds and A_k activation bytes; weight j of s_j
+bytes is streamed by a fraction x_j. D_k: bytes copied when segment k begins; N_k: of them, needed by then; E_k: evicted by then;
 w_k: seconds that compute waits before segment k. Minimise the sum of w_k, subject to
 
     arrival        D_k >= N_k
@@ -10,8 +10,8 @@ w_k: seconds that compute waits before segment k. Minimise the sum of w_k, subje
     pinned host    sum_j s_j x_j <= H
     seam           D_K = D_0 + N_K up to what is copied while compute waits at the seam; D_0 = 0 up to w_0 without one
 
-D only grows, so taking it at the beginning of a segment for all of its operators relaxes the memory rows, as do fractions, copies
-without latency and buffers that fill up byte by byte: the optimum is a lower bound for every schedule that is emitted.
+D only grows, so taking it at the beginning of a segment for all of its operators relaxes the memory rows, as do fractions,
+copies without latency and buffers that fill up byte by byte: the optimum is a lower bound for every schedule that is emitted.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from planner.solve.segments import Segments
 
 # All weights, and the time to compute and to copy them once, are so many units: tolerances of the solver are absolute.
 _UNITS = 1000.0
-# What streaming everything costs besides time, as a share of the units: of equally fast solutions one that streams little and in
-# small pieces is found, whose buffers take less memory as a whole.
+# What streaming everything costs besides time, as a share of the units: of equally fast solutions one is found that streams
+# little and in small pieces, whose buffers take less memory as a whole.
 _TIE = 1e-6
 
 
@@ -60,7 +60,7 @@ class _Model:
         self.visits = [v for v in problem.visits if v.weight not in problem.pinned]
         self.names = list(dict.fromkeys(v.weight for v in self.visits))
         self.byte_unit = max(problem.total_weight_bytes, 1) / _UNITS
-        everything = problem.compute_seconds + problem.total_weight_bytes / problem.machine.link_bandwidth
+        everything = problem.compute_seconds + problem.total_weight_bytes / problem.machine.link_peak_bandwidth
         self.second_unit = max(everything, 1e-30) / _UNITS
         count, m = len(segments), len(self.names)
         self.total = m
@@ -80,7 +80,7 @@ class _Model:
 
     def add_rows(self, budget_bytes: int, seam: bool, host_bytes: int | None) -> None:
         problem, segments, count = self.problem, self.segments, len(self.segments)
-        rate = problem.machine.link_bandwidth * self.second_unit / self.byte_unit
+        rate = problem.machine.link_peak_bandwidth * self.second_unit / self.byte_unit
         index = {name: j for j, name in enumerate(self.names)}
         begins: list[list[int]] = [[] for _ in range(count)]
         ends: list[list[int]] = [[] for _ in range(count + 1)]

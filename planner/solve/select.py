@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 from planner.bounds import physical_bound
 from planner.solve.bundles import TINY_BYTES, BundleSpan, make_bundles, spread_evenly, spread_fractions
@@ -56,7 +57,7 @@ class Selections:
         needed = physical_bound(self.problem, budget_bytes).streamed_bytes
         exponent = math.ceil(math.log(max(needed, 1)) / math.log(_TARGET_RATIO))
         while (target := _TARGET_RATIO**exponent) <= _MOST_TARGET * self.problem.total_weight_bytes:
-            if target / self.problem.machine.link_bandwidth >= enough():
+            if target / self.problem.machine.link_peak_bandwidth >= enough():
                 break
             yield from self._even_at(exponent)
             exponent += 1
@@ -159,7 +160,7 @@ class Selections:
         ends = [float(self.least_bytes)]
         while ends[-1] < self.most_bytes:
             ends.append(min(ends[-1] * _BUDGET_RATIO, float(self.most_bytes)))
-        for low, high in reversed(list(zip(ends, ends[1:], strict=False))):
+        for low, high in reversed(list(pairwise(ends))):
             for step in range(_BETWEEN, 0, -1):
                 at = low + (high - low) * step / _BETWEEN
                 if at <= budget_bytes:

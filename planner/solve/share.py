@@ -174,13 +174,13 @@ class SharedBudget:
 
     def _least_seconds(self, kept: Keys, opaque: Keys) -> float:
         """What no schedule with these kept can beat: arithmetic, and copies of all that passes through."""
-        seconds = sum(n / self.machine.link_bandwidth for path, n in self.opaque_bytes.items() if path not in opaque)
+        seconds = sum(n / self.machine.link_peak_bandwidth for path, n in self.opaque_bytes.items() if path not in opaque)
         rest = [part for key, part in self.parts.items() if key not in kept]
         for part in self.parts.values():
             problem = part.solver.problem
             weights = problem.total_weight_bytes - _state_bytes(part.solver)
             # Alone, the last part may keep its arenas and stream less.
-            copied = weights / self.machine.link_bandwidth if part in rest and len(rest) > 1 else 0.0
+            copied = weights / self.machine.link_peak_bandwidth if part in rest and len(rest) > 1 else 0.0
             seconds += part.calls * max(problem.compute_seconds, copied)
         return seconds
 

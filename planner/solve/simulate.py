@@ -1,8 +1,8 @@
 """The event simulator: what the engines of a machine do with an emitted program.
 
-One compute engine and one first-in-first-out copy engine. A copy starts when the one before it is done and compute has come to
-its prefetch; a bundle's memory is its own from its prefetch to its evict, whole; compute waits at an onload until its bundle has
-arrived. Exactly that is what the runtime does on every device.
+One compute engine and one first-in-first-out copy engine. A copy starts when the one before it is done and compute has come
+to its prefetch; a bundle's memory is its own from its prefetch to its evict, whole; compute waits at an onload until its bundle
+has arrived. Exactly that is what the runtime does on every device.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import fx
 from passes.program import Program
 from runtime import ops
 from runtime.layout import Bundle, Layout, Slot
-from tests.passes.programs import nodes_calling
+from tests.passes.programs import Mode, nodes_calling
 
 aten = torch.ops.aten
 
@@ -28,18 +29,23 @@ class Mutation:
     name: str
     invariants: tuple[str, ...]
     make: Callable[[Program], Iterator[Callable[[], Broken]]]
-    modes: tuple[str, ...] = ("arena", "allocator")
+    modes: tuple[Mode, ...] = ("arena", "allocator")
 
 
 MUTATIONS: list[Mutation] = []
 
 
-def mutation(*invariants: str, arena_only: bool = False) -> Callable[[Callable[[Program], Any]], Callable[[Program], Any]]:
+SEAM: tuple[Mode, ...] = ("seam", "seam in an arena")
+
+
+def mutation(
+    *invariants: str, arena_only: bool = False, modes: tuple[Mode, ...] = ()
+) -> Callable[[Callable[[Program], Any]], Callable[[Program], Any]]:
     """Registers a generator of functions that each make one broken program."""
 
     def register(make: Callable[[Program], Any]) -> Callable[[Program], Any]:
-        modes = ("arena",) if arena_only else ("arena", "allocator")
-        MUTATIONS.append(Mutation(make.__name__, invariants, make, modes))
+        usual: tuple[Mode, ...] = ("arena",) if arena_only else ("arena", "allocator")
+        MUTATIONS.append(Mutation(make.__name__, invariants, make, modes or usual))
         return make
 
     return register
@@ -165,7 +171,6 @@ def drop_an_evict(program: Program) -> Iterator[Callable[[], Broken]]:
             index = node.args[0]
             return edit.program, (
                 f"bundles [{index}] are never evicted",
-                f"the eviction of {index}, which has not happened",
                 f"over bundle {index}, which is still in use",
             )
 
@@ -232,75 +237,34 @@ def prefetch_twice(program: Program) -> Iterator[Callable[[], Broken]]:
         yield broken
 
 
-@mutation("I4", arena_only=True)
-def prefetch_before_the_evict_it_waits_for(program: Program) -> Iterator[Callable[[], Broken]]:
-    for node in nodes_calling(program.graph, ops.prefetch):
-        for other in node.args[1]:  # type: ignore[union-attr]
-
-            def broken(node: fx.Node = node, other: Any = other) -> Broken:
-                edit = Edit(program)
-                edit[of_bundle(program, ops.evict, other)].prepend(edit[node])
-                return edit.program, (f"bundle {node.args[0]} waits for the eviction of {other}, which has not happened",)
-
-            yield broken
-
-
-@mutation("I2", "I4", arena_only=True)
+@mutation("I2", arena_only=True)
 def refill_bytes_still_in_use(program: Program) -> Iterator[Callable[[], Broken]]:
+    bundles = layout_of(program).bundles
     for node in nodes_calling(program.graph, ops.prefetch):
-        for other in node.args[1]:  # type: ignore[union-attr]
+        for other in bundles:
+            if other.index >= node.args[0] or not _share_bytes(other, bundles[node.args[0]]):  # type: ignore[operator,index]
+                continue
 
-            def broken(node: fx.Node = node, other: Any = other) -> Broken:
+            def broken(node: fx.Node = node, other: int = other.index) -> Broken:
                 edit = Edit(program)
                 edit[of_bundle(program, ops.evict, other)].prepend(edit[node])
-                edit[node].args = (node.args[0], ())
-                index = node.args[0]  # it may also refill what an older bundle, evicted by now, has left
-                return edit.program, (f"bundle {index} is copied over bundle {other}", f"bundle {index} refills bundle")
+                return edit.program, (f"bundle {node.args[0]} is copied over bundle",)
 
             yield broken
 
 
-@mutation("I4", arena_only=True)
-def drop_the_wait_of_a_prefetch(program: Program) -> Iterator[Callable[[], Broken]]:
-    for node in nodes_calling(program.graph, ops.prefetch):
-        if node.args[1]:
-
-            def broken(node: fx.Node = node) -> Broken:
-                edit = Edit(program)
-                edit[node].args = (node.args[0], ())
-                return edit.program, (f"bundle {node.args[0]} refills bundle",)
-
-            yield broken
+def _share_bytes(a: Bundle, b: Bundle) -> bool:
+    assert a.offset is not None
+    assert b.offset is not None
+    return a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
 
 
-@mutation("I4")
-def wait_for_what_is_not_evicted(program: Program) -> Iterator[Callable[[], Broken]]:
-    for node in nodes_calling(program.graph, ops.prefetch):
-
-        def broken(node: fx.Node = node) -> Broken:
-            edit = Edit(program)
-            edit[node].args = (node.args[0], (node.args[0],))
-            index = node.args[0]
-            return edit.program, (f"bundle {index} waits for the eviction of {index}, which has not happened",)
-
-        yield broken
-
-
-@mutation("I4", arena_only=True)
-def wait_for_too_early_an_evict(program: Program) -> Iterator[Callable[[], Broken]]:
-    prefetches = nodes_calling(program.graph, ops.prefetch)
-    evicted: list[int] = []
-    for node in program.graph.nodes:
-        if node.target is ops.evict:
-            evicted.append(node.args[0])
-        elif node in prefetches and node.args[1] and evicted[0] not in node.args[1]:
-
-            def broken(node: fx.Node = node, first: int = evicted[0]) -> Broken:
-                edit = Edit(program)
-                edit[node].args = (node.args[0], (first,))
-                return edit.program, (f"bundle {node.args[0]} refills bundle",)
-
-            yield broken
+@mutation("I2", "I4")
+def say_that_a_bundle_comes_over_the_seam(program: Program) -> Iterator[Callable[[], Broken]]:
+    for bundle in layout_of(program).bundles:
+        changed = with_bundle(program, bundle.index, carried=True)
+        words = (f"bundle {bundle.index} is copied twice", f"over bundle {bundle.index}, which is still in use")
+        yield lambda changed=changed, words=words: (changed, words)
 
 
 @mutation("I3")
@@ -310,7 +274,7 @@ def copy_an_unknown_bundle(program: Program) -> Iterator[Callable[[], Broken]]:
 
             def broken(node: fx.Node = node, index: int = index) -> Broken:
                 edit = Edit(program)
-                edit[node].args = (index, ())
+                edit[node].args = (index,)
                 return edit.program, (f"bundle {index} is copied, and the layout has no such bundle",)
 
             yield broken
@@ -327,6 +291,55 @@ def take_a_member_that_is_not_there(program: Program) -> Iterator[Callable[[], B
                 return edit.program, (f"{node.name} is member {index} of",)
 
             yield broken
+
+
+# The seam ------------------------------------------------------------------------------------------------------------
+
+
+def _carried(program: Program) -> list[Bundle]:
+    return [bundle for bundle in layout_of(program).bundles if bundle.carried]
+
+
+@mutation("I3", modes=SEAM)
+def leave_the_next_call_without_a_bundle(program: Program) -> Iterator[Callable[[], Broken]]:
+    for bundle in _carried(program):
+
+        def broken(index: int = bundle.index) -> Broken:
+            edit = Edit(program)
+            detach(edit[of_bundle(program, ops.prefetch, index)])
+            return edit.program, (f"bundles [{index}] are used by the next call before they are copied",)
+
+        yield broken
+
+
+@mutation("I4", modes=SEAM)
+def prefetch_for_the_next_call_before_the_evict(program: Program) -> Iterator[Callable[[], Broken]]:
+    for bundle in _carried(program):
+
+        def broken(index: int = bundle.index) -> Broken:
+            edit = Edit(program)
+            edit[of_bundle(program, ops.evict, index)].prepend(edit[of_bundle(program, ops.prefetch, index)])
+            return edit.program, (f"bundle {index} is copied twice",)
+
+        yield broken
+
+
+@mutation("I3", modes=SEAM)
+def say_that_nothing_comes_over_the_seam(program: Program) -> Iterator[Callable[[], Broken]]:
+    for bundle in _carried(program):
+        index = bundle.index
+        changed = with_bundle(program, index, carried=False)
+        yield lambda changed=changed, index=index: (changed, (f"bundle {index} is used before it is copied",))
+
+
+@mutation("I2", modes=("seam in an arena",))
+def overlap_what_comes_over_the_seam(program: Program) -> Iterator[Callable[[], Broken]]:
+    carried = _carried(program)
+    for a, b in pairwise(carried):
+        assert a.offset is not None
+        if a.offset + b.nbytes <= layout_of(program).staging_bytes:
+            changed = with_bundle(program, b.index, offset=a.offset)
+            yield lambda changed=changed: (changed, ("come over the seam in the same bytes", "is copied over bundle"))
 
 
 # The layout ----------------------------------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
@@ -28,10 +29,11 @@ from planner.solve.decisions import Decisions, StagingMode
 from runtime.devices.accounting import AccountingDevice
 from runtime.executor import Executor
 from runtime.store import HostStore
-from tests.planner.problems import in_arena
+from tests.planner.problems import in_arena, placed
 from tests.zoo import ZOO, Example
 
 aten = torch.ops.aten
+Mode = Literal["arena", "allocator", "seam", "seam in an arena"]
 
 
 def text(program: Program) -> str:
@@ -148,21 +150,29 @@ def planned(name: str) -> Plan:
 
 
 @cache
-def emitted(name: str, staging: StagingMode) -> Emitted:
-    """The example streamed: as the planner does it halfway to its minimum, or double-buffered in an arena by hand."""
+def emitted(name: str, mode: Mode) -> Emitted:
+    """The example streamed: as the planner does it halfway to its minimum, or double-buffered in an arena by hand.
+
+    In the modes `seam` everything comes as early as triple buffers allow, over the seam of two calls too.
+    """
     roomy = planned(name)
     example = EXAMPLES[name]()
-    if staging == "allocator":
+    staging: StagingMode = "arena" if "arena" in mode else "allocator"
+    if mode == "allocator":
         tight = roomy.replan((roomy.minimum_bytes + roomy.unplanned_bytes) // 2)
         if tight.decisions.staging == "allocator" and tight.decisions.streams:
             return Emitted(tight.emitted, tight.proof, example)
     problem = roomy.problem
     largest = max(problem.weight_bytes[w] for w in problem.weight_bytes if w not in problem.pinned)
     spans = make_bundles(problem, largest, 128 if largest < 4096 else 1024)
-    arena = 2 * max(s.nbytes for s in spans)
-    names = problem.names
-    placed = in_arena(spans, len(names), arena) if staging == "arena" else tuple(Placement(s, s.first) for s in spans)
-    streams = (Stream(p.span.weights, names[p.prefetch], names[p.span.first], names[p.span.last]) for p in placed)
+    names, arena = problem.names, 2 * max(s.nbytes for s in spans)
+    placements = in_arena(spans, len(names), arena) if staging == "arena" else tuple(Placement(s, s.first) for s in spans)
+    if "seam" in mode:
+        over = placed(spans, np.full(len(names), 3 * largest), seam=True)
+        assert over is not None
+        assert any(p.carried for p in over)
+        placements = over
+    streams = (Stream(p.span.weights, names[p.prefetch], names[p.span.first], names[p.span.last]) for p in placements)
     program, proof = emit_program(problem, Decisions(tuple(streams), staging), 10**9)
     return Emitted(program, proof, example)
 

@@ -29,8 +29,8 @@ def test_copies_arrivals_and_evictions_are_inserted() -> None:
 weight w_a_bias: f32[8]
 weight w_c_weight: f32[8, 8]
 input arg_0: f32[4, 8]
-prefetch(0, ())
-prefetch(1, ())
+prefetch(0)
+prefetch(1)
 onload = onload(0)
 w_a_weight = onload[0]
 linear = linear(arg_0, w_a_weight, w_a_bias)
@@ -42,7 +42,7 @@ w_b_bias = onload_1[1]
 linear_1 = linear(relu, w_b_weight, w_b_bias)
 evict(1)
 relu_1 = relu(linear_1)
-prefetch(2, ())
+prefetch(2)
 linear_2 = linear(relu_1, w_c_weight)
 relu_2 = relu(linear_2)
 add = add.Tensor(relu_2, arg_0)

@@ -1,8 +1,10 @@
 """Machines: presets are complete and plausible, files round trip, and everything impossible names its field."""
 
+import inspect
 import json
 import math
 import pickle
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,6 +57,21 @@ def test_preset_values(name: str, link: float, bfloat16: float) -> None:
     assert (machine.link_bandwidth, machine.flops["bfloat16"]) == (link, bfloat16)
 
 
+FACTS = {  # capacity GB, memory GB/s, dense half-precision TFLOP/s, link GB/s: published or measured, see machines.toml
+    "rtx-3060": (12, 360, 25.6, 25), "rtx-4060-ti": (16, 288, 44, 12.5), "rtx-4070": (12, 504, 58, 25),
+    "rtx-4090": (24, 1008, 165, 25), "rtx-5090": (32, 1792, 210, 55), "t4": (16, 320, 65, 11.3), "l4": (24, 300, 121, 25),
+    "a10g": (24, 600, 70, 25), "a100-80gb": (80, 2039, 312, 25), "h100": (80, 3350, 750, 55), "h200": (141, 4300, 780, 55),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_presets_say_what_is_known_of_the_cards(name: str) -> None:
+    m = Machine.preset(name)
+    got = (m.capacity_bytes / 1e9, m.memory_bandwidth / 1e9, m.flops["float16"] / 1e12, m.link_bandwidth / 1e9)
+    assert got == pytest.approx(FACTS[name])
+    assert set(FACTS) == set(Machine.names()) - {"cpu"}
+
+
 def test_unknown_preset_lists_close_names() -> None:
     with pytest.raises(MachineError) as caught:
         Machine.preset("RTX 4091")
@@ -73,6 +90,61 @@ def test_copy_seconds() -> None:
     machine = replace(RTX_4090, link_bandwidth=10.0, link_latency_seconds=3.0)
     assert machine.copy_seconds(40) == 7.0
     assert machine.copy_seconds(0) == 3.0
+
+
+def test_copies_between_measured_sizes_are_interpolated() -> None:
+    machine = replace(RTX_4090, link_latency_seconds=1.0, link_seconds=((100, 2.0), (200, 4.0), (1000, 5.0)))
+    assert [machine.copy_seconds(n) for n in (0, 50, 100, 150, 200, 600, 1000, 2000)] == [1, 1.5, 2, 3, 4, 4.5, 5, 10]
+    assert machine.link_peak_bandwidth == 200.0
+    assert RTX_4090.link_peak_bandwidth == RTX_4090.link_bandwidth
+
+
+SECONDS = st.floats(1e-9, 1e3)
+LINKS = st.dictionaries(st.integers(1, 10**11), SECONDS, max_size=6).map(
+    lambda points: tuple(zip(sorted(points), sorted(points.values()), strict=True))
+)
+
+
+@given(LINKS, st.floats(0, 1.0), st.floats(1.0, 1e12), st.lists(st.integers(0, 10**12), min_size=2, max_size=20))
+def test_more_bytes_never_take_less_time_and_none_beats_the_peak(
+    points: tuple[tuple[int, float], ...], latency: float, bandwidth: float, sizes: list[int]
+) -> None:
+    machine = replace(RTX_4090, link_seconds=points, link_latency_seconds=latency, link_bandwidth=bandwidth)
+    sizes = sorted([*sizes, *(n + d for n, _ in points for d in (-1, 0, 1))])
+    seconds = [machine.copy_seconds(n) for n in sizes]
+    assert seconds == sorted(seconds)
+    assert all(0 <= s < math.inf for s in seconds)
+    for nbytes, taken in zip(sizes, seconds, strict=True):
+        assert nbytes / machine.link_peak_bandwidth <= taken * (1 + 1e-12)
+    assert dict(points).items() <= dict(zip(sizes, seconds, strict=True)).items()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (7, "link_seconds must be pairs of bytes and seconds such as ((65536, 1.3e-5), (1048576, 5e-5)), not 7."),
+        (((1.5, 1.0),), "link_seconds must be pairs of bytes and seconds such as ((65536, 1.3e-5), (1048576, 5e-5)), not "
+                        "((1.5, 1.0),)."),
+        (((5, 0.0),), "link_seconds at 5 bytes must be a positive number, not 0.0."),
+        (((5, math.inf),), "link_seconds at 5 bytes must be a positive number, not inf."),
+        (((5, 2.0), (5, 3.0)), "link_seconds must ascend: (5, 3.0) comes after (5, 2.0). More bytes take as long or longer."),
+        (((5, 2.0), (6, 1.0)), "link_seconds must ascend: (6, 1.0) comes after (5, 2.0). More bytes take as long or longer."),
+        (((0, 2.0),), "link_seconds must ascend: (0, 2.0) comes after (0, 0.0). More bytes take as long or longer."),
+    ],
+)  # fmt: skip
+def test_measured_copies_are_checked(value: Any, message: str) -> None:
+    with pytest.raises(MachineError) as caught:
+        replace(RTX_4090, link_seconds=value)
+    assert str(caught.value) == f"machine 'rtx-4090': {message}"
+
+
+def test_on_a_cpu_the_link_is_the_disk() -> None:
+    card = replace(RTX_4090, link_seconds=((100, 1.0),))
+    assert card.on("cuda:1") is card.on("accounting") is card
+    disk = card.on("cpu")
+    assert (disk.link_bandwidth, disk.link_seconds) == (card.disk_bandwidth, ())
+    calibrated = replace(Machine.preset("cpu"), link_seconds=((100, 1.0),))
+    assert calibrated.on("cpu") is calibrated  # what was measured is the disk
 
 
 def test_a_machine_is_a_value() -> None:
@@ -143,6 +215,7 @@ POSITIVE = st.floats(min_value=1e-300, max_value=1e300)
     ),
     name=st.text(max_size=10).filter(str.isprintable),
     capability=st.none() | st.tuples(st.integers(0, 12), st.integers(0, 9)),
+    points=LINKS,
 )
 def test_files_round_trip(
     tmp_path_factory: pytest.TempPathFactory,
@@ -151,9 +224,10 @@ def test_files_round_trip(
     flops: dict[str, float],
     name: str,
     capability: tuple[int, int] | None,
+    points: tuple[tuple[int, float], ...],
 ) -> None:
     bandwidth, launch, link, latency, pageable, disk = numbers
-    machine = Machine(name, "", capacity, bandwidth, flops, launch, link, latency, pageable, disk, capability)
+    machine = Machine(name, "", capacity, bandwidth, flops, launch, link, latency, pageable, disk, capability, points)
     path = tmp_path_factory.mktemp("machine") / "machine.json"
     machine.save(path)
     assert Machine.load(path) == machine
@@ -179,7 +253,7 @@ def _edited(tmp_path: Path, **changes: Any) -> Path:
             "the machine lacks capacity_bytes, description, disk_bandwidth, flops, launch_seconds, link_bandwidth, "
             "link_latency_seconds, memory_bandwidth, pageable_bandwidth and has the unknown colour; the fields are "
             "capability, capacity_bytes, description, disk_bandwidth, flops, launch_seconds, link_bandwidth, "
-            "link_latency_seconds, memory_bandwidth, name, pageable_bandwidth.",
+            "link_latency_seconds, link_seconds, memory_bandwidth, name, pageable_bandwidth.",
         ),
     ],
 )
@@ -195,6 +269,58 @@ def test_load_refuses_what_is_not_json(tmp_path: Path) -> None:
     path.write_text("name = 3", encoding="utf-8")
     with pytest.raises(MachineError, match=r"machine\.json: not JSON \(.*\)\. Write it with Machine\.save\(path\)\."):
         Machine.load(path)
+
+
+BY_HAND = """
+name = "rtx-3060-x4"
+description = "GeForce RTX 3060 in a riser, PCIe gen3 x4"
+capacity_bytes = 12_000_000_000
+memory_bandwidth = 3.6e11
+flops = { float32 = 1.27e13, bfloat16 = 2.56e13, float16 = 2.56e13 }
+launch_seconds = 4e-6
+link_bandwidth = 2.8e9
+link_latency_seconds = 10e-6
+pageable_bandwidth = 2.0e9
+disk_bandwidth = 3.4e9
+capability = [8, 6]
+link_seconds = [[65536, 3.5e-5], [1048576, 3.9e-4], [67108864, 0.0241]]
+"""
+
+
+def test_a_machine_by_hand(tmp_path: Path) -> None:
+    assert inspect.cleandoc(BY_HAND) in inspect.cleandoc(Machine.__doc__ or "").replace(
+        "\n    ", "\n"
+    )  # where it is documented
+    toml, by_json = tmp_path / "mine.toml", tmp_path / "mine.json"
+    toml.write_text(BY_HAND)
+    machine = Machine.load(toml)
+    assert machine.link_seconds[0] == (65536, 3.5e-5)
+    by_json.write_text(json.dumps(tomllib.loads(BY_HAND)))
+    assert Machine.load(by_json) == Machine.of(str(toml)) == Machine.of(toml) == Machine.of(machine) == machine
+    toml.write_text('name = "x"\n')
+    with pytest.raises(MachineError, match=r"mine\.toml: the machine lacks capacity_bytes, .* the fields are capability, "):
+        Machine.load(toml)
+    toml.write_text("name = ")
+    with pytest.raises(MachineError, match=r"mine\.toml: not TOML \("):
+        Machine.load(toml)
+
+
+def test_what_is_no_machine() -> None:
+    with pytest.raises(MachineError, match=r"^nowhere/mine\.toml: the machine cannot be read: No such file .*help\(Machine\)"):
+        Machine.of("nowhere/mine.toml")
+    with pytest.raises(MachineError, match="no machine is called 'rtx-4091'; did you mean"):
+        Machine.of("rtx-4091")
+    with pytest.raises(MachineError, match=r"machine=5 is no machine: write machine='rtx-4090'"):
+        Machine.of(5)  # type: ignore[arg-type]
+
+
+def test_save_writes_json_or_says_why_not(tmp_path: Path) -> None:
+    with pytest.raises(MachineError, match=r"mine\.toml: save writes JSON\. Write machine\.save\('.*mine\.json'\)\."):
+        RTX_4090.save(tmp_path / "mine.toml")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match=r"the machine cannot be written: "):
+        RTX_4090.save(tmp_path / "file" / "mine.json")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "accounting"])

@@ -24,8 +24,8 @@ def emitted(graph: fx.Graph, weights: dict[str, str] | None = None) -> str:
 def test_every_statement() -> None:
     graph = fx.Graph()
     weight, value = graph.placeholder("w_a"), graph.placeholder("arg_0")
-    graph.call_function(ops.prefetch, (0, ()))
-    graph.call_function(ops.prefetch, (1, (0,)))
+    graph.call_function(ops.prefetch, (0,))
+    graph.call_function(ops.prefetch, (1,))
     arrived = graph.call_function(ops.onload, (0,))
     item = graph.call_function(operator.getitem, (arrived, 2))
     total = graph.call_function(aten.add.Tensor, (value, weight), {"alpha": 2})
