@@ -1,7 +1,7 @@
 """What the switches of today would do with the same program on the same machine model: for comparison, never to be run.
 
-Every policy is a set of placements in the memory model and the simulator that our own plans go through. Nothing of it is measured.
-Where it is not certain what a switch costs it is taken to be cheap:
+Every policy is a set of placements in the memory model and the simulator that our own plans go through. Nothing of it is
+measured. Where it is not certain what a switch costs it is taken to be cheap:
 
 - Weights and activations share the allocator's segments, though diffusers' copy stream has segments of its own.
 - A group that is copied through a stream costs the latency of one copy, though each of its tensors is one.
@@ -9,7 +9,8 @@ Where it is not certain what a switch costs it is taken to be cheap:
 - Weights that the program does not read are neither moved nor held.
 - Weights that a switch would leave on the host while something reads them are brought for that reader.
 
-State that the program writes stays on the device under every policy. `keep` and a host budget are ours alone: no switch knows them.
+State that the program writes stays on the device under every policy. `keep` and a host budget are ours alone: no switch has
+them.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def _sequential(solver: Solver, module: nn.Module) -> Baseline:
 
 
 def _blocks(solver: Solver, module: nn.Module) -> Baseline:
-    """Group offload at block level without a stream: as above by groups, and every group is copied back to the host after use."""
+    """Group offload at block level without a stream: as above by groups, and each is copied back to the host after use."""
     groups = block_groups(module)
     return replace(
         _synchronous(solver, "group offload, blocks", held_by(solver.problem, module, groups), written_back=True),
@@ -102,8 +103,8 @@ def _blocks(solver: Solver, module: nn.Module) -> Baseline:
 def _blocks_streamed(solver: Solver, module: nn.Module) -> Baseline:
     """Group offload at block level with a stream: while a block runs the next one comes from page-locked memory.
 
-    Never two ahead, and none for the next call. What is in no block has no stream: it comes before the first block, synchronously
-    from pageable memory, and is copied back at the end.
+    Never two ahead, and none for the next call. What is in no block has no stream: it comes before the first block,
+    synchronously from pageable memory, and is copied back at the end.
     """
     groups = block_groups(module)
     held = held_by(solver.problem, module, groups)
@@ -117,7 +118,7 @@ def _leaves_streamed(solver: Solver, module: nn.Module) -> Baseline:
 
 
 def _prefix(solver: Solver, budget_bytes: int) -> Baseline:
-    """The naive planner: the first weights in program order stay, as many as the budget leaves room for; the rest comes in order.
+    """The naive planner: the first weights in program order stay, as many as the budget leaves room for; the rest is streamed.
 
     Copies go first in, first out through a static arena of two buffers, or of as many as weights are needed at once. Of several
     bundle sizes the fastest. Where the budget is too small for it: the least memory that it can do with.

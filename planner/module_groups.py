@@ -158,12 +158,12 @@ def _covering(found: list[Held], visits: Mapping[str, list[Interval]], keys: Seq
             by_weight.setdefault(key, []).append(index)
     for key in dict.fromkeys(keys):
         for span in visits[key]:
-            index = next((i for i in by_weight.get(key, ()) if _meet((found[i].first, found[i].last), span)), None)
-            if index is None:
+            there = [i for i in by_weight.get(key, ()) if _meet((found[i].first, found[i].last), span)]
+            if not there:
                 found.append(Held((key,), *span))
                 continue
-            held = found[index]
-            found[index] = Held(held.weights, min(held.first, span[0]), max(held.last, span[1]), held.synchronous)
+            held = found[there[0]]
+            found[there[0]] = Held(held.weights, min(held.first, span[0]), max(held.last, span[1]), held.synchronous)
     return found
 
 

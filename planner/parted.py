@@ -192,8 +192,7 @@ class PartedPlan(Plan):
         """Of all calls of parts, simulated, and of the copies around them; what Python itself takes is not known."""
         return self._parted.shared.time(self._shares)
 
-    @cached_property
-    def bound(self) -> Bound:
+    def bound_at(self, budget_bytes: int) -> Bound:
         """As of one program: what arithmetic takes, and copying what cannot stay."""
         calls, solvers = self.exploration.calls, self._parted.solvers
         compute = sum(calls[key] * solver.problem.compute_seconds for key, solver in solvers.items())
@@ -202,7 +201,7 @@ class PartedPlan(Plan):
             weights |= {w.name: w.nbytes for w in solver.problem.program.weights.values()}
         outside = {key: max(moments.values()) for key, moments in self.exploration.outside.items()}
         needs = [outside[key] + int(solver.problem.activation_bytes.max()) for key, solver in solvers.items()]
-        streamed = max(0, sum(weights.values()) - max(0, self.budget_bytes - max(needs, default=0)))
+        streamed = max(0, sum(weights.values()) - max(0, budget_bytes - max(needs, default=0)))
         return Bound(compute, streamed / self.machine.link_bandwidth, streamed)
 
     @property
