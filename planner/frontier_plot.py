@@ -48,6 +48,8 @@ def write_frontier(frontier: Frontier, path: Path) -> None:
 
 
 def _draw(axes: Any, frontier: Frontier) -> None:
+    from matplotlib.ticker import LogLocator
+
     unit, size = _unit(frontier)
     scale, name = _seconds_unit(frontier)
     end = _end(frontier)
@@ -63,6 +65,7 @@ def _draw(axes: Any, frontier: Frontier) -> None:
     axes.set_xlim((begin - margin) / size, (end + margin) / size)
     if frontier.baselines:  # some are many times slower
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
     else:
@@ -96,10 +99,11 @@ def _draw_others(axes: Any, frontier: Frontier, size: float, scale: float) -> No
     for index, ((x, y), names) in enumerate(places.items()):
         label = "others, simulated" if index == 0 else None
         axes.plot(x, y, color=_OTHERS, marker="D", markersize=5.5, linestyle="none", label=label, zorder=4)
-        left = x > (low + high) / 2
+        # The curve falls: to the upper right of a point there is room, at the right edge below it.
+        left, under = x > low + (high - low) * 0.7, y == min(y for _, y in places)
         axes.annotate(
-            "\n".join(names), (x, y), xytext=(-6 if left else 6, 5), textcoords="offset points", fontsize=8,
-            ha="right" if left else "left", va="bottom", color="#333333", zorder=5,
+            "\n".join(names), (x, y), xytext=(-6 if left else 6, -6 if left and under else 5), textcoords="offset points",
+            fontsize=8, ha="right" if left else "left", va="top" if left and under else "bottom", color="#333333", zorder=5,
         )  # fmt: skip
     if places:
         axes.margins(y=0.12)
@@ -123,7 +127,8 @@ def _mark_budget(axes: Any, frontier: Frontier, size: float, end: int) -> None:
 
 def _end(frontier: Frontier) -> int:
     """The largest budget that is drawn: far beyond all resident there is nothing to see."""
-    return min(frontier.rows[-1].budget_bytes, frontier.resident_bytes * 3 // 2)
+    near = [row.budget_bytes for row in frontier.rows if row.budget_bytes <= frontier.resident_bytes * 3 // 2]
+    return max([frontier.resident_bytes, *near])
 
 
 def _unit(frontier: Frontier) -> tuple[str, float]:
