@@ -77,8 +77,8 @@ class Comparison:
         lines = [
             f"{self.program} on {self.device}, planned for {self.machine}: budget {format_bytes(self.budget_bytes)}, {calls}",
             "All rows are simulated on the machine model; the baselines were not run, and nothing was measured.",
-            "x bound: the step against the least that is physically possible within the row's own peak.",
-            f"ours there: the step of {OURS} with the row's peak as its budget, and how many times faster that is.",
+            "x bound: the step over the least that is physically possible within the row's own peak.",
+            f"ours there: the step of {OURS} with the row's peak as its budget, and how much faster that is.",
             "",
             f"{'policy':<{width}}  {'peak':>8}  fits  {'step':>8}  {'x bound':>7}  {'ours there':>10}  {'faster':>7}",
         ]
@@ -106,7 +106,8 @@ def compare_policies(plan: Plan) -> Comparison:
         PlannerError: the plan is one in parts; its parts can be compared.
     """
     solver, budget, host = _solver(plan), plan.budget_bytes, plan.budget.host_bytes
-    own = Row(OURS, plan.reserved_bytes, plan.step_seconds, plan.bound_seconds, True, plan.step_seconds)
+    bound = plan.bound_at(plan.reserved_bytes).seconds
+    own = Row(OURS, plan.reserved_bytes, plan.step_seconds, bound, True, plan.step_seconds)
     rows = [own]
     with working(f"simulating what other policies would do with {plan.title}"):
         ours: dict[int, float] = {}

@@ -14,6 +14,7 @@ from planner.compare import Row, compare_policies
 from planner.progress import working
 from planner.show import format_seconds
 from planner.sizes import format_bytes, parse_size
+from planner.solve.decide import Schedule, Solver
 from planner.solve.share import Shares
 from runtime.errors import PlannerError
 
@@ -173,7 +174,7 @@ def _solver(plan: Plan) -> _Solve:
 
     def solve(budget_bytes: int) -> tuple[int, float, int]:
         schedule = plan._solver.solve(budget_bytes, plan.budget.host_bytes)
-        return schedule.peak_bytes, schedule.time.step_seconds, schedule.streamed_bytes
+        return schedule.peak_bytes, schedule.time.step_seconds, _copied_bytes(plan._solver, schedule)
 
     return solve
 
@@ -191,13 +192,18 @@ def _streamed_bytes(plan: PartedPlan, shares: Shares) -> int:
     streamed = sum(n for path, n in shared.opaque_bytes.items() if path not in shares.opaque)
     for key, share in shares.parts.items():
         part = shared.parts[key]
-        weights, problem = part.solver.problem.program.weights, part.solver.problem
-        own = share.schedule.streamed_bytes
+        own = _copied_bytes(part.solver, share.schedule)
         if not share.kept:  # what its schedule keeps comes once in every call
-            state = sum(problem.weight_bytes[k] for k, w in weights.items() if w.state)
-            own += part.solver.resident_bytes([p.span for p in share.schedule.placements]) - state
+            streams = {w for placed in share.schedule.placements for w in placed.span.weights}
+            own += sum(w.nbytes for key, w in part.solver.problem.program.weights.items() if not w.state and key not in streams)
         streamed += part.calls * own
     return streamed
+
+
+def _copied_bytes(solver: Solver, schedule: Schedule) -> int:
+    """Without what aligns them, as `Plan.streamed_bytes`."""
+    weights = solver.problem.program.weights
+    return sum(weights[w].nbytes for placed in schedule.placements for w in placed.span.weights)
 
 
 def _evenly(low: int, high: int, points: int, own: int | None) -> list[int]:
