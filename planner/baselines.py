@@ -6,6 +6,7 @@ measured. Where it is not certain what a switch costs it is taken to be cheap:
 - Weights and activations share the allocator's segments, though diffusers' copy stream has segments of its own.
 - A group that is copied through a stream costs the latency of one copy, though each of its tensors is one.
 - What Python and host synchronisation take between modules is not counted, nor what registers, pins or converts memory.
+- Weights that stay on the device throughout are one block, though each tensor is one.
 - Weights that the program does not read are neither moved nor held.
 - Weights that a switch would leave on the host while something reads them are brought for that reader.
 
