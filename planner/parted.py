@@ -199,8 +199,7 @@ class PartedPlan(Plan):
     def profiled(self) -> tuple[int, int] | None:
         return counts_of([solver.problem.profiled for solver in self._parted.solvers.values()])
 
-    @cached_property
-    def bound(self) -> Bound:
+    def bound_at(self, budget_bytes: int) -> Bound:
         """As of one program: what arithmetic takes, and copying what cannot stay."""
         calls, solvers = self.exploration.calls, self._parted.solvers
         compute = sum(calls[key] * solver.problem.compute_seconds for key, solver in solvers.items())
@@ -209,7 +208,7 @@ class PartedPlan(Plan):
             weights |= {w.name: w.nbytes for w in solver.problem.program.weights.values()}
         outside = {key: max(moments.values()) for key, moments in self.exploration.outside.items()}
         needs = [outside[key] + int(solver.problem.activation_bytes.max()) for key, solver in solvers.items()]
-        streamed = max(0, sum(weights.values()) - max(0, self.budget_bytes - max(needs, default=0)))
+        streamed = max(0, sum(weights.values()) - max(0, budget_bytes - max(needs, default=0)))
         return Bound(compute, streamed / self.machine.link_peak_bandwidth, streamed)
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -16,8 +16,10 @@ from passes.dims import dim_symbol
 from passes.program import Program
 from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
+from planner.compare import Comparison, compare_policies
 from planner.dynamic import DynamicShapes
 from planner.dynamic_plan import check_sizes, describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
+from planner.frontier import POINTS, Frontier, frontier_of
 from planner.gap import Gap
 from planner.machine import Machine, machine_from_mapping
 from planner.options import Options, check_keep, check_repeats
@@ -197,9 +199,18 @@ class Plan:
         """Of how many of how many distinct operators the seconds were measured on the device; None without `profile=True`."""
         return counts_of([self.problem.profiled])
 
+    @property
+    def repeats(self) -> int:
+        """How many calls follow each other."""
+        return self._options.repeats
+
     @cached_property
     def bound(self) -> Bound:
-        return physical_bound(self.problem, self.budget_bytes)
+        return self.bound_at(self.budget_bytes)
+
+    def bound_at(self, budget_bytes: int) -> Bound:
+        """What no schedule can beat within a budget."""
+        return physical_bound(self.problem, budget_bytes)
 
     @property
     def bound_seconds(self) -> float:
@@ -307,6 +318,27 @@ class Plan:
             return Plan(self._target, options, self._solver)
         options = dataclasses.replace(options, machine=Machine.of(machine).on(self.device))
         return Plan(self._target, options, solver_of(self.program, options))
+
+    def compare(self) -> Comparison:
+        """What the switches of today would do with this program on this machine model: simulated, not measured.
+
+        Raises:
+            PlannerError: the plan is one in parts; each of them can be compared.
+        """
+        return compare_policies(self)
+
+    def frontier(self, budgets: Iterable[int | str] | None = None, points: int = POINTS, *, compare: bool = False) -> Frontier:
+        """The step against the budget. Budgets are solved for, which is all that this takes; no other plan is emitted.
+
+        Args:
+            budgets: bytes or sizes such as "6GB"; by default `points`, from the least possible to everything resident, and
+                the plan's own. Infeasible ones become rows that say so.
+            compare: whether to simulate the policies of `compare()` too.
+
+        Raises:
+            PlannerError: fewer than two points, or a budget that is no size.
+        """
+        return frontier_of(self, budgets, points, compare=compare)
 
     def save(self, path: str | Path) -> None:
         """Writes decisions and fingerprint as JSON, atomically. No weights."""

@@ -66,6 +66,20 @@ def run_command(arguments: Namespace) -> Answer:
     return run(arguments)
 
 
+def compare_command(arguments: Namespace) -> Answer:
+    """`vramplan compare`."""
+    from planner.cli.compare import compare
+
+    return compare(arguments)
+
+
+def frontier_command(arguments: Namespace) -> Answer:
+    """`vramplan frontier`."""
+    from planner.cli.frontier import frontier
+
+    return frontier(arguments)
+
+
 def show_command(arguments: Namespace) -> Answer:
     """`vramplan show`."""
     data = read_plan(arguments.file)
@@ -123,6 +137,8 @@ def calibrate_command(arguments: Namespace) -> Answer:
 COMMANDS: dict[str, Callable[[Namespace], Answer]] = {
     "plan": plan_command,
     "run": run_command,
+    "compare": compare_command,
+    "frontier": frontier_command,
     "show": show_command,
     "machines": machines_command,
     "presets": presets_command,
@@ -164,6 +180,7 @@ def make_plan(target: Target, arguments: Namespace) -> Plan:
             method=target.method,
             device=arguments.device,
             machine=arguments.machine,
+            repeats=arguments.repeats,
             opaque_bytes=_opaque_bytes(arguments.opaque_bytes),
             profile=arguments.profile,
         )

@@ -53,6 +53,19 @@ SHOW_FIELDS = """\
   true)
 """
 
+COMPARE_FIELDS = """\
+fields of --json (nothing measured): target, program, device, machine, budget_bytes, minimum_bytes,
+  repeats, rows (the plan first): policy, peak_bytes, step_seconds, bound_seconds (within the row's own
+  peak), fits, ours_seconds (of a plan with that peak as its budget, or null), ratio, speedup, note
+"""
+
+FRONTIER_FIELDS = """\
+fields of --json (bytes and seconds, predicted): target, program, device, machine, repeats,
+  minimum_bytes, resident_bytes, budget_bytes (or null), rows: budget_bytes, reserved_bytes,
+  step_seconds, bound_seconds, streamed_bytes, ratio (null where infeasible); bound (pairs of a budget
+  and seconds), baselines (with --compare; as rows of `vramplan compare`); file with --plot
+"""
+
 MACHINE_FIELDS = """\
 fields of --json (a list; bandwidths in bytes per second): name, description, capacity_bytes,
   memory_bandwidth, flops (by dtype), launch_seconds, link_bandwidth, link_latency_seconds,
@@ -94,6 +107,18 @@ def make_parser() -> argparse.ArgumentParser:
     _add_target(run)
     run.add_argument("--calls", type=int, default=2, metavar="N", help="how often (default 2); the last one is reported")
 
+    compare = _command(
+        commands, "compare", "what the offloading switches of today would do, beside the plan", f"{TARGETS}\n{COMPARE_FIELDS}"
+    )
+    _add_target(compare)
+
+    frontier = _command(commands, "frontier", "the step against the budget", f"{TARGETS}\n{FRONTIER_FIELDS}")
+    _add_target(frontier, budget=False)
+    frontier.add_argument("--budgets", metavar="SIZE,...", help="which ones, 4GB,6GB; default: from the least to all resident")
+    frontier.add_argument("--points", type=int, metavar="N", help="how many, where --budgets does not say it (default 12)")
+    frontier.add_argument("--compare", action="store_true", help="simulate other policies too")
+    frontier.add_argument("--plot", metavar="FILE", help="draw it there: png, svg or pdf")
+
     show = _command(commands, "show", "say what a plan file decides", SHOW_FIELDS)
     show.add_argument("file", metavar="FILE")
     _command(commands, "presets", "list presets", PRESET_FIELDS)
@@ -114,7 +139,7 @@ def _command(
     return command
 
 
-def _add_target(command: argparse.ArgumentParser) -> None:
+def _add_target(command: argparse.ArgumentParser, budget: bool = True) -> None:
     command.add_argument("target", metavar="TARGET")
     command.add_argument(
         "--opaque-bytes",
@@ -123,7 +148,9 @@ def _add_target(command: argparse.ArgumentParser) -> None:
         metavar="[MODULES=]SIZE",
         help="what modules that cannot be captured take at most, where vramplan asks for it: 'blocks.*.moe=200MB'",
     )
-    command.add_argument("--budget", required=True, metavar="SIZE", help="6GB (powers of 1000) or 6GiB (of 1024)")
+    if budget:
+        command.add_argument("--budget", required=True, metavar="SIZE", help="6GB (powers of 1000) or 6GiB (of 1024)")
+    command.add_argument("--repeats", type=int, default=1, metavar="N", help="how many calls follow each other (default 1)")
     command.add_argument(
         "--machine", metavar="NAME", help="plan for that one (vramplan machines), or that of a file; default: this one"
     )

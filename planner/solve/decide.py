@@ -1,8 +1,8 @@
 """Decide: of all candidate schedules that fit the budget, the fastest under the simulator.
 
 A candidate is a selection of bundles to stream; its copies start as early as the budget leaves room, and over the seam of two
-calls where calls follow each other. Selections do not depend on the budget, and with more room each only gets faster; so a larger
-budget is never slower.
+calls where calls follow each other. Selections do not depend on the budget, and with more room each only gets faster; so a
+larger budget is never slower.
 """
 
 from __future__ import annotations

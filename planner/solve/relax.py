@@ -1,8 +1,8 @@
 """The linear program: what no schedule can beat, and which fractions of the weights it would stream.
 
 Design section 6, in cumulative bytes. Time goes by segments k = 0..K-1 of c_k seconds and A_k activation bytes; weight j of s_j
-bytes is streamed by a fraction x_j. D_k: bytes copied when segment k begins; N_k: of them, needed by then; E_k: evicted by then;
-w_k: seconds that compute waits before segment k. Minimise the sum of w_k, subject to
+bytes is streamed by a fraction x_j. D_k: bytes copied when segment k begins; N_k: of them, needed by then; E_k: evicted by
+then; w_k: seconds that compute waits before segment k. Minimise the sum of w_k, subject to
 
     arrival        D_k >= N_k
     link           D_{k+1} - D_k <= BW (c_k + w_{k+1})

@@ -135,6 +135,34 @@ def test_save_show_load(capsys: pytest.CaptureFixture[str], tmp_path: Path, gold
     assert (p.peak_bytes, p.code) == (data["peak_bytes"], data["code"])
 
 
+def test_compare(capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]) -> None:
+    argv = ["compare", "clip-l-text", "--budget", "160MB", "--machine", "rtx-3060", "--repeats", "2"]
+    assert main(argv) == 0
+    golden("cli_compare", capsys.readouterr().out)
+    data = answer(capsys, *argv)
+    assert (data["target"], data["repeats"], data["rows"][0]["policy"]) == ("clip-l-text", 2, "vramplan")
+    documented_by(capsys, "compare", {*data, *data["rows"][0]})
+
+
+def test_frontier(capsys: pytest.CaptureFixture[str], tmp_path: Path, golden: Callable[[str, str], None]) -> None:
+    argv = ["frontier", "clip-l-text", "--machine", "rtx-3060"]
+    assert main([*argv, "--budgets", "80MB,160MB,300000000"]) == 0
+    golden("cli_frontier", capsys.readouterr().out)
+    data = answer(capsys, *argv, "--points", "3", "--compare", "--plot", str(tmp_path / "curve.png"))
+    assert [row["budget_bytes"] for row in data["rows"]][::2] == [data["minimum_bytes"], data["resident_bytes"]]
+    assert data["budget_bytes"] is None
+    assert data["file"] == str(tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").exists()
+    documented_by(capsys, "frontier", {*data, *data["rows"][0]})
+
+
+def documented_by(capsys: pytest.CaptureFixture[str], command: str, fields: set[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    documented = capsys.readouterr().out
+    assert all(field in documented for field in fields)
+
+
 def test_json_is_documented(capsys: pytest.CaptureFixture[str], here: Path) -> None:
     data = answer(capsys, "plan", "cli_factories:made", "--budget", "1MB", "--batch", "3", "--code", "-o", str(here / "p.json"))
     assert data["inputs"] == {"args[0]": "f32[3, 8]", "scale": "f32[8]"}
@@ -231,6 +259,11 @@ ERRORS: dict[str, tuple[str, int, str]] = {
     "training": ("plan cli_factories:training --budget 1GB", 2, "module.eval()"),
     "data decides": ("plan cli_factories:branches --budget 1GB", 4, "how many bytes its Python takes depends on values"),
     "no calls": ("run cli_factories:made --budget 1GB --calls 0", 2, "--calls 2"),
+    "calls in a row": ("compare cli_factories:made --budget 1GB --repeats 0", 2, "write repeats=28"),
+    "a frontier of one": ("frontier cli_factories:made --points 1", 2, "write points=12"),
+    "budgets and points": ("frontier cli_factories:made --budgets 1MB --points 3", 2, "give one of them"),
+    "budgets without unit": ("frontier cli_factories:made --budgets 1MB,6gigs", 2, "'gigs'"),
+    "an image of no kind": ("frontier cli_factories:made --points 2 --plot curve.doc", 2, "write it as png, svg or pdf"),
     "no plan file": ("show no.json", 2, "cannot read the plan"),
     "another file": ("show bert/config.json", 2, "no plan file"),
     "no folder to write to": ("plan cli_factories:made --budget 1GB -o no/such/p.json", 2, "cannot write the plan"),
