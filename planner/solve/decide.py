@@ -13,6 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
+from passes.cuda_allocator import LARGE_ROUND_BYTES
 from passes.cuda_replay import Trace
 from passes.stream_weights import Stream
 from planner.memory import AllocationEvent, Reserved
@@ -27,8 +28,10 @@ from planner.solve.simulate import EngineProgram, StepTime, step_time
 
 # Staging arena sizes, in multiples of the largest bundle: 2 is double buffering.
 ARENA_SLOTS = (1, 2, 3, 4, 6, 8, 12)
-# Ratio of neighbouring limits for schedules in the headroom, for allocators that reserve more than is live.
+# Ratio of neighbouring limits for schedules in the headroom, for allocators that reserve more than is live; and how much may be
+# staged there, in multiples of the largest bundle: what fills all room may break it up.
 LIMIT_STEP = 1.01
+AHEAD = (1 << 20, 4, 1)
 # Schedules whose seconds differ by no more than this share are equally fast.
 _EQUAL = 1e-9
 
@@ -108,11 +111,13 @@ class Solver:
         if self.resident.peak_bytes <= budget_bytes:
             return self.resident
         search.best = self.minimum
+        tried: set[Selection] = set()
         for family in (self.selections.relaxed, self.selections.even):
             for selection in family(budget_bytes, lambda: search.best.time.step_seconds):
                 if search.perfect:
                     break
-                if self.selections.least_seconds(selection) < search.best.time.step_seconds:
+                if selection not in tried and self.selections.least_seconds(selection) < search.best.time.step_seconds:
+                    tried.add(selection)
                     search.try_(selection)
         search.make_uniform()
         search.make_static()
@@ -146,7 +151,7 @@ class Solver:
         while limit > fixed:
             if limit <= budget_bytes:
                 yield int(limit) - fixed
-            limit /= LIMIT_STEP
+            limit = min(limit / LIMIT_STEP, limit - LARGE_ROUND_BYTES)
 
     def seconds(self, placements: Sequence[Placement]) -> StepTime:
         """What the simulator says."""
@@ -263,19 +268,25 @@ class _Search:
         resident = solver.resident_bytes(selection)
         if resident + int(problem.activation_bytes.max()) + problem.memory.fixed_bytes > self.budget_bytes:
             return False
+        largest, known = max(span.nbytes for span in selection), None
         for limit in solver.limits(self.budget_bytes):
             room = limit - resident - solver.segments.activation_bytes
-            early = self._place(selection, room, solver.repeats > 1 if seam is None else seam)
-            if early is None:
-                return False
-            time = solver.seconds(early)
-            if not anyway and time.step_seconds > self.best.time.step_seconds * (1 + _EQUAL):
-                return False  # a smaller limit is no faster
-            schedule = solver.within(early, "allocator", self.budget_bytes, time)
-            if schedule is not None:
-                better = anyway or self._rank(schedule) < self._rank(self.best)
-                self.best = schedule if better else self.best
-                return better
+            for ahead in AHEAD if solver.problem.memory.device == "cuda" else AHEAD[:1]:
+                early = self._place(selection, np.minimum(room, ahead * largest), solver.repeats > 1 if seam is None else seam)
+                if early is None and ahead == AHEAD[0]:
+                    return False
+                if early is None or early == known:
+                    continue
+                known, time = early, solver.seconds(early)
+                if not anyway and time.step_seconds > self.best.time.step_seconds * (1 + _EQUAL):
+                    if ahead == AHEAD[0]:
+                        return False  # a smaller limit is no faster
+                    break
+                schedule = solver.within(early, "allocator", self.budget_bytes, time)
+                if schedule is not None:
+                    better = anyway or self._rank(schedule) < self._rank(self.best)
+                    self.best = schedule if better else self.best
+                    return better
         return False
 
     def _place(self, selection: Selection, room: np.ndarray, seam: bool) -> tuple[Placement, ...] | None:

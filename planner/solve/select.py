@@ -24,6 +24,7 @@ GRANULARITIES = ((64 * MIB, TINY_BYTES), (16 * MIB, TINY_BYTES), (0, TINY_BYTES)
 # Selections stream so many bytes as powers of this, up to so many times all weights: what is not there in time is owed.
 _TARGET_RATIO = 1.01
 _MOST_TARGET = 16
+_COARSER = 10  # from all weights on, every tenth power
 # How many of the least sizes that suffice for a target are tried as the largest streamed.
 _SIZES = 2
 _PHASES = (0.5, 0.95)
@@ -60,7 +61,7 @@ class Selections:
             if target / self.problem.machine.link_peak_bandwidth >= enough():
                 break
             yield from self._even_at(exponent)
-            exponent += 1
+            exponent += 1 if target < self.problem.total_weight_bytes else _COARSER - exponent % _COARSER
         yield from self._even_at(None)
 
     def _even_at(self, exponent: int | None) -> Sequence[Selection]:
