@@ -19,6 +19,7 @@ from planner.budget import Budget
 from planner.dynamic import DynamicShapes
 from planner.dynamic_plan import check_sizes, describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
 from planner.machine import Machine, machine_from_mapping
+from planner.memory_use import MemoryUse, memory_use
 from planner.options import Options, check_keep, check_repeats
 from planner.pipeline import emit_program, make_executable, placements_of
 from planner.plan_file import check_fingerprint, fingerprint, load_call, read_plan, write_plan
@@ -179,6 +180,11 @@ class Plan:
     def timeline(self) -> Timeline:
         """The emitted program simulated on `machine`: copies, stalls with their cause, evictions."""
         return simulate(self.engines, self.machine, self._options.repeats)
+
+    @cached_property
+    def memory_use(self) -> MemoryUse:
+        """Bytes on the device by kind, at every operator and stall of the timeline."""
+        return memory_use(self.problem, self.emitted, self.timeline)
 
     @cached_property
     def time(self) -> StepTime:
