@@ -29,12 +29,16 @@ Step = Literal["begin", "operator", "prefetch", "onload", "evict"]
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bytes that are taken at one moment and given back at another; `key` names them."""
+    """Bytes that are taken at one moment and given back at another; `key` names them.
+
+    `arena`: taken once, before any call.
+    """
 
     key: int
     nbytes: int
     kind: str
     label: str
+    arena: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,20 +98,18 @@ class _Walk:
             elif node.op == "call_function" and node.name in positions:
                 yield self._operator(positions[node.name], node)
 
-    def _take(self, nbytes: int, kind: str, label: str) -> Allocation:
-        return Allocation(next(self._keys), nbytes, kind, label)
+    def _take(self, nbytes: int, kind: str, label: str, *, arena: bool = False) -> Allocation:
+        return Allocation(next(self._keys), nbytes, kind, label, arena)
 
     def _there_before(self) -> Iterator[Allocation]:
         layout, weights = self.layout, self.emitted.weights
-        if self.problem.memory.fixed_bytes:
-            yield self._take(self.problem.memory.fixed_bytes, "libraries", "workspace of libraries")
-        if layout.resident_bytes:
-            label = f"resident arena of {len(layout.resident)} weights"
-            yield self._take(layout.resident_bytes, "resident weights", label)
-        for slot in layout.state:
-            yield self._take(align(slot.nbytes, layout.alignment), "resident weights", f"state {weights[slot.weight].name}")
-        if layout.staging_bytes:
-            yield self._take(layout.staging_bytes, "staging", f"staging arena of {len(layout.bundles)} bundles")
+        arenas = [
+            (self.problem.memory.fixed_bytes, "libraries", "workspace of libraries"),
+            (layout.resident_bytes, "resident weights", f"resident arena of {len(layout.resident)} weights"),
+            *((align(s.nbytes, layout.alignment), "resident weights", f"state {weights[s.weight].name}") for s in layout.state),
+            (layout.staging_bytes, "staging", f"staging arena of {len(layout.bundles)} bundles"),
+        ]
+        yield from (self._take(*arena, arena=True) for arena in arenas if arena[0])
         for index, nbytes in enumerate(self.problem.liveness.input_storages):
             yield self._take(nbytes, "inputs", f"input {index}")
         for bundle in layout.bundles:
@@ -176,27 +178,36 @@ class MemoryUse:
         return len(self.starts)
 
 
-def memory_use(problem: Problem, emitted: Program, timeline: Timeline) -> MemoryUse:
-    """The bytes of an emitted program over its predicted timeline, with the stalls where they come."""
+def timed_moments(problem: Problem, emitted: Program, timeline: Timeline) -> Iterator[tuple[Moment, float, float]]:
+    """The moments of a call with the seconds from which to which each lasts, in the predicted timeline.
+
+    Operators last; an onload does where compute waits at it; the rest happens between two operators.
+    """
     stalls = {stall.bundle: stall for stall in timeline.stalls}
-    level = dict.fromkeys(KINDS, 0)
-    held: dict[int, Allocation] = {}
-    rows: list[tuple[Moment, float, float, tuple[int, ...]]] = []
     now = 0.0
     for moment in moments(problem, emitted):
-        for taken in moment.takes:
-            held[taken.key] = taken
-            level[taken.kind] += taken.nbytes
         stop = now
         if moment.step == "operator":
             stop += float(problem.seconds[moment.position])
         elif moment.step == "onload" and moment.bundle in stalls:
             stop = max(now, stalls[moment.bundle].stop)
-        if moment.step == "operator" or stop > now:
-            level["workspace"] = moment.workspace_bytes
-            rows.append((moment, now, stop, tuple(level.values())))
-            level["workspace"] = 0
+        yield moment, now, stop
         now = stop
+
+
+def memory_use(problem: Problem, emitted: Program, timeline: Timeline) -> MemoryUse:
+    """The bytes of an emitted program over its predicted timeline, with the stalls where they come."""
+    level = dict.fromkeys(KINDS, 0)
+    held: dict[int, Allocation] = {}
+    rows: list[tuple[Moment, float, float, tuple[int, ...]]] = []
+    for moment, start, stop in timed_moments(problem, emitted, timeline):
+        for taken in moment.takes:
+            held[taken.key] = taken
+            level[taken.kind] += taken.nbytes
+        if moment.step == "operator" or stop > start:
+            level["workspace"] = moment.workspace_bytes
+            rows.append((moment, start, stop, tuple(level.values())))
+            level["workspace"] = 0
         for key in moment.gives:
             gone = held.pop(key)
             level[gone.kind] -= gone.nbytes

@@ -66,15 +66,15 @@ def counter(pid: int, name: str, at: float, values: Mapping[str, int]) -> Event:
 
 def lanes(pid: int, title: str, tids: Mapping[int, str]) -> Iterator[Event]:
     """Names of a process and its threads, and their order."""
-    yield _meta(pid, 0, "process_name", name=title)
-    yield _meta(pid, 0, "process_sort_index", sort_index=pid)
+    yield _meta(pid, 0, "process_name", {"name": title})
+    yield _meta(pid, 0, "process_sort_index", {"sort_index": pid})
     for index, (tid, name) in enumerate(tids.items()):
-        yield _meta(pid, tid, "thread_name", name=name)
-        yield _meta(pid, tid, "thread_sort_index", sort_index=index)
+        yield _meta(pid, tid, "thread_name", {"name": name})
+        yield _meta(pid, tid, "thread_sort_index", {"sort_index": index})
 
 
-def _meta(pid: int, tid: int, name: str, **about: Any) -> Event:
-    return {"ph": "M", "pid": pid, "tid": tid, "name": name, "ts": 0, "args": about}
+def _meta(pid: int, tid: int, name: str, about: Mapping[str, Any]) -> Event:
+    return {"ph": "M", "pid": pid, "tid": tid, "name": name, "ts": 0, "args": dict(about)}
 
 
 def timeline_events(pid: int, title: str, timeline: Timeline, bundles: Sequence[Sequence[str]]) -> list[Event]:
