@@ -42,8 +42,8 @@ from runtime.layout import Layout
 from runtime.module import PlannedModule, planned
 from runtime.report import Report
 from runtime.runner import Runner
-from runtime.timeline import Timeline
 from runtime.signature import CallSignature, Signature, bind_call
+from runtime.timeline import Timeline
 
 
 class Plan:
@@ -374,8 +374,8 @@ class Plan:
     def save_memory_history(self, path: str | Path) -> None:
         """Writes the predicted allocations of one call as a pickle for pytorch.org/memory_viz (`torch.cuda._memory_viz`).
 
-        Bundles, activations and workspaces come and go, each with operator and modules for a stack. What is measured on CUDA has
-        the same form: `torch.cuda.memory._record_memory_history()` before the call, `torch.cuda.memory._dump_snapshot(path)`
+        Bundles, activations and workspaces come and go, each with operator and modules for a stack. On CUDA what is measured
+        has the same form: `torch.cuda.memory._record_memory_history()` before the call and `torch.cuda.memory._dump_snapshot(path)`
         after it, and the visualiser shows both.
 
         Raises:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from planner.memory_history import memory_history
 from planner.memory_use import KINDS, MemoryUse
-from runtime.trace import COMPUTE, PREDICTED, Event, bundle_weights, counter, measured_events, span, timeline_events, write_trace
+from runtime.trace import (
+    COMPUTE,
+    PREDICTED,
+    Event,
+    bundle_weights,
+    counter,
+    measured_events,
+    span,
+    timeline_events,
+    write_trace,
+)
 from runtime.write_file import replacing
 
 if TYPE_CHECKING:

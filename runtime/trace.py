@@ -1,4 +1,4 @@
-"""Timelines in the Trace Event Format, which chrome://tracing and ui.perfetto.dev open: what was measured, and what was predicted.
+"""Timelines in the Trace Event Format, which ui.perfetto.dev and chrome://tracing open: measured ones, and predicted ones.
 
 Each is a process with the same lanes: compute, copies, waits. Times are microseconds since the call began.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,8 +40,8 @@ def bundle_label(weights: Sequence[str]) -> str:
     """What a bundle is, in a few words: the one weight, or the module that has all of them in it."""
     if len(weights) == 1:
         return weights[0]
-    owners = [name.split(".")[:-1] for name in weights]
-    common = ".".join(commonprefix(owners))
+    owners = zip(*(name.split(".")[:-1] for name in weights), strict=False)
+    common = ".".join(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, owners))
     if common:
         return f"{len(weights)} weights of {common}"
     return f"{len(weights)} weights from {weights[0]} on"
