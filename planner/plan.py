@@ -374,9 +374,9 @@ class Plan:
     def save_memory_history(self, path: str | Path) -> None:
         """Writes the predicted allocations of one call as a pickle for pytorch.org/memory_viz (`torch.cuda._memory_viz`).
 
-        Bundles, activations and workspaces come and go, each with operator and modules for a stack. On CUDA what is measured
-        has the same form: `torch.cuda.memory._record_memory_history()` before the call and `torch.cuda.memory._dump_snapshot(path)`
-        after it, and the visualiser shows both.
+        Bundles, activations and workspaces come and go, each with operator and modules for a stack. On CUDA the measured one
+        has this form too, and the visualiser shows both: call `torch.cuda.memory._record_memory_history()` before the module
+        and `torch.cuda.memory._dump_snapshot(path)` after it.
 
         Raises:
             PlannerError: the file cannot be written.

@@ -37,18 +37,32 @@ WIDTH_PIXELS, HEIGHT_PIXELS, DPI = 1200, 800, 100
 COLUMNS = 1000
 _MOST_MODULES = 14
 _SHORT = 0.01  # of a step
+_LETTERS = 160  # of a module's name that fit into the width
+_WAITED_FOR = {"link": "the link", "space": "space for the copy"}
 
 
 def plot(plan: Plan, path: str | Path) -> None:
     """See `Plan.plot`."""
+    suffix = suffix_of(path)
+    from matplotlib import style  # takes a second, which only those who draw pay
+
+    # Without dates and random names the same plan gives the same file.
+    own = {"font.size": 10, "svg.fonttype": "none", "svg.hashsalt": "vramplan"}
+    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix)
+    with style.context(["default", own]), replacing(path, "the plot") as scratch:
+        _figure(plan).savefig(scratch, format=suffix[1:], metadata=metadata)
+
+
+def suffix_of(path: str | Path) -> str:
+    """The kind of picture that a file's name asks for.
+
+    Raises:
+        PlannerError: it asks for none that can be drawn.
+    """
     suffix = Path(path).suffix.lower()
     if suffix not in SUFFIXES:
         raise PlannerError(f"cannot plot to {str(path)!r}: end its name with {', '.join(SUFFIXES)}, as in p.plot('memory.png')")
-    figure = _figure(plan)
-    # Without a date the same plan gives the same file.
-    metadata = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(suffix)
-    with replacing(path, "the plot") as scratch:
-        figure.savefig(scratch, format=suffix[1:], metadata=metadata)
+    return suffix
 
 
 def columns(use: MemoryUse, count: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -116,17 +130,14 @@ def _before_waits(use: MemoryUse, row: int) -> float:
 
 
 def _figure(plan: Plan) -> Any:
-    import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"font.size": 10, "svg.hashsalt": "vramplan", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(WIDTH_PIXELS / DPI, HEIGHT_PIXELS / DPI), dpi=DPI, facecolor="white")
-        memory = figure.add_axes((0.1, 0.32, 0.88, 0.5))
-        lanes = figure.add_axes((0.1, 0.1, 0.88, 0.2), sharex=memory)
-        _title(figure, plan)
-        _draw_memory(memory, plan)
-        _draw_lanes(lanes, plan)
-        figure.canvas.draw_idle()
+    figure = Figure(figsize=(WIDTH_PIXELS / DPI, HEIGHT_PIXELS / DPI), dpi=DPI, facecolor="white")
+    memory = figure.add_axes((0.1, 0.32, 0.88, 0.5))
+    lanes = figure.add_axes((0.1, 0.1, 0.88, 0.2), sharex=memory)
+    _title(figure, plan)
+    _draw_memory(memory, plan)
+    _draw_lanes(lanes, plan)
     return figure
 
 
@@ -140,7 +151,9 @@ def _title(figure: Any, plan: Plan) -> None:
         how = "1 bundle" if count == 1 else f"{count} bundles"
         weights += f", {format_bytes(plan.streamed_bytes)} streamed per call in {how}"
     step = f"step {format_seconds(plan.step_seconds)} on {plan.machine.name}, {ratio(plan).replace(' x ', ' × ')}"
-    figure.text(0.1, 0.965, f"{plan.title} within {format_bytes(plan.budget_bytes)}", fontsize=15, weight="bold", va="center")
+    figure.text(
+        0.1, 0.957, f"{_shortened(plan.title, 72)} within {format_bytes(plan.budget_bytes)}", fontsize=15, weight="bold"
+    )
     for index, line in enumerate((f"{peak};  {weights}", step)):
         figure.text(0.1, 0.93 - 0.027 * index, line, fontsize=10.5, va="center", color="#333333")
 
@@ -168,19 +181,26 @@ def _draw_memory(axes: Any, plan: Plan) -> None:
         borderaxespad=0.2, title="at the peak:", title_fontsize=9, fontsize=9, alignment="left",
     )  # fmt: skip
     _mark_peak(axes, use, scale, top)
-    said, reserved = f"budget {format_bytes(budget)}", plan.reserved_bytes
-    if reserved != plan.peak_bytes and reserved <= top:
-        axes.axhline(reserved / scale, color="#444444", linewidth=1, linestyle=(0, (1, 2)))
-        said += f"; {format_bytes(reserved)} reserved by the allocator (dotted)"
+    _mark_budget(axes, plan, scale, top, near)
+
+
+def _mark_budget(axes: Any, plan: Plan, scale: float, top: float, near: bool) -> None:
+    """The budget as a line, and what the allocator reserves of it; in words where they are out of the picture."""
+    said, reserved = f"budget {format_bytes(plan.budget_bytes)}", plan.reserved_bytes
+    if reserved != plan.peak_bytes:
+        said += f"; {format_bytes(reserved)} reserved by the allocator"
+        if reserved <= top:
+            said += " (dotted)"
+            axes.axhline(reserved / scale, color="#444444", linewidth=1, linestyle=(0, (1, 2)))
     if near:
-        axes.axhline(budget / scale, color="black", linewidth=1.4, linestyle=(0, (6, 3)))
-        right = _middle(use) < 0.5 * float(use.stops[-1])  # where the peak is not
-        at, offset, side = (1.0 if right else 0.0, budget / scale), (-4 if right else 4, 4), "right" if right else "left"
+        axes.axhline(plan.budget_bytes / scale, color="black", linewidth=1.4, linestyle=(0, (6, 3)))
+        right = _middle(plan.memory_use) < 0.5 * float(plan.memory_use.stops[-1])  # where the peak is not
+        at, offset = (1.0 if right else 0.0, plan.budget_bytes / scale), (-4 if right else 4, 4)
     else:
         said += ", above ↑"
-        at, offset, side = (1.0, top / scale), (0, 22), "right"
+        at, offset, right = (1.0, top / scale), (0, 22), True
     where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-    axes.annotate(said, at, xytext=offset, ha=side, va="bottom", weight="bold", **where)
+    axes.annotate(said, at, xytext=offset, ha="right" if right else "left", va="bottom", weight="bold", **where)
 
 
 def _mark_peak(axes: Any, use: MemoryUse, scale: float, top: float) -> None:
@@ -201,30 +221,18 @@ def _draw_lanes(axes: Any, plan: Plan) -> None:
     use, timeline = plan.memory_use, plan.timeline
     end = float(use.stops[-1])
     pixel = end / COLUMNS
-    for index, (path, start, stop) in enumerate(module_runs(use)):
-        axes.broken_barh([(start, stop - start)], (3.1, 0.8), facecolors=MODULES[index % 2], linewidth=0)
-        room = int((stop - start) / end * 160)
-        if path and room >= min(len(path), 6):
-            axes.text(
-                (start + stop) / 2,
-                3.5,
-                path if len(path) <= room else "…" + path[1 - room :],
-                ha="center",
-                va="center",
-                fontsize=8,
-            )
+    _draw_modules(axes, use, end)
     running = [(float(a), float(b)) for a, b, wait in zip(use.starts, use.stops, use.waits, strict=True) if not wait and b > a]
-    _bars(axes, merged(running, pixel / 4), 2, [COMPUTE], 0.0)
+    _bars(axes, merged(running, pixel / 4), 2, [COMPUTE])
     copies = _copies(timeline, end)
     apart = len(copies) * 3 <= COLUMNS
-    _bars(axes, copies if apart else merged(copies, pixel / 4), 1, COPIES if apart else COPIES[:1], 0.0)
+    _bars(axes, copies if apart else merged(copies, pixel / 4), 1, COPIES if apart else COPIES[:1])
     for cause, colour in WAITS.items():
         waits = [(stall.start, stall.stop) for stall in timeline.stalls if stall.cause == cause]
-        axes_label = f"waiting for {'the link' if cause == 'link' else 'space for the copy'}"
-        _bars(axes, merged(waits, pixel / 4), 0, [colour], pixel, axes_label)
+        _bars(axes, merged(waits, pixel / 4), 0, [colour], pixel, f"waiting for {_WAITED_FOR[cause]}")
+    seconds = {"waits": timeline.stall_seconds, "copies": timeline.copy_seconds, "compute": end - timeline.stall_seconds}
+    labels = [f"{name} {format_seconds(taken) if taken else '–'}" for name, taken in seconds.items()]
     axes.set_ylim(-0.1, 4.0)
-    names = (("waits", timeline.stall_seconds), ("copies", timeline.copy_seconds), ("compute", end - timeline.stall_seconds))
-    labels = [f"{name} {format_seconds(seconds) if seconds else '–'}" for name, seconds in names]
     axes.set_yticks([0.4, 1.4, 2.4, 3.5], [*labels, "modules"])
     axes.tick_params(axis="y", length=0, labelsize=9)
     for side in ("top", "right", "left"):
@@ -236,8 +244,23 @@ def _draw_lanes(axes: Any, plan: Plan) -> None:
         axes.legend(loc="upper right", bbox_to_anchor=(1.0, -0.16), ncols=2, frameon=False, handlelength=1, fontsize=9)
 
 
+def _draw_modules(axes: Any, use: MemoryUse, end: float) -> None:
+    """Which module runs, with as much of its name as there is room for."""
+    for index, (path, start, stop) in enumerate(module_runs(use)):
+        axes.broken_barh([(start, stop - start)], (3.1, 0.8), facecolors=MODULES[index % 2], linewidth=0)
+        room = int((stop - start) / end * _LETTERS)
+        if path and room >= min(len(path), 6):
+            name = path if len(path) <= room else "…" + path[1 - room :]
+            axes.text((start + stop) / 2, 3.5, name, ha="center", va="center", fontsize=8)
+
+
 def _bars(
-    axes: Any, spans: Sequence[tuple[float, float]], lane: int, colours: Sequence[str], least: float, label: str | None = None
+    axes: Any,
+    spans: Sequence[tuple[float, float]],
+    lane: int,
+    colours: Sequence[str],
+    least: float = 0.0,
+    label: str | None = None,
 ) -> None:
     if spans:
         ranges = [(start, max(stop - start, least)) for start, stop in spans]

@@ -66,6 +66,13 @@ def run_command(arguments: Namespace) -> Answer:
     return run(arguments)
 
 
+def plot_command(arguments: Namespace) -> Answer:
+    """`vramplan plot`."""
+    from planner.cli.plot import plot
+
+    return plot(arguments)
+
+
 def show_command(arguments: Namespace) -> Answer:
     """`vramplan show`."""
     data = read_plan(arguments.file)
@@ -116,6 +123,7 @@ def presets_command(arguments: Namespace) -> Answer:
 COMMANDS: dict[str, Callable[[Namespace], Answer]] = {
     "plan": plan_command,
     "run": run_command,
+    "plot": plot_command,
     "show": show_command,
     "machines": machines_command,
     "presets": presets_command,

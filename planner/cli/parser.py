@@ -45,6 +45,10 @@ fields of --json:
   link_fraction, host_bytes
 """
 
+PLOT_FIELDS = """\
+fields of --json: those of `vramplan plan --json`, and file (the picture), files (all that was written)
+"""
+
 SHOW_FIELDS = """\
 --json prints the file itself: format, version, program, method, device, budget, machine, call,
   keep, offload, opaque_bytes, decisions, fingerprint, dynamic (where sizes vary)
@@ -81,6 +85,14 @@ def make_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "plan, build and call a model; measured beside predicted", f"{TARGETS}\n{RUN_FIELDS}")
     _add_target(run)
     run.add_argument("--calls", type=int, default=2, metavar="N", help="how often (default 2); the last one is reported")
+
+    plot = _command(
+        commands, "plot", "draw memory over predicted time: what is on the device, copies, waits", f"{TARGETS}\n{PLOT_FIELDS}"
+    )
+    _add_target(plot)
+    plot.add_argument("-o", "--output", metavar="FILE", default="memory.png", help=".png, .svg or .pdf (default memory.png)")
+    plot.add_argument("--trace", metavar="FILE", help="write the timeline there too, for ui.perfetto.dev")
+    plot.add_argument("--history", metavar="FILE", help="write allocations there too, for pytorch.org/memory_viz")
 
     show = _command(commands, "show", "say what a plan file decides", SHOW_FIELDS)
     show.add_argument("file", metavar="FILE")
