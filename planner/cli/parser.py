@@ -42,7 +42,7 @@ fields of --json:
   plan (as of `vramplan plan --json`), weights ("checkpoint", "random" or "factory"),
   call_seconds (a list), and measured: device, calls, peak_bytes, reserved_bytes, step_seconds
   (the last call), copied_bytes (streamed_bytes and what aligns them), copy_seconds,
-  link_fraction, host_bytes
+  link_fraction, host_bytes; file with --trace
 """
 
 PLOT_FIELDS = """\
@@ -85,6 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "plan, build and call a model; measured beside predicted", f"{TARGETS}\n{RUN_FIELDS}")
     _add_target(run)
     run.add_argument("--calls", type=int, default=2, metavar="N", help="how often (default 2); the last one is reported")
+
+    run.add_argument("--trace", metavar="FILE", help="write predicted and measured timelines there, for ui.perfetto.dev")
 
     plot = _command(
         commands, "plot", "draw memory over predicted time: what is on the device, copies, waits", f"{TARGETS}\n{PLOT_FIELDS}"

@@ -16,9 +16,17 @@ from planner import PlannerError
 from planner.cli import main
 from planner.memory_use import KINDS, MemoryUse, Moment
 from planner.plot import columns, merged, module_runs
+from runtime.trace import MEASURED, PREDICTED
 from tests.planner.timelines import zoo_plans
 from tests.planner.toys import Mlp, planned, x
 
+FACTORY = """
+import torch
+from torch import nn
+
+def made():
+    return nn.Sequential(*(nn.Linear(16, 16) for _ in range(3))).eval(), (torch.ones(2, 16),)
+"""
 BEGINNINGS = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
 
 
@@ -112,6 +120,17 @@ class TestCommand:
         assert (data["file"], data["files"]) == (picture, [picture, trace, history])
         assert all(Path(path).stat().st_size > 1000 for path in data["files"])
         assert data["peak_bytes"] <= data["budget_bytes"] == 160_000_000
+
+    def test_a_run_leaves_both_timelines(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "cli_plotted.py").write_text(FACTORY)
+        path = str(tmp_path / "trace.json")
+        with pytest.MonkeyPatch.context() as here:
+            here.syspath_prepend(str(tmp_path))
+            argv = ["run", "cli_plotted:made", "--budget", "3KB", "--device", "accounting", "--machine", "rtx-4090"]
+            assert main([*argv, "--trace", path, "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["file"] == path
+        events = json.loads(Path(path).read_text())["traceEvents"]
+        assert {e["pid"] for e in events if e.get("cat") == "copy"} == {PREDICTED, MEASURED}
 
     @pytest.mark.parametrize("more", [["-o", "m.gif"], ["-o", "nowhere/m.png"], ["--trace", "nowhere/t.json"]])
     def test_said_before_planning(
