@@ -120,6 +120,19 @@ class TestTraces:
         assert computed == pytest.approx(p.problem.compute_seconds * 1e6, rel=1e-3)
         p.restore()
 
+    def test_measured_on_cpu(self, tmp_path: Path) -> None:
+        p = plan(Mlp(hidden=4096).eval(), "1MB", inputs=(x(),), device="cpu", machine="rtx-4090")
+        p = p.replan(p.minimum_bytes)
+        built = p.build()
+        for _ in range(2):
+            built(x())
+        p.save_trace(tmp_path / "both.json", measured=True)
+        events = json.loads((tmp_path / "both.json").read_text())["traceEvents"]
+        assert_valid(events)
+        copied = [[e["name"] for e in events if e.get("cat") == "copy" and e["pid"] == pid] for pid in (PREDICTED, MEASURED)]
+        assert sorted(copied[0]) == sorted(copied[1]) != []
+        p.restore()
+
     def test_copies_that_overlap_get_lanes_of_their_own(self) -> None:
         copies = (Copy(0, 8, 0.0, 0.0, 2.0), Copy(1, 8, 0.0, 1.0, 3.0), Copy(2, 8, 0.0, 2.0, 4.0))
         timeline = Timeline(5.0, copies, (Stall(1, 2.5, 3.0, "link"),), ())
