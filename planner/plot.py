@@ -234,7 +234,7 @@ def _draw_lanes(axes: Any, plan: Plan) -> None:
     labels = [f"{name} {format_seconds(taken) if taken else '–'}" for name, taken in seconds.items()]
     axes.set_ylim(-0.1, 4.0)
     axes.set_yticks([0.4, 1.4, 2.4, 3.5], [*labels, "modules"])
-    axes.tick_params(axis="y", length=0, labelsize=9)
+    axes.tick_params(axis="y", length=0, labelsize=8.5)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     factor, unit = next(((f, u) for f, u in ((1.0, "s"), (1e3, "ms")) if end * f >= 1), (1e6, "us"))
