@@ -239,6 +239,17 @@ class CachingAllocator:
             block = _join(block, after)
         pool.add(block)
 
+    def address(self, handle: int) -> int:
+        """Where a live block of at least one byte begins.
+
+        Raises:
+            ValueError: `handle` is not live, or has no bytes.
+        """
+        block = self._live.get(handle)
+        if block is None:
+            raise ValueError(f"handle {handle} has no address: it is not live, or of zero bytes")
+        return block.address
+
     def empty_cache(self) -> int:
         """Returns every wholly free segment to the driver, as `torch.cuda.empty_cache`; says how many bytes."""
         before = self._reserved

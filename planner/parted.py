@@ -36,7 +36,7 @@ from planner.solve.share import PartInPlace, Share, SharedBudget, Shares
 from planner.solve.simulate import StepTime
 from planner.weights import Lookup
 from runtime.devices import open_device
-from runtime.errors import CaptureError, InfeasibleBudget, InputError, InvalidCall, PlanFileError, UnknownSize
+from runtime.errors import CaptureError, InfeasibleBudget, InputError, InvalidCall, PlanFileError, PlannerError, UnknownSize
 from runtime.layout import align
 from runtime.module import PlannedModule, planned
 from runtime.parted import Parted, PartedRunner, PartProgram
@@ -90,6 +90,12 @@ def _problem(model: nn.Module, options: Options, found: Exploration) -> PartedPr
     return PartedProblem(found, solvers, SharedBudget(options.machine, places, found.python, opaque, not options.offload))
 
 
+# What each part has, and a plan in parts has not.
+_OF_PARTS = frozenset(
+    ["decisions", "emitted", "engines", "executable", "layout", "memory_use", "problem", "program", "proof", "timeline"]
+)
+
+
 class PartedPlan(Plan):
     """A plan in parts; what `Plan` says of one program holds for each of `parts`, and here for all of them together.
 
@@ -127,13 +133,29 @@ class PartedPlan(Plan):
         return Plan(child, options, solver, share.schedule.decisions(solver.problem))
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("decisions", "emitted", "engines", "executable", "layout", "problem", "program", "proof", "timeline"):
+        if name in _OF_PARTS:
             raise AttributeError(f"a plan in parts has no {name!r} of its own; each of its parts has one: p.parts[name].{name}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def problem(self) -> Problem:
         return self.__getattr__("problem")
+
+    def save_trace(self, path: str | Path, *, measured: bool = False) -> None:
+        raise self._no_timeline("save_trace", path)
+
+    def save_memory_history(self, path: str | Path) -> None:
+        raise self._no_timeline("save_memory_history", path)
+
+    def plot(self, path: str | Path) -> None:
+        raise self._no_timeline("plot", path)
+
+    def _no_timeline(self, method: str, path: str | Path) -> PlannerError:
+        part = next(iter(self.parts), "name")
+        return PlannerError(
+            "a plan in parts has no timeline of its own, for its Python runs as it is; take a part: "
+            f"p.parts[{part!r}].{method}({str(path)!r})"
+        )
 
     # What was found.
 

@@ -22,9 +22,11 @@ from planner.dynamic_plan import check_sizes, describe_sizes, dynamic_signature,
 from planner.frontier import POINTS, Frontier, frontier_of
 from planner.gap import Gap
 from planner.machine import Machine, machine_from_mapping
+from planner.memory_use import MemoryUse, memory_use
 from planner.options import Options, check_keep, check_repeats
 from planner.pipeline import emit_program, make_executable, placements_of
 from planner.plan_file import check_fingerprint, fingerprint, load_call, read_plan, write_plan
+from planner.plot import plot
 from planner.prepare import infeasible, prepare, solver_of
 from planner.profile_ops import counts_of
 from planner.progress import working
@@ -34,6 +36,7 @@ from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions
 from planner.solve.problem import Problem
 from planner.solve.simulate import EngineProgram, StepTime, simulate
+from planner.timeline_files import save_memory_history, save_trace
 from planner.validate import Validation, compare, refuse_without_weights, run_alike
 from planner.weights import Lookup, open_weights
 from runtime.devices import open_device
@@ -183,6 +186,11 @@ class Plan:
     def timeline(self) -> Timeline:
         """The emitted program simulated on `machine`: copies, stalls with their cause, evictions."""
         return simulate(self.engines, self.machine, self._options.repeats)
+
+    @cached_property
+    def memory_use(self) -> MemoryUse:
+        """Bytes on the device by kind, at every operator and stall of the timeline."""
+        return memory_use(self.problem, self.emitted, self.timeline)
 
     @cached_property
     def time(self) -> StepTime:
@@ -396,6 +404,37 @@ class Plan:
             return cls(model, options, solver, decisions)
         except (ValueError, KeyError) as error:
             raise PlanFileError(f"the decisions in {str(path)!r} do not fit the program ({error}); plan it again") from error
+
+    def save_trace(self, path: str | Path, *, measured: bool = False) -> None:
+        """Writes the predicted timeline as a trace (JSON) for ui.perfetto.dev or chrome://tracing.
+
+        Lanes: operators, the copy engine's bundles, waits with their cause; counters: live bytes by kind. With `measured` the
+        last call of the built module is in the file too, as a process of its own (alone: `p.report().save_trace(path)`).
+
+        Raises:
+            PlannerError: nothing was measured, or the file cannot be written.
+        """
+        save_trace(self, path, measured)
+
+    def save_memory_history(self, path: str | Path) -> None:
+        """Writes the predicted allocations of one call as a pickle for pytorch.org/memory_viz (`torch.cuda._memory_viz`).
+
+        Bundles, activations and workspaces come and go, each with operator and modules for a stack. On CUDA the measured one
+        has this form too, and the visualiser shows both: call `torch.cuda.memory._record_memory_history()` before the module
+        and `torch.cuda.memory._dump_snapshot(path)` after it.
+
+        Raises:
+            PlannerError: the file cannot be written.
+        """
+        save_memory_history(self, path)
+
+    def plot(self, path: str | Path) -> None:
+        """Draws memory over predicted time, the budget, and copies and waits beneath: a .png, .svg or .pdf file.
+
+        Raises:
+            PlannerError: another suffix, or the file cannot be written.
+        """
+        plot(self, path)
 
     def build(self, weights: Any = None, *, concurrent: Literal["wait", "raise"] = "wait") -> PlannedModule:
         """The module that runs the plan. Its weights move, one at a time, into one host arena that the original then shares.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from runtime.errors import PlannerError
+from runtime.timeline import Timeline
+from runtime.trace import measured_events, write_trace
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,9 @@ class Report:
             has the file in memory.
         host_bytes: where the weights live, each once: the host arena; on `cpu` the bytes of the scratch file on disk.
         host_pinned: whether they are page-locked; True on `cpu` and `accounting`, where there is nothing to lock.
+        timeline: copies, waits and evictions of the last call by the device's clock (on `accounting` a virtual one); None where
+            nothing was recorded.
+        bundles: the names of the weights in every bundle of the timeline; empty where several programs served the call.
     """
 
     device: str
@@ -40,3 +48,31 @@ class Report:
     link_fraction: float | None
     host_bytes: int
     host_pinned: bool
+    timeline: Timeline | None = field(default=None, repr=False)
+    bundles: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+
+    def save_trace(self, path: str | Path) -> None:
+        """Writes the measured timeline as a trace for chrome://tracing or ui.perfetto.dev; `p.save_trace` writes the predicted.
+
+        Lanes, names and units are those of `p.save_trace`, and `p.save_trace(path, measured=True)` puts both into one file.
+
+        Raises:
+            PlannerError: there is no timeline, or the file cannot be written.
+        """
+        about = {"device": self.device, "budget_bytes": self.budget_bytes, "peak_bytes": self.peak_bytes}
+        about |= {"step_seconds": self.step_seconds, "copied_bytes": self.copied_bytes}
+        write_trace(path, measured_events(self.measured_timeline, self.bundles), about)
+
+    @property
+    def measured_timeline(self) -> Timeline:
+        """The timeline.
+
+        Raises:
+            PlannerError: there is none.
+        """
+        if self.timeline is None:
+            raise PlannerError(
+                f"the last call on {self.device} has no timeline: one call of one program has, not what ran in parts; "
+                "p.parts[name].save_trace(path) writes what is predicted of a part"
+            )
+        return self.timeline

@@ -36,6 +36,7 @@ from runtime.origins import (
 from runtime.report import Report
 from runtime.signature import CallSignature, Signature, bind_call
 from runtime.store import HostStore
+from runtime.trace import bundle_weights
 
 log = logging.getLogger("vramplan")
 ALIGNMENT = 512  # of weights, where no program says another
@@ -331,7 +332,14 @@ class Runner:
             link_fraction=fraction,
             host_bytes=self.store.nbytes,
             host_pinned=self.pinned,
+            timeline=measured.timeline,
+            bundles=self._bundles(),
         )
+
+    def _bundles(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the weights in every bundle of the program that ran last."""
+        program = self.executor.program
+        return () if program is None else bundle_weights(program.layout, program.weights)
 
     def _predicted(self) -> Mapping[str, float] | None:
         """What the plan said of the program that ran last."""

@@ -80,6 +80,13 @@ def frontier_command(arguments: Namespace) -> Answer:
     return frontier(arguments)
 
 
+def plot_command(arguments: Namespace) -> Answer:
+    """`vramplan plot`."""
+    from planner.cli.plot import plot
+
+    return plot(arguments)
+
+
 def show_command(arguments: Namespace) -> Answer:
     """`vramplan show`."""
     data = read_plan(arguments.file)
@@ -139,6 +146,7 @@ COMMANDS: dict[str, Callable[[Namespace], Answer]] = {
     "run": run_command,
     "compare": compare_command,
     "frontier": frontier_command,
+    "plot": plot_command,
     "show": show_command,
     "machines": machines_command,
     "presets": presets_command,

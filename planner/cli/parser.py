@@ -44,7 +44,11 @@ fields of --json:
   plan (as of `vramplan plan --json`), weights ("checkpoint", "random" or "factory"),
   call_seconds (a list), and measured: device, calls, peak_bytes, reserved_bytes, step_seconds
   (the last call), copied_bytes (streamed_bytes and what aligns them), copy_seconds,
-  link_fraction, host_bytes
+  link_fraction, host_bytes; file with --trace
+"""
+
+PLOT_FIELDS = """\
+fields of --json: those of `vramplan plan --json`, and file (the picture), files (all that was written)
 """
 
 SHOW_FIELDS = """\
@@ -107,6 +111,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_target(run)
     run.add_argument("--calls", type=int, default=2, metavar="N", help="how often (default 2); the last one is reported")
 
+    run.add_argument("--trace", metavar="FILE", help="write predicted and measured timelines there, for ui.perfetto.dev")
+
     compare = _command(
         commands, "compare", "what the offloading switches of today would do, beside the plan", f"{TARGETS}\n{COMPARE_FIELDS}"
     )
@@ -118,6 +124,14 @@ def make_parser() -> argparse.ArgumentParser:
     frontier.add_argument("--points", type=int, metavar="N", help="how many, where --budgets does not say it (default 12)")
     frontier.add_argument("--compare", action="store_true", help="simulate other policies too")
     frontier.add_argument("--plot", metavar="FILE", help="draw it there: png, svg or pdf")
+
+    plot = _command(
+        commands, "plot", "draw memory over predicted time: what is on the device, copies, waits", f"{TARGETS}\n{PLOT_FIELDS}"
+    )
+    _add_target(plot)
+    plot.add_argument("-o", "--output", metavar="FILE", default="memory.png", help=".png, .svg or .pdf (default memory.png)")
+    plot.add_argument("--trace", metavar="FILE", help="write the timeline there too, for ui.perfetto.dev")
+    plot.add_argument("--history", metavar="FILE", help="write allocations there too, for pytorch.org/memory_viz")
 
     show = _command(commands, "show", "say what a plan file decides", SHOW_FIELDS)
     show.add_argument("file", metavar="FILE")

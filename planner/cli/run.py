@@ -19,6 +19,7 @@ from planner.plan import Plan
 from planner.sizes import format_bytes, format_seconds
 from runtime.errors import PlannerError
 from runtime.report import Report
+from runtime.write_file import check_folder
 
 _MEASURED = (
     "device", "calls", "peak_bytes", "reserved_bytes", "step_seconds", "copied_bytes", "copy_seconds", "link_fraction",
@@ -34,6 +35,8 @@ def run(arguments: Namespace) -> Answer:
     """
     if arguments.calls < 1:
         raise PlannerError(f"--calls {arguments.calls}: at least one call is needed to measure anything; write --calls 2")
+    if arguments.trace:
+        check_folder(arguments.trace, "the trace")
     target = target_of(arguments)
     require_host_memory(target)
     origin = "checkpoint" if target.load is not None else "random" if _lacks_weights(target.module) else "factory"
@@ -45,10 +48,14 @@ def run(arguments: Namespace) -> Answer:
     try:
         seconds = _call(p, m, target, arguments.calls)
         report = p.report()
+        if arguments.trace:
+            p.save_trace(arguments.trace, measured=True)
     finally:
         p.restore()
     measured = {name: value for name, value in dataclasses.asdict(report).items() if name in _MEASURED}
     data = {"plan": plan_data(target, p), "weights": origin, "call_seconds": seconds, "measured": measured}
+    if arguments.trace:
+        data["file"] = arguments.trace
     return Answer(_text(p, report, origin), data)
 
 

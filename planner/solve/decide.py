@@ -7,6 +7,7 @@ larger budget is never slower.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,9 +30,9 @@ from planner.solve.simulate import EngineProgram, StepTime, step_time
 # Staging arena sizes, in multiples of the largest bundle: 2 is double buffering.
 ARENA_SLOTS = (1, 2, 3, 4, 6, 8, 12)
 # Ratio of neighbouring limits for schedules in the headroom, for allocators that reserve more than is live; and how much may be
-# staged there, in multiples of the largest bundle: what fills all room may break it up.
+# staged ahead of its use, in multiples of the usual bundle: what fills all room may break it up.
 LIMIT_STEP = 1.01
-AHEAD = (1 << 20, 4, 1)
+AHEAD = (math.inf, 4.0, 1.0)
 # Schedules whose seconds differ by no more than this share are equally fast.
 _EQUAL = 1e-9
 
@@ -268,11 +269,14 @@ class _Search:
         resident = solver.resident_bytes(selection)
         if resident + int(problem.activation_bytes.max()) + problem.memory.fixed_bytes > self.budget_bytes:
             return False
-        largest, known = max(span.nbytes for span in selection), None
+        known: tuple[Placement, ...] | None = None
+        used = solver.segments.held(selection)
+        usual = float(np.median([span.nbytes for span in selection]))
         for limit in solver.limits(self.budget_bytes):
             room = limit - resident - solver.segments.activation_bytes
             for ahead in AHEAD if solver.problem.memory.device == "cuda" else AHEAD[:1]:
-                early = self._place(selection, np.minimum(room, ahead * largest), solver.repeats > 1 if seam is None else seam)
+                capped = room if ahead == AHEAD[0] else np.minimum(room, used + int(ahead * usual))
+                early = self._place(selection, capped, solver.repeats > 1 if seam is None else seam)
                 if early is None and ahead == AHEAD[0]:
                     return False
                 if early is None or early == known:

@@ -43,6 +43,13 @@ class Segments:
         """The segments in which operators lie."""
         return (np.searchsorted(self.starts, np.asarray(operators, dtype=np.int64), side="right") - 1).tolist()
 
+    def held(self, spans: Sequence[BundleSpan]) -> np.ndarray:
+        """Bytes of the spans while they are read, by segment; int64[k]."""
+        delta = np.zeros(len(self) + 1, dtype=np.int64)
+        np.add.at(delta, self.index([s.first for s in spans]), [s.nbytes for s in spans])
+        np.add.at(delta, np.asarray(self.index([s.last for s in spans])) + 1, [-s.nbytes for s in spans])
+        return np.cumsum(delta[:-1])
+
     def place(self, spans: Sequence[BundleSpan], room: np.ndarray, seam: bool) -> tuple[Placement, ...] | None:
         """Prefetches of `spans` as early as `room` (bytes by segment) allows; None where it cannot be."""
         firsts, lasts = self.index([s.first for s in spans]), self.index([s.last for s in spans])

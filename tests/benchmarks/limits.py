@@ -4,10 +4,10 @@
     python -m tests.benchmarks.limits --only t5-xxl-encoder
     python -m tests.benchmarks.limits --update    # writes tests/benchmarks/results/limits.{md,json}
 
-Every row is a plan that was solved, emitted, checked and simulated; nothing here is measured. `goal` is what this project asks of
-itself: at most 1.05 x the physical bound wherever the linear program's bound is within 1.03 of it, and never above 1.02 x the linear
-program's bound plus the copy of one bundle. `switches` is the least speed-up over any simulated policy of today's libraries, ours
-planned within that policy's own peak.
+Every row is a plan that was solved, emitted, checked and simulated; nothing here is measured. `goal` is what this project asks
+of itself: at most 1.05 x the physical bound wherever the linear program's bound is within 1.03 of it, and never above 1.02 x
+the linear program's bound plus the copy of one bundle. `switches` is the least speed-up over any simulated policy of today's
+libraries, ours planned within that policy's own peak.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ MACHINES = ("rtx-3060", "rtx-4090", "h200")
 TITLE = """\
 # How near to the limit
 
-Written by `python -m tests.benchmarks.limits --update`. Predicted on machine models, not measured; the policies of other libraries
-are simulated on the same models. See the module for what the columns mean.
+Written by `python -m tests.benchmarks.limits --update`. Predicted on machine models, not measured; the policies of other
+libraries are simulated on the same models. See the module for what the columns mean.
 """
 
 

@@ -1,0 +1,25 @@
+"""Plans of the zoo whose timelines are looked at: all resident, half and least, for one call and for three."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from planner import Plan, plan
+from planner.solve.decide import Solver
+from tests.zoo import ZOO
+
+
+@cache
+def zoo_plans(name: str, device: str = "accounting") -> tuple[Plan, ...]:
+    """The plans of one model, captured once."""
+    module, args, kwargs = ZOO[name]()
+    most = plan(module, "1GB", inputs=args, kwargs=kwargs, device=device, machine="rtx-4090")
+    plans = []
+    for repeats in (1, 3):
+        made = (
+            most if repeats == 1 else Plan(most.target, replace(most._options, repeats=repeats), Solver(most.problem, repeats))
+        )
+        half = (made.minimum_bytes + made.unplanned_bytes) // 2
+        plans += [made.replan(budget) for budget in (made.unplanned_bytes, half, made.minimum_bytes)]
+    return tuple(plans)
