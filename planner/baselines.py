@@ -27,8 +27,9 @@ from planner.machine import Machine
 from planner.module_groups import Group, Held, block_groups, held_by, owner_groups
 from planner.schedule import Placement
 from planner.solve.bundles import BundleSpan, make_bundles
-from planner.solve.decide import ARENA_SLOTS, Schedule, Solver
+from planner.solve.decide import Schedule, Solver
 from planner.solve.problem import Problem
+from planner.solve.search import ARENA_SLOTS
 from planner.solve.select import GRANULARITIES, Selection
 from planner.solve.simulate import EngineProgram, StepTime, step_time
 

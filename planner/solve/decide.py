@@ -7,9 +7,8 @@ larger budget is never slower.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -23,18 +22,17 @@ from planner.solve.bundles import BundleSpan, make_bundles
 from planner.solve.decisions import Decisions, StagingMode
 from planner.solve.problem import Problem
 from planner.solve.relax import Relaxation, relax
+from planner.solve.search import Search
 from planner.solve.segments import Segments
 from planner.solve.select import GRANULARITIES, Selection, Selections
 from planner.solve.simulate import EngineProgram, StepTime, step_time
 
-# Staging arena sizes, in multiples of the largest bundle: 2 is double buffering.
-ARENA_SLOTS = (1, 2, 3, 4, 6, 8, 12)
-# Ratio of neighbouring limits for schedules in the headroom, for allocators that reserve more than is live; and how much may be
-# staged ahead of its use, in multiples of the usual bundle: what fills all room may break it up.
-LIMIT_STEP = 1.01
-AHEAD = (math.inf, 4.0, 1.0)
-# Schedules whose seconds differ by no more than this share are equally fast.
-_EQUAL = 1e-9
+# Ratio of neighbouring limits for schedules in the headroom, for allocators that reserve more than is live. In programs of many
+# operators asking the memory model takes long.
+LIMIT_STEP, LONG_LIMIT_STEP = 1.01, 1.04
+MANY_OPERATORS = 2000
+# How many bundles ahead of their use everything is fetched in the simplest schedules.
+DEPTHS = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -98,6 +96,22 @@ class Solver:
         """Everything stays on the device: the unplanned way."""
         return self.evaluate((), "arena")
 
+    @cached_property
+    def stepwise(self) -> tuple[Schedule, ...]:
+        """Everything streamed, each bundle fetched when the one so many before it is used: little memory, and hardly a choice.
+
+        Where the allocator reserves more than is live, what fills all room near the minimum breaks it up; this does not.
+        """
+        if self.problem.memory.device != "cuda":
+            return ()
+        schedules = []
+        for spans in self.selections.granularities:
+            for depth in DEPTHS:
+                ahead = [spans[max(0, i - depth)].first for i in range(len(spans))]
+                placements = tuple(Placement(s, min(at, s.first)) for s, at in zip(spans, ahead, strict=True))
+                schedules.append(self.evaluate(placements, "allocator"))
+        return tuple(schedules)
+
     def relaxed(self, budget_bytes: int, host_bytes: int | None = None) -> Relaxation | None:
         """The linear program's bound and solution within a budget; None where not even fractions of weights fit."""
         return relax(self.problem, self.segments, budget_bytes, seam=self.repeats > 1, host_bytes=host_bytes)
@@ -108,10 +122,11 @@ class Solver:
         `host_bytes`: what streamed weights may take of page-locked host memory.
         """
         assert budget_bytes >= self.minimum.peak_bytes
-        search = _Search(self, budget_bytes, host_bytes)
         if self.resident.peak_bytes <= budget_bytes:
             return self.resident
-        search.best = self.minimum
+        search = Search(self, budget_bytes, host_bytes, self.minimum)
+        for schedule in self.stepwise:
+            search.take(schedule)
         tried: set[Selection] = set()
         for family in (self.selections.relaxed, self.selections.even):
             for selection in family(budget_bytes, lambda: search.best.time.step_seconds):
@@ -130,8 +145,7 @@ class Solver:
         Requires `budget_bytes >= minimum.peak_bytes`.
         """
         assert budget_bytes >= self.minimum.peak_bytes
-        search = _Search(self, budget_bytes, None)
-        search.best = self.minimum
+        search = Search(self, budget_bytes, None, self.minimum)
         fresh = not self.minimum.placements
         for target, tiny in GRANULARITIES:
             spans = make_bundles(self.problem, target, tiny)
@@ -149,10 +163,11 @@ class Solver:
             yield budget_bytes - fixed
             return
         limit = float(self.resident.peak_bytes)
+        step = LIMIT_STEP if len(self.problem.names) <= MANY_OPERATORS else LONG_LIMIT_STEP
         while limit > fixed:
             if limit <= budget_bytes:
                 yield int(limit) - fixed
-            limit = min(limit / LIMIT_STEP, limit - LARGE_ROUND_BYTES)
+            limit = min(limit / step, limit - LARGE_ROUND_BYTES)
 
     def seconds(self, placements: Sequence[Placement]) -> StepTime:
         """What the simulator says."""
@@ -191,7 +206,7 @@ class Solver:
         if memory.device == "cuda":
             arenas = memory.reserved_alone(resident) + memory.reserved_alone(arena)
             limit = None if budget_bytes is None else budget_bytes - arenas - memory.fixed_bytes
-            reserved = self._reserve(placements if staging == "allocator" else (), limit)
+            reserved = self._reserve(placements, limit) if staging == "allocator" else self.reserved_activations
             if reserved is None:
                 return None
             peak, pool = arenas + reserved.reserved_bytes, reserved.pool_bytes
@@ -199,6 +214,13 @@ class Solver:
         if budget_bytes is not None and peak > budget_bytes:
             return None
         return Schedule(placements, staging, peak, position, time or self.seconds(placements), arena, pool)
+
+    @cached_property
+    def reserved_activations(self) -> Reserved:
+        """What the device's allocator reserves without any bundle."""
+        reserved = self._reserve((), None)
+        assert reserved is not None
+        return reserved
 
     def _reserve(self, own: Sequence[Placement], limit: int | None) -> Reserved | None:
         """What the device's allocator reserves besides the arenas, `own` bundles included; None where that passes the limit."""
@@ -245,96 +267,3 @@ class Solver:
                 events += [(-keys.pop(storage), 0) for storage in dies]
                 steps.append(events)
         return Trace.of(steps)
-
-
-@dataclass
-class _Search:
-    """The best schedule so far within one budget."""
-
-    solver: Solver
-    budget_bytes: int
-    host_bytes: int | None
-    best: Schedule = field(init=False)
-
-    @property
-    def perfect(self) -> bool:
-        """Whether compute never waits, which nothing beats."""
-        return self.best.time.step_seconds <= self.solver.problem.compute_seconds * (1 + _EQUAL)
-
-    def try_(self, selection: Selection, *, seam: bool | None = None, anyway: bool = False) -> bool:
-        """Schedules a selection; gives whether it is better than what was known, or fits `anyway`."""
-        solver, problem = self.solver, self.solver.problem
-        if self._pinned_bytes(selection) > (self.host_bytes if self.host_bytes is not None else 1 << 62):
-            return False
-        resident = solver.resident_bytes(selection)
-        if resident + int(problem.activation_bytes.max()) + problem.memory.fixed_bytes > self.budget_bytes:
-            return False
-        known: tuple[Placement, ...] | None = None
-        used = solver.segments.held(selection)
-        usual = float(np.median([span.nbytes for span in selection]))
-        for limit in solver.limits(self.budget_bytes):
-            room = limit - resident - solver.segments.activation_bytes
-            for ahead in AHEAD if solver.problem.memory.device == "cuda" else AHEAD[:1]:
-                capped = room if ahead == AHEAD[0] else np.minimum(room, used + int(ahead * usual))
-                early = self._place(selection, capped, solver.repeats > 1 if seam is None else seam)
-                if early is None and ahead == AHEAD[0]:
-                    return False
-                if early is None or early == known:
-                    continue
-                known, time = early, solver.seconds(early)
-                if not anyway and time.step_seconds > self.best.time.step_seconds * (1 + _EQUAL):
-                    if ahead == AHEAD[0]:
-                        return False  # a smaller limit is no faster
-                    break
-                schedule = solver.within(early, "allocator", self.budget_bytes, time)
-                if schedule is not None:
-                    better = anyway or self._rank(schedule) < self._rank(self.best)
-                    self.best = schedule if better else self.best
-                    return better
-        return False
-
-    def _place(self, selection: Selection, room: np.ndarray, seam: bool) -> tuple[Placement, ...] | None:
-        return self.solver.segments.place(selection, room, seam)
-
-    def make_uniform(self) -> None:
-        """Identical blocks get identical treatment where that costs nothing."""
-        selections = self.solver.selections
-        if not selections.split_roles(tuple(p.span for p in self.best.placements)):
-            return
-        for selection, least in selections.uniform:
-            if least <= self.best.time.step_seconds * (1 + _EQUAL) and self.try_(selection):
-                return
-
-    def make_static(self) -> None:
-        """The same bundles through one static arena, where that is as fast: nothing is asked of the allocator then."""
-        spans = tuple(p.span for p in self.best.placements)
-        if not spans or self.best.staging == "arena":
-            return
-        solver, count = self.solver, len(self.solver.problem.seconds)
-        largest = max(s.nbytes for s in spans)
-        floor = solver.resident_bytes(spans) + int(solver.problem.activation_bytes.max()) + solver.problem.memory.fixed_bytes
-        for slots in ARENA_SLOTS:
-            room = np.full(len(solver.segments), slots * largest, dtype=np.int64)
-            placed = self._place(spans, room, solver.repeats > 1)
-            if placed is None:
-                continue
-            if floor + int(staged_bytes(placed, count).max()) > self.budget_bytes:
-                return
-            time = solver.seconds(placed)
-            if time.step_seconds > self.best.time.step_seconds * (1 + _EQUAL):
-                continue
-            schedule = solver.within(placed, "arena", self.budget_bytes, time)
-            if schedule is not None:
-                self.best = schedule
-                return
-
-    def _pinned_bytes(self, selection: Selection) -> int:
-        return self.solver.problem.arena_bytes({w for span in selection for w in span.weights})
-
-    def _rank(self, schedule: Schedule) -> tuple[float, int, int, int]:
-        """Faster first; then what reads better; then fewer bytes over the link, then less memory."""
-        split = self.solver.selections.split_roles(tuple(p.span for p in schedule.placements))
-        seconds = schedule.time.step_seconds
-        if self.perfect and seconds <= self.solver.problem.compute_seconds * (1 + _EQUAL):
-            seconds = 0.0  # not slower than the other one by more than rounding
-        return seconds, split, schedule.streamed_bytes, schedule.peak_bytes

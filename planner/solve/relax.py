@@ -26,9 +26,10 @@ from planner.solve.segments import Segments
 
 # All weights, and the time to compute and to copy them once, are so many units: tolerances of the solver are absolute.
 _UNITS = 1000.0
-# What streaming everything costs besides time, as a share of the units: of equally fast solutions one is found that streams
-# little and in small pieces, whose buffers take less memory as a whole.
+# What streaming a unit costs besides time: of equally fast solutions one is found that streams little, and in pieces that are
+# small, for buffers are taken as a whole, but not so small that a copy is mostly latency.
 _TIE = 1e-6
+_MOST_TIE = 10.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,10 @@ class _Model:
         upper = np.full(self.columns, highspy.kHighsInf)
         upper[: len(self.names)] = [problem.weight_bytes[name] / self.byte_unit for name in self.names]
         cost[self.waits : self.waits + count] = 1.0
-        cost[: len(self.names)] = _TIE * upper[: len(self.names)] / max(upper[: len(self.names)].max(initial=0.0), 1e-30)
+        sizes = upper[: len(self.names)] * self.byte_unit
+        latency = problem.machine.link_latency_seconds * problem.machine.link_peak_bandwidth
+        ties = _TIE * np.minimum(sizes / max(sizes.max(initial=0.0), 1.0) + latency / np.maximum(sizes, 1.0), _MOST_TIE)
+        cost[: len(self.names)] = ties
         linear = highspy.HighsLp()
         linear.num_col_, linear.num_row_ = self.columns, len(self.rows)
         linear.col_cost_, linear.col_lower_, linear.col_upper_ = cost, lower, upper
@@ -135,6 +139,7 @@ class _Model:
             return None
         values = np.array(highs.getSolution().col_value)
         # The optimum without the ties is at least this.
-        waited = max(0.0, float(highs.getInfo().objective_function_value) - _TIE * _UNITS) * self.second_unit
+        most_ties = float(ties @ upper[: len(self.names)])
+        waited = max(0.0, float(highs.getInfo().objective_function_value) - most_ties) * self.second_unit
         streamed = {name: float(x) * self.byte_unit for name, x in zip(self.names, values, strict=False) if x > 1e-6}
         return Relaxation(problem.compute_seconds + waited, streamed)

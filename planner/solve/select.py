@@ -21,16 +21,16 @@ from planner.solve.segments import Segments
 MIB = 1024 * 1024
 # (bundle target, what is too small to stream). The finest comes last: it sets the minimum budget.
 GRANULARITIES = ((64 * MIB, TINY_BYTES), (16 * MIB, TINY_BYTES), (0, TINY_BYTES), (0, 0))
-# Selections stream so many bytes as powers of this, up to so many times all weights: what is not there in time is owed.
+# Even selections stream so many bytes as powers of this, up to so many times all weights: what is not there in time is owed.
 _TARGET_RATIO = 1.01
 _MOST_TARGET = 16
-_COARSER = 10  # from all weights on, every tenth power
-# How many of the least sizes that suffice for a target are tried as the largest streamed.
-_SIZES = 2
+# A bundle is chosen once this share of it is due.
 _PHASES = (0.5, 0.95)
 # Linear programs are solved for budgets in this ratio, and in so many steps between two of them interpolated.
 _BUDGET_RATIO = 1.2
 _BETWEEN = 20
+# With more visits than this, every other target and step and fewer granularities and sizes do: bundles are a small share there.
+_MANY_VISITS = 400
 
 Selection = tuple[BundleSpan, ...]
 
@@ -57,11 +57,12 @@ class Selections:
         """
         needed = physical_bound(self.problem, budget_bytes).streamed_bytes
         exponent = math.ceil(math.log(max(needed, 1)) / math.log(_TARGET_RATIO))
+        exponent += exponent % self._stride
         while (target := _TARGET_RATIO**exponent) <= _MOST_TARGET * self.problem.total_weight_bytes:
             if target / self.problem.machine.link_peak_bandwidth >= enough():
                 break
             yield from self._even_at(exponent)
-            exponent += 1 if target < self.problem.total_weight_bytes else _COARSER - exponent % _COARSER
+            exponent += self._stride if target < self.problem.total_weight_bytes else 10 - exponent % 10
         yield from self._even_at(None)
 
     def _even_at(self, exponent: int | None) -> Sequence[Selection]:
@@ -69,10 +70,10 @@ class Selections:
         if exponent not in self._known:
             target = math.inf if exponent is None else _TARGET_RATIO**exponent
             found: dict[Selection, None] = {}
-            for spans in self._granularities:
+            for spans in self._some_granularities:
                 sizes = sorted({span.nbytes for span in spans})
                 enough = [size for size in sizes if sum(s.nbytes for s in spans if s.nbytes <= size) >= target]
-                for largest in dict.fromkeys([*enough[:_SIZES], math.inf]):
+                for largest in dict.fromkeys([*enough[: 3 - self._stride], math.inf]):
                     for phase in _PHASES:
                         selection = spread_evenly(self.problem, spans, min(target, 1e30), largest, phase)
                         if selection:
@@ -106,7 +107,7 @@ class Selections:
         for order in (sorted(nbytes, key=lambda r: -nbytes[r]), sorted(nbytes, key=lambda r: nbytes[r])):
             for count in range(1, len(order) + 1):
                 taken = set(order[:count])
-                for spans in self._granularities[:1] + self._granularities[-1:]:
+                for spans in self.granularities[:1] + self.granularities[-1:]:
                     fractions = {w: 1.0 for w in self._names if self.role(w) in taken}
                     selection = spread_fractions(self.problem, spans, fractions, 0)
                     if selection:
@@ -127,7 +128,7 @@ class Selections:
                 for name in a.streamed.keys() | b.streamed.keys()
             }
             needed = physical_bound(self.problem, at).streamed_bytes
-            for spans in self._granularities:
+            for spans in self._some_granularities:
                 selection = spread_fractions(self.problem, spans, fractions, needed)
                 if selection:
                     yield selection
@@ -153,8 +154,17 @@ class Selections:
         return [w for w, n in self.problem.weight_bytes.items() if w not in self.problem.pinned and n > TINY_BYTES]
 
     @cached_property
-    def _granularities(self) -> list[Selection]:
+    def granularities(self) -> list[Selection]:
+        """Everything that may be streamed, in bundles of several sizes."""
         return list(dict.fromkeys(make_bundles(self.problem, target, tiny) for target, tiny in GRANULARITIES))
+
+    @cached_property
+    def _stride(self) -> int:
+        return 1 if len(self.problem.visits) <= _MANY_VISITS else 2
+
+    @cached_property
+    def _some_granularities(self) -> list[Selection]:
+        return self.granularities[:: self._stride]
 
     def _grid(self, budget_bytes: int) -> Iterator[tuple[int, int, float, int]]:
         """(lower budget, higher budget, share of the higher, budget in between), the last falling from `budget_bytes` on."""
@@ -162,7 +172,7 @@ class Selections:
         while ends[-1] < self.most_bytes:
             ends.append(min(ends[-1] * _BUDGET_RATIO, float(self.most_bytes)))
         for low, high in reversed(list(pairwise(ends))):
-            for step in range(_BETWEEN, 0, -1):
+            for step in range(_BETWEEN, 0, -self._stride):
                 at = low + (high - low) * step / _BETWEEN
                 if at <= budget_bytes:
                     yield int(low), int(high), step / _BETWEEN, int(at)
