@@ -110,7 +110,6 @@ def make_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "plan, build and call a model; measured beside predicted", f"{TARGETS}\n{RUN_FIELDS}")
     _add_target(run)
     run.add_argument("--calls", type=int, default=2, metavar="N", help="how often (default 2); the last one is reported")
-
     run.add_argument("--trace", metavar="FILE", help="write predicted and measured timelines there, for ui.perfetto.dev")
 
     compare = _command(
