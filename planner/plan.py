@@ -209,7 +209,7 @@ class Plan:
 
     @property
     def repeats(self) -> int:
-        """How many calls follow each other."""
+        """How many calls follow each other; 1 for a plan in parts, which copies nothing over the seam between them."""
         return self._options.repeats
 
     @cached_property
