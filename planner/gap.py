@@ -16,6 +16,8 @@ Resource = Literal["compute", "link", "memory"]
 ONE_GB = 10**9
 # Shares of the step below which a difference is not worth a word.
 _SMALL = 0.01
+# Bytes, latency and idleness sum up to the difference, so that one of the three is always above this.
+_A_REASON = _SMALL / 4
 
 
 @dataclass(frozen=True)
@@ -63,35 +65,41 @@ class Gap:
             return None
         return min(self.solver.solve(self.budget_bytes + ONE_GB).time.step_seconds, self.step_seconds)
 
+    def describe_limit(self) -> str:
+        """What no schedule can beat, and what sets that."""
+        setter = {
+            "compute": "set by the compute",
+            "link": "set by the link",
+            "memory": "set by the room that operators leave for copies, and by their order",
+        }[self.resource]
+        if self.step_seconds <= self.lp_seconds * (1 + _SMALL):
+            return f"reached: no schedule takes less than {format_seconds(self.lp_seconds)}, {setter}"
+        return f"no schedule takes less than {format_seconds(self.lp_seconds)}, {setter} (linear program)"
+
     @property
     def why(self) -> str:
-        """Why the step is longer than the physical bound; empty where it is not."""
-        step, bound = self.step_seconds, self.physical.seconds
-        if step <= bound * (1 + _SMALL):
+        """Why the step is longer than the limit; empty where it is not."""
+        step, machine = self.step_seconds, self.solver.problem.machine
+        if step <= self.lp_seconds * (1 + _SMALL):
             return ""
         reasons = []
-        if self.lp_seconds > bound * (1 + _SMALL):
-            reasons.append(
-                f"no schedule is faster than {format_seconds(self.lp_seconds)}, since activations leave too little room for "
-                "copies ahead where they are largest"
-            )
         extra = self.schedule.streamed_bytes - self.physical.streamed_bytes
         largest = max(placed.span.nbytes for placed in self.schedule.placements)
-        if extra / self.solver.problem.machine.link_peak_bandwidth > _SMALL / 2 * step:
+        if extra / machine.link_peak_bandwidth > _A_REASON * step:
             reasons.append(
-                f"{format_bytes(extra)} more than has to is streamed, for the room that buffers of up to "
-                f"{format_bytes(largest)} take as a whole while they are filled and read"
+                f"{format_bytes(extra)} are streamed beyond what the bound counts, since buffers (of up to "
+                f"{format_bytes(largest)}) hold their room while they are filled and read"
             )
-        latency = self.timeline.copy_seconds - self.schedule.streamed_bytes / self.solver.problem.machine.link_peak_bandwidth
-        if latency > _SMALL / 2 * step:
-            reasons.append(f"{len(self.schedule.placements)} copies cost {format_seconds(latency)} besides their bytes")
-        idle = step - self.timeline.copy_seconds
-        if bound > self.physical.compute_seconds and idle > _SMALL / 2 * step:
-            reasons.append(f"the link is idle for {format_seconds(idle)}, while what it could fill is being read")
-        if bound <= self.physical.compute_seconds:
-            reasons.append(
-                f"compute waits {format_seconds(self.timeline.stall_seconds)} for copies that memory lets begin no sooner"
-            )
+        latency = self.timeline.copy_seconds - self.schedule.streamed_bytes / machine.link_peak_bandwidth
+        if latency > _A_REASON * step:
+            copies = len(self.schedule.placements)
+            subject = "1 copy takes" if copies == 1 else f"{copies} copies take"
+            reasons.append(f"{subject} {format_seconds(latency)} longer than at the link's full speed")
+        if self.physical.limited_by == "link" and step - self.timeline.copy_seconds > _A_REASON * step:
+            idle = format_seconds(step - self.timeline.copy_seconds)
+            reasons.append(f"the link is idle for {idle}, with nothing to copy or no room to copy it to")
+        if self.physical.limited_by == "compute":
+            reasons.append(f"compute waits {format_seconds(self.timeline.stall_seconds)} for copies that cannot begin sooner")
         return "; ".join(reasons)
 
     def describe_more(self) -> str:
@@ -141,6 +149,6 @@ class PartedGap:
 
 def _more(step_seconds: float, more: float | None) -> str:
     if more is None:
-        return "nothing: everything is on the device"
+        return "makes no difference: everything is on the device"
     saved = 1 - more / step_seconds
-    return f"{format_seconds(more)} per step ({saved:.0%} less)" if saved >= 0.005 else "nothing that could be noticed"
+    return f"gives {format_seconds(more)} per step ({saved:.0%} less)" if saved >= 0.005 else "makes no difference"

@@ -95,9 +95,8 @@ def _gap(plan: Plan) -> list[tuple[str, str]]:
     gap = plan.gap
     if not gap.schedule.placements:
         return []
-    limits = f"{gap.resource} binds; no schedule takes less than {format_seconds(gap.lp_seconds)} (linear program)"
-    rows = [("limit", limits), ("1 GB more", gap.describe_more())]
-    return [*rows, ("above it", gap.why)] if gap.why else rows
+    rows = [("limit", gap.describe_limit()), ("above it", gap.why), ("1 GB more", gap.describe_more())]
+    return [(label, text) for label, text in rows if text]
 
 
 def _weights(plan: Plan) -> str:
