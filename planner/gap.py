@@ -20,9 +20,9 @@ _SMALL = 0.01
 _A_REASON = _SMALL / 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gap:
-    """The gap of one plan.
+    """The gap of one plan; `print(p.gap)` says what the plan's own text says of it.
 
     Attributes:
         solver, schedule, budget_bytes: of the plan. timeline: its emitted program, simulated.
@@ -32,6 +32,13 @@ class Gap:
     schedule: Schedule
     timeline: Timeline
     budget_bytes: int
+
+    def __str__(self) -> str:
+        lines = [f"limit: {self.describe_limit()}", f"above it: {self.why}", f"1 GB more: {self.describe_more()}"]
+        return "\n".join(line for line in lines if not line.endswith(": "))
+
+    def __repr__(self) -> str:
+        return _short(self)
 
     @property
     def step_seconds(self) -> float:
@@ -107,7 +114,7 @@ class Gap:
         return _more(self.step_seconds, self.seconds_with_more)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PartedGap:
     """The gap of a plan in parts: its parts, and the copies between them. What Python takes is in none of it.
 
@@ -118,6 +125,13 @@ class PartedGap:
     shares: Shares
     physical: Bound
     budget_bytes: int
+
+    def __str__(self) -> str:
+        bound = f"{format_seconds(self.physical.seconds)}, set by the {self.resource}"
+        return f"limit: nothing takes less than {bound}\n1 GB more: {self.describe_more()}"
+
+    def __repr__(self) -> str:
+        return _short(self)
 
     @property
     def step_seconds(self) -> float:
@@ -145,6 +159,11 @@ class PartedGap:
     def describe_more(self) -> str:
         """What one more GB would buy."""
         return _more(self.step_seconds, self.seconds_with_more)
+
+
+def _short(gap: Gap | PartedGap) -> str:
+    """Not the fields: they hold the whole problem."""
+    return f"<{type(gap).__name__}: {format_seconds(gap.step_seconds)}, the limit {format_seconds(gap.lp_seconds)}>"
 
 
 def _more(step_seconds: float, more: float | None) -> str:

@@ -15,9 +15,7 @@ from tests.planner.routed import Experts, Layers, rows
 from tests.zoo import ZOO
 
 # Small models stream over it as large ones do.
-SLOW = replace(
-    Machine.preset("rtx-4090"), name="slow link", link_latency_seconds=1e-7, launch_seconds=1e-7, link_bandwidth=5e9
-)
+SLOW = replace(Machine.preset("rtx-4090"), name="slow link", link_latency_seconds=1e-7, launch_seconds=1e-7, link_bandwidth=5e9)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +35,9 @@ def test_the_limit_is_below_the_step_and_the_bound_below_the_limit(bert: Plan, s
     assert format_seconds(gap.lp_seconds) in gap.describe_limit()
     assert bool(gap.why) == ("  above it  " in str(p)) == (not reached)
     assert max(map(len, str(p).splitlines())) <= 100
+    said = [f"limit: {gap.describe_limit()}", f"above it: {gap.why}", f"1 GB more: {gap.describe_more()}"]
+    assert str(gap).splitlines() == [line for line in said if gap.why or "above" not in line]
+    assert len(repr(gap)) < 100
 
 
 def test_one_gb_more_keeps_a_small_model_on_the_device(bert: Plan) -> None:
@@ -50,7 +51,8 @@ def test_one_gb_more_keeps_a_small_model_on_the_device(bert: Plan) -> None:
 def test_nothing_is_said_of_a_plan_that_streams_nothing(bert: Plan) -> None:
     assert bert.gap.seconds_with_more is None
     assert bert.gap.lp_seconds == bert.bound_seconds == pytest.approx(bert.step_seconds)
-    assert "limit" not in str(bert)
+    assert "limit  " not in str(bert)
+    assert str(bert.gap).endswith("1 GB more: makes no difference: everything is on the device")
     assert "1 GB more" not in str(bert)
 
 
@@ -71,3 +73,5 @@ def test_parts() -> None:
     tight = p.replan(p.minimum_bytes)
     assert tight.gap.seconds_with_more <= tight.step_seconds
     assert "1 GB more gives " in str(tight)
+    assert str(tight.gap).startswith(f"limit: nothing takes less than {format_seconds(tight.bound_seconds)}, set by the ")
+    assert len(repr(tight.gap)) < 100
