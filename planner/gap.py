@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -34,8 +35,7 @@ class Gap:
     budget_bytes: int
 
     def __str__(self) -> str:
-        lines = [f"limit: {self.describe_limit()}", f"above it: {self.why}", f"1 GB more: {self.describe_more()}"]
-        return "\n".join(line for line in lines if not line.endswith(": "))
+        return _table(self.rows())
 
     def __repr__(self) -> str:
         return _short(self)
@@ -71,6 +71,11 @@ class Gap:
         if not self.schedule.placements:
             return None
         return min(self.solver.solve(self.budget_bytes + ONE_GB).time.step_seconds, self.step_seconds)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Labels and texts, as `print(plan)` and `print(plan.gap)` show them."""
+        rows = [("limit", self.describe_limit()), ("above it", self.why), ("1 GB more", self.describe_more())]
+        return [(label, text) for label, text in rows if text]
 
     def describe_limit(self) -> str:
         """What no schedule can beat, and what sets that."""
@@ -128,7 +133,7 @@ class PartedGap:
 
     def __str__(self) -> str:
         bound = f"{format_seconds(self.physical.seconds)}, set by the {self.resource}"
-        return f"limit: nothing takes less than {bound}\n1 GB more: {self.describe_more()}"
+        return _table([("limit", f"nothing takes less than {bound}"), ("1 GB more", self.describe_more())])
 
     def __repr__(self) -> str:
         return _short(self)
@@ -159,6 +164,12 @@ class PartedGap:
     def describe_more(self) -> str:
         """What one more GB would buy."""
         return _more(self.step_seconds, self.seconds_with_more)
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    """Lines of at most 100 columns."""
+    texts = [f"{label:<9} {text}" for label, text in rows]
+    return "\n".join(textwrap.fill(text, 100, subsequent_indent=" " * 10, break_on_hyphens=False) for text in texts)
 
 
 def _short(gap: Gap | PartedGap) -> str:

@@ -92,11 +92,7 @@ def measured_times(profiled: tuple[int, int]) -> str:
 
 def _gap(plan: Plan) -> list[tuple[str, str]]:
     """What limits the step, and what more memory would buy; nothing where everything stays on the device."""
-    gap = plan.gap
-    if not gap.schedule.placements:
-        return []
-    rows = [("limit", gap.describe_limit()), ("above it", gap.why), ("1 GB more", gap.describe_more())]
-    return [(label, text) for label, text in rows if text]
+    return plan.gap.rows() if plan.gap.schedule.placements else []
 
 
 def _weights(plan: Plan) -> str:
