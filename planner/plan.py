@@ -387,7 +387,7 @@ class Plan:
                 budget, machine, data["device"], data["method"], args, named, check_keep(data["keep"]), bool(data["offload"]),
                 {str(path): int(nbytes) for path, nbytes in data["opaque_bytes"].items()},
                 DynamicShapes.from_json(data["dynamic"]) if "dynamic" in data else None,
-                check_repeats(data.get("repeats", 1)),
+                check_repeats(data["repeats"]),
                 bool(data.get("profile", False)),
             )  # fmt: skip
             Budget.parse(options.budget, options.device)

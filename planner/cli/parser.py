@@ -53,8 +53,8 @@ fields of --json: those of `vramplan plan --json`, and file (the picture), files
 
 SHOW_FIELDS = """\
 --json prints the file itself: format, version, program, method, device, budget, machine, call,
-  keep, offload, opaque_bytes, decisions, fingerprint, dynamic (where sizes vary), profile (where
-  true)
+  keep, offload, opaque_bytes, repeats, decisions, fingerprint, dynamic (where sizes vary), profile
+  (where true)
 """
 
 COMPARE_FIELDS = """\
