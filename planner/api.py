@@ -61,6 +61,7 @@ def plan(
         keep: patterns of weight names to pin, such as {"embeddings.*": {"resident": True}}.
         repeats: how many calls follow each other, the steps of a denoiser say. From two on, copies go over the seam between
             calls: the end of one fetches what the beginning of the next needs, and bundles stay on the device in between.
+            A model that is planned in parts is planned for one call.
         opaque_bytes: what the Python of modules that cannot be captured takes at most, besides inputs and weights, by pattern
             of their paths: {"blocks.*.moe": "200MB"}. Asked for by UnknownSize where it cannot be found out.
 

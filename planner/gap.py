@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -16,11 +17,13 @@ Resource = Literal["compute", "link", "memory"]
 ONE_GB = 10**9
 # Shares of the step below which a difference is not worth a word.
 _SMALL = 0.01
+# Bytes, latency and idleness sum up to the difference, so that one of the three is always above this.
+_A_REASON = _SMALL / 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gap:
-    """The gap of one plan.
+    """The gap of one plan; `print(p.gap)` says what the plan's own text says of it.
 
     Attributes:
         solver, schedule, budget_bytes: of the plan. timeline: its emitted program, simulated.
@@ -30,6 +33,12 @@ class Gap:
     schedule: Schedule
     timeline: Timeline
     budget_bytes: int
+
+    def __str__(self) -> str:
+        return _table(self.rows())
+
+    def __repr__(self) -> str:
+        return _short(self)
 
     @property
     def step_seconds(self) -> float:
@@ -63,35 +72,46 @@ class Gap:
             return None
         return min(self.solver.solve(self.budget_bytes + ONE_GB).time.step_seconds, self.step_seconds)
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Labels and texts, as `print(plan)` and `print(plan.gap)` show them."""
+        rows = [("limit", self.describe_limit()), ("above it", self.why), ("1 GB more", self.describe_more())]
+        return [(label, text) for label, text in rows if text]
+
+    def describe_limit(self) -> str:
+        """What no schedule can beat, and what sets that."""
+        setter = {
+            "compute": "set by the compute",
+            "link": "set by the link",
+            "memory": "set by the room that operators leave for copies, and by their order",
+        }[self.resource]
+        if self.step_seconds <= self.lp_seconds * (1 + _SMALL):
+            return f"reached: no schedule takes less than {format_seconds(self.lp_seconds)}, {setter}"
+        return f"no schedule takes less than {format_seconds(self.lp_seconds)}, {setter} (linear program)"
+
     @property
     def why(self) -> str:
-        """Why the step is longer than the physical bound; empty where it is not."""
-        step, bound = self.step_seconds, self.physical.seconds
-        if step <= bound * (1 + _SMALL):
+        """Why the step is longer than the limit; empty where it is not."""
+        step, machine = self.step_seconds, self.solver.problem.machine
+        if step <= self.lp_seconds * (1 + _SMALL):
             return ""
         reasons = []
-        if self.lp_seconds > bound * (1 + _SMALL):
-            reasons.append(
-                f"no schedule is faster than {format_seconds(self.lp_seconds)}, since activations leave too little room for "
-                "copies ahead where they are largest"
-            )
         extra = self.schedule.streamed_bytes - self.physical.streamed_bytes
         largest = max(placed.span.nbytes for placed in self.schedule.placements)
-        if extra / self.solver.problem.machine.link_peak_bandwidth > _SMALL / 2 * step:
+        if extra / machine.link_peak_bandwidth > _A_REASON * step:
             reasons.append(
-                f"{format_bytes(extra)} more than has to is streamed, for the room that buffers of up to "
-                f"{format_bytes(largest)} take as a whole while they are filled and read"
+                f"{format_bytes(extra)} are streamed beyond what the bound counts, since buffers (of up to "
+                f"{format_bytes(largest)}) hold their room while they are filled and read"
             )
-        latency = self.timeline.copy_seconds - self.schedule.streamed_bytes / self.solver.problem.machine.link_peak_bandwidth
-        if latency > _SMALL / 2 * step:
-            reasons.append(f"{len(self.schedule.placements)} copies cost {format_seconds(latency)} besides their bytes")
-        idle = step - self.timeline.copy_seconds
-        if bound > self.physical.compute_seconds and idle > _SMALL / 2 * step:
-            reasons.append(f"the link is idle for {format_seconds(idle)}, while what it could fill is being read")
-        if bound <= self.physical.compute_seconds:
-            reasons.append(
-                f"compute waits {format_seconds(self.timeline.stall_seconds)} for copies that memory lets begin no sooner"
-            )
+        latency = self.timeline.copy_seconds - self.schedule.streamed_bytes / machine.link_peak_bandwidth
+        if latency > _A_REASON * step:
+            copies = len(self.schedule.placements)
+            subject = "1 copy takes" if copies == 1 else f"{copies} copies take"
+            reasons.append(f"{subject} {format_seconds(latency)} longer than at the link's full speed")
+        if self.physical.limited_by == "link" and step - self.timeline.copy_seconds > _A_REASON * step:
+            idle = format_seconds(step - self.timeline.copy_seconds)
+            reasons.append(f"the link is idle for {idle}, with nothing to copy or no room to copy it to")
+        if self.physical.limited_by == "compute":
+            reasons.append(f"compute waits {format_seconds(self.timeline.stall_seconds)} for copies that cannot begin sooner")
         return "; ".join(reasons)
 
     def describe_more(self) -> str:
@@ -99,7 +119,7 @@ class Gap:
         return _more(self.step_seconds, self.seconds_with_more)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PartedGap:
     """The gap of a plan in parts: its parts, and the copies between them. What Python takes is in none of it.
 
@@ -110,6 +130,13 @@ class PartedGap:
     shares: Shares
     physical: Bound
     budget_bytes: int
+
+    def __str__(self) -> str:
+        bound = f"{format_seconds(self.physical.seconds)}, set by the {self.resource}"
+        return _table([("limit", f"nothing takes less than {bound}"), ("1 GB more", self.describe_more())])
+
+    def __repr__(self) -> str:
+        return _short(self)
 
     @property
     def step_seconds(self) -> float:
@@ -139,8 +166,19 @@ class PartedGap:
         return _more(self.step_seconds, self.seconds_with_more)
 
 
+def _table(rows: list[tuple[str, str]]) -> str:
+    """Lines of at most 100 columns."""
+    texts = [f"{label:<9} {text}" for label, text in rows]
+    return "\n".join(textwrap.fill(text, 100, subsequent_indent=" " * 10, break_on_hyphens=False) for text in texts)
+
+
+def _short(gap: Gap | PartedGap) -> str:
+    """Not the fields: they hold the whole problem."""
+    return f"<{type(gap).__name__}: {format_seconds(gap.step_seconds)}, the limit {format_seconds(gap.lp_seconds)}>"
+
+
 def _more(step_seconds: float, more: float | None) -> str:
     if more is None:
-        return "nothing: everything is on the device"
+        return "makes no difference: everything is on the device"
     saved = 1 - more / step_seconds
-    return f"{format_seconds(more)} per step ({saved:.0%} less)" if saved >= 0.005 else "nothing that could be noticed"
+    return f"gives {format_seconds(more)} per step ({saved:.0%} less)" if saved >= 0.005 else "makes no difference"

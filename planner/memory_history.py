@@ -1,8 +1,9 @@
 """The predicted allocations of one call as a snapshot of PyTorch's memory history, which its visualiser draws.
 
 The form is that of `torch.cuda.memory._dump_snapshot`: `segments` as they are after the call, `device_traces` with every
-allocation and free in order. On CUDA segments are those of the simulated caching allocator (`passes.cuda_allocator`) and of the
-arenas, each in its own; elsewhere nothing is cached, and every storage is a segment of its own.
+allocation and free in order. On CUDA segments are those of the simulated caching allocator (`passes.cuda_allocator`), the one
+that it is given beforehand among them, and of the arenas, each in its own; elsewhere nothing is cached, and every storage is a
+segment of its own.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class _History:
         self.title = plan.title
         self.memory: MemoryModel = plan.problem.memory
         self.pool = CachingAllocator() if self.memory.device == "cuda" else None
+        self.pool_bytes = plan.layout.pool_bytes
         self.events: list[dict[str, Any]] = []
         self.live: dict[int, _Block] = {}  # by key
         self.segments: dict[int, int] = {}  # bytes by address, without those of the pool
@@ -80,6 +82,10 @@ class _History:
             nbytes = sum(taken.nbytes for taken in arenas)
             if arenas:  # what libraries hold is known as a whole
                 self._arena(arenas, nbytes if kind == "libraries" else self.memory.reserved_alone(nbytes))
+        if self.pool is not None and self.pool_bytes:  # made and freed, it is what the allocator cuts from then on
+            handle = self.pool.alloc(self.pool_bytes)
+            self._event("segment_alloc", _Block(_POOL + self.pool.address(handle), self.pool.reserved_bytes, "unknown", []))
+            self.pool.free(handle)
         for taken in moment.takes:
             if not taken.arena:
                 self._take(taken, self._frames(moment, taken.label))

@@ -102,12 +102,14 @@ class PartedPlan(Plan):
     Attributes:
         parts: a plan for every captured call, by key. kept: the keys of those whose arenas stay on the device between calls.
         exploration: what the Python between them was found to do.
+        repeats: 1 whatever was asked for: no copies go over the seam between calls of a plan in parts.
     """
 
     def __init__(
         self, target: nn.Module, options: Options, problem: PartedProblem, decisions: Mapping[str, Any] | None = None
     ) -> None:
-        self._target, self._options, self._parted = target, options, problem
+        # Each part is planned for one call, for Python runs in between: nothing is fetched over that seam.
+        self._target, self._options, self._parted = target, dataclasses.replace(options, repeats=1), problem
         self._runner, self.validation = None, None
         self.exploration = problem.exploration
         budget = options.budget.device_bytes

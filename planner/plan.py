@@ -209,7 +209,7 @@ class Plan:
 
     @property
     def repeats(self) -> int:
-        """How many calls follow each other."""
+        """How many calls follow each other; 1 for a plan in parts, which copies nothing over the seam between them."""
         return self._options.repeats
 
     @cached_property
@@ -387,7 +387,7 @@ class Plan:
                 budget, machine, data["device"], data["method"], args, named, check_keep(data["keep"]), bool(data["offload"]),
                 {str(path): int(nbytes) for path, nbytes in data["opaque_bytes"].items()},
                 DynamicShapes.from_json(data["dynamic"]) if "dynamic" in data else None,
-                check_repeats(data.get("repeats", 1)),
+                check_repeats(data["repeats"]),
                 bool(data.get("profile", False)),
             )  # fmt: skip
             Budget.parse(options.budget, options.device)

@@ -92,12 +92,7 @@ def measured_times(profiled: tuple[int, int]) -> str:
 
 def _gap(plan: Plan) -> list[tuple[str, str]]:
     """What limits the step, and what more memory would buy; nothing where everything stays on the device."""
-    gap = plan.gap
-    if not gap.schedule.placements:
-        return []
-    limits = f"{gap.resource} binds; no schedule takes less than {format_seconds(gap.lp_seconds)} (linear program)"
-    rows = [("limit", limits), ("1 GB more", gap.describe_more())]
-    return [*rows, ("above it", gap.why)] if gap.why else rows
+    return plan.gap.rows() if plan.gap.schedule.placements else []
 
 
 def _weights(plan: Plan) -> str:

@@ -12,10 +12,11 @@ def test_the_example_prints_what_the_readme_says() -> None:
     text = README.read_text()
     blocks = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", text, flags=re.DOTALL)
     assert blocks
+    names: dict[str, object] = {"__name__": "__readme__"}  # later blocks go on with what earlier ones made
     for code, expected in blocks:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(code, str(README), "exec"), {"__name__": "__readme__"})
+            exec(compile(code, str(README), "exec"), names)
         assert printed.getvalue() == expected
 
 

@@ -53,8 +53,8 @@ fields of --json: those of `vramplan plan --json`, and file (the picture), files
 
 SHOW_FIELDS = """\
 --json prints the file itself: format, version, program, method, device, budget, machine, call,
-  keep, offload, opaque_bytes, decisions, fingerprint, dynamic (where sizes vary), profile (where
-  true)
+  keep, offload, opaque_bytes, repeats, decisions, fingerprint, dynamic (where sizes vary), profile
+  (where true)
 """
 
 COMPARE_FIELDS = """\
@@ -110,7 +110,6 @@ def make_parser() -> argparse.ArgumentParser:
     run = _command(commands, "run", "plan, build and call a model; measured beside predicted", f"{TARGETS}\n{RUN_FIELDS}")
     _add_target(run)
     run.add_argument("--calls", type=int, default=2, metavar="N", help="how often (default 2); the last one is reported")
-
     run.add_argument("--trace", metavar="FILE", help="write predicted and measured timelines there, for ui.perfetto.dev")
 
     compare = _command(

@@ -88,7 +88,7 @@ def measure(captured: Plan, model: str, machine: str, budget: str) -> Row | None
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table, and under it why a bound is not reached."""
+    """The table, and under it why the linear program is not reached."""
     lines = [TITLE, "| model | machine | budget | step | / physical | / LP | binds | goal | switches | solved in |"]
     lines.append("|---|---|---|---:|---:|---:|---|---|---|---:|")
     reasons = []
@@ -101,7 +101,7 @@ def markdown(rows: list[Row]) -> str:
         )
         if row.why:
             reasons.append(f"- {row.model}, {row.machine}, {row.budget}: {row.why}")
-    return "\n".join([*lines, "", "Why the physical bound is not reached:", "", *reasons]) + "\n"
+    return "\n".join([*lines, "", "Why the bound of the linear program is not reached:", "", *reasons]) + "\n"
 
 
 def main() -> None:

@@ -368,7 +368,7 @@ def test_a_call_that_changes_attributes(what: str) -> None:
         ({"allow": "compress"}, "allow=('offload', 'tile', 'cast', 'layout')"),
         ({"allow_cast": "float8_e4m3fn"}, "leave it at None"),
         ({"max_error": 0.1}, "leave it at None"),
-        ({"repeats": 3}, "leave it at 1"),
+        ({"repeats": 0}, "write repeats=28"),
         ({"profile": 1}, "write profile=True"),
         ({"call": {"prompt": "a"}}, "leave it at None"),
         ({"dynamic": {}}, "names no dimension; write dynamic="),

@@ -72,6 +72,16 @@ def test_the_least_budget_and_one_byte_less() -> None:
     assert caught.value.minimum_bytes == most.minimum_bytes
 
 
+def test_parts_are_planned_for_one_call_and_say_so() -> None:
+    most = parted(Layers(Experts), rows(), repeats=4)
+    made = half(most)
+    assert most.repeats == made.repeats == made.frontier(points=2).repeats == 1
+    assert {part.repeats for part in made.parts.values()} == {1}
+    alone = half(parted(Layers(Experts), rows()))
+    assert made.step_seconds == alone.step_seconds
+    assert [p.step_seconds for p in made.parts.values()] == [p.step_seconds for p in alone.parts.values()]
+
+
 def test_a_larger_budget_is_never_slower_and_copies_less() -> None:
     most = parted(Layers(Experts), rows())
     budgets = [most.minimum_bytes + (most.unplanned_bytes - most.minimum_bytes) * i // 8 for i in range(9)]

@@ -63,7 +63,7 @@ def test_the_file_is_small_json_without_weights(tmp_path: Path) -> None:
     data = json.loads(text)
     assert set(data) == {
         "format", "version", "program", "method", "device", "budget", "machine", "call", "keep", "offload", "decisions",
-        "fingerprint", "opaque_bytes",
+        "fingerprint", "opaque_bytes", "repeats",
     }  # fmt: skip
 
 

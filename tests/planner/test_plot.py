@@ -43,7 +43,7 @@ def test_the_suffix_decides(tmp_path: Path, suffix: str) -> None:
 
 
 def test_every_kind_of_plan_can_be_drawn(tmp_path: Path) -> None:
-    for p in (*zoo_plans("unet")[1:3], *zoo_plans("bert")[3:], zoo_plans("vae_decoder", "cuda")[1]):
+    for p in (*zoo_plans("unet")[1:3], *zoo_plans("bert")[3:], zoo_plans("wide", "cuda")[1]):
         p.plot(tmp_path / "memory.svg")
         text = (tmp_path / "memory.svg").read_text()
         assert p.title in text
