@@ -5,6 +5,7 @@ Inside an emitted program it is `rt`: `prefetch`, `onload` and `evict` are calle
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ class Executor:
         self._views: dict[int, tuple[torch.Tensor, ...]] = {}
         self._copies: dict[int, list[tuple[torch.Tensor, Source]]] = {}
         self._arrived: dict[int, Any] = {}
+        self._process = os.getpid()
 
     @property
     def program(self) -> Executable | None:
@@ -88,6 +90,9 @@ class Executor:
     def _copy_carried(self) -> None:
         """Copies the bundles that a call expects from the one before it, where there was none, and waits for them."""
         assert self._program is not None
+        if self._process != os.getpid():
+            self._drop_carried()  # a forked child has no threads that would end what its parent began
+            self._process = os.getpid()
         for bundle in self._program.layout.bundles:
             if not bundle.carried or bundle.index in self._arrived:
                 continue
@@ -98,15 +103,15 @@ class Executor:
 
     def _drop_carried(self) -> None:
         """Forgets what the last call has prefetched for the next, which then copies it itself."""
-        self._settle(*self._arrived)
+        self._settle()
         for index in [index for index in self._buffers if self._is_loose(index)]:
             self._forget(index)
 
-    def _settle(self, *indices: int) -> None:
+    def _settle(self) -> None:
         """Waits for copies that no `onload` has waited for: nothing may land in memory that is used otherwise from now on."""
-        for index in indices:
-            if index in self._arrived:
-                self.device.wait(self._arrived.pop(index))
+        while self._arrived:
+            index, event = self._arrived.popitem()
+            self.device.settle(event, index)
 
     def relocate(self) -> None:
         """Asks the store again where the streamed weights are."""
@@ -122,7 +127,7 @@ class Executor:
 
     def unload(self) -> None:
         """Gives up the loaded program and all arena memory; state stays."""
-        self._settle(*self._arrived)
+        self._settle()
         self._program = self._run = self._resident = self._staging = None
         self._w = SimpleNamespace()
         for table in (self._sources, self._buffers, self._views, self._copies, self._arrived):
@@ -152,7 +157,6 @@ class Executor:
             self._copy_carried()
             return self._run(self, self._w, self.device.torch_device, *inputs)
         except BaseException:
-            self._arrived.clear()  # the device sees to it that they end
             self._drop_carried()
             raise
 

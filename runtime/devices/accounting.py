@@ -72,6 +72,11 @@ class AccountingDevice:
         if self._clock is not None and bundle is not None:
             self._clock.wait(bundle)
 
+    def settle(self, event: Any, bundle: int | None = None) -> None:
+        self.wait(event)
+        if self._clock is not None and bundle is not None:
+            self._clock.forget(bundle)
+
     def loaded(self, program: object) -> None:
         self._clock = VirtualClock(program.pace) if isinstance(program, Executable) and program.pace is not None else None
 
@@ -89,6 +94,10 @@ class AccountingDevice:
         try:
             with counter, _LinearIsOneKernel(counter):
                 yield
+        except BaseException:
+            if self._clock is not None:
+                self._clock.reset()
+            raise
         finally:
             counter.detach()
         timeline = self._clock.end() if self._clock is not None else None

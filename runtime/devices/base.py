@@ -69,6 +69,10 @@ class Device(Protocol):
         """Makes compute wait for an event of the copy engine."""
         ...
 
+    def settle(self, event: Any, bundle: int | None = None) -> None:
+        """As `wait`, for a copy that nobody needs any more: it is over afterwards, however it went."""
+        ...
+
     def loaded(self, program: object) -> None:
         """The program that the next calls run. What is measured once per program is measured in its first call."""
         ...

@@ -84,6 +84,9 @@ class CpuDevice:
         if bundle is not None:
             self._log.waited(bundle, started, event)
 
+    def settle(self, event: Any, bundle: int | None = None) -> None:
+        event.settle()
+
     def loaded(self, program: object) -> None:
         self._program = program
         if _trim is not None:

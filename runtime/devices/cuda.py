@@ -116,6 +116,9 @@ class CudaDevice:
         if bundle is not None:
             self._log.waits.append((bundle, reached, self.mark()))
 
+    def settle(self, event: Any, bundle: int | None = None) -> None:
+        self.wait(event)
+
     def loaded(self, program: object) -> None:
         return None
 

@@ -25,6 +25,7 @@ class Arrival:
     def __init__(self, pieces: int) -> None:
         self._waiting = pieces
         self._done = threading.Condition()
+        self._owner = os.getpid()
         self._error: Exception | None = None
         # By `time.perf_counter()`: when it was asked for, when a thread took the first piece, when the last one was through.
         self.issued = time.perf_counter()
@@ -57,7 +58,9 @@ class Arrival:
             raise self._error
 
     def settle(self) -> None:
-        """Until no piece of it is under way, however it went."""
+        """Until no piece of it is under way, however it went; in a forked child none is, for the threads are its parent's."""
+        if self._owner != os.getpid():
+            return
         with self._done:
             while self._waiting:
                 self._done.wait()
@@ -124,8 +127,9 @@ class Readers:
         if self._owner == os.getpid():
             return
         self._owner, self._queue, self._clock = os.getpid(), queue.SimpleQueue(), _BusyClock()
+        arguments = self._queue, self._clock, threading.Lock()
         for i in range(self._count):
-            threading.Thread(target=_read, args=(self._queue, self._clock), name=f"vramplan-reader-{i}", daemon=True).start()
+            threading.Thread(target=_read, args=arguments, name=f"vramplan-reader-{i}", daemon=True).start()
         self._stop = weakref.finalize(self, _end, self._queue, self._count)
 
 
@@ -153,11 +157,10 @@ class _BusyClock:
             return self._total + (time.perf_counter() - self._since if self._active else 0.0)
 
 
-def _read(pieces: queue.SimpleQueue[_Piece | None], clock: _BusyClock) -> None:
+def _read(pieces: queue.SimpleQueue[_Piece | None], clock: _BusyClock, taking: threading.Lock) -> None:
     """What a thread does. It knows the queue and not the pool, which can thus be collected."""
-    while (piece := pieces.get()) is not None:
+    while (piece := _take(pieces, taking)) is not None:
         arrival, error = piece.arrival, None
-        arrival.begin()
         try:
             with clock:
                 _transfer(piece.target, piece.source)
@@ -165,6 +168,15 @@ def _read(pieces: queue.SimpleQueue[_Piece | None], clock: _BusyClock) -> None:
             error = caught.with_traceback(None)  # whose frames hold the memory
         del piece  # before anybody learns of the end: memory that is evicted then is given back there, not here and later
         arrival.finished(error)
+
+
+def _take(pieces: queue.SimpleQueue[_Piece | None], taking: threading.Lock) -> _Piece | None:
+    """The next piece. One thread at a time, so that copies begin in the order in which they were asked for."""
+    with taking:
+        piece = pieces.get()
+        if piece is not None:
+            piece.arrival.begin()
+        return piece
 
 
 def _end(pieces: queue.SimpleQueue[_Piece | None], count: int) -> None:

@@ -14,6 +14,10 @@ class VirtualClock:
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
+        self.reset()
+
+    def reset(self) -> None:
+        """As new, after a call that was broken off: the next one finds no copy under way."""
         self._now = self._engine_free = 0.0
         self._step = 0
         self._under_way: dict[int, tuple[float, Cause]] = {}  # arrival, and what its copy had waited for
@@ -46,6 +50,10 @@ class VirtualClock:
         if arrival > self._now:
             self._stalls.append(Stall(bundle, self._now, arrival, cause))
             self._now = arrival
+
+    def forget(self, bundle: int) -> None:
+        """What was prefetched for the next call is not used: that has it copied before it begins, as the first call has."""
+        self._under_way.pop(bundle, None)
 
     def evict(self, bundle: int) -> None:
         """The program came to an evict."""
