@@ -118,7 +118,18 @@ def read_plan(path: str | Path) -> dict[str, Any]:
         raise PlanFileError(
             f"{str(path)!r} has plan version {data.get('version')}, this library reads version {VERSION}; plan the model again"
         )
-    missing = {"method", "device", "budget", "machine", "call", "keep", "offload", "decisions", "fingerprint", "repeats"} - data.keys()
+    missing = {
+        "method",
+        "device",
+        "budget",
+        "machine",
+        "call",
+        "keep",
+        "offload",
+        "decisions",
+        "fingerprint",
+        "repeats",
+    } - data.keys()
     if missing:
         raise PlanFileError(f"{str(path)!r} lacks {', '.join(sorted(missing))}; save it again with p.save(...)")
     return data

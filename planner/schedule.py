@@ -60,11 +60,12 @@ def earliest_prefetches(
         starts: list[int] = []
         for index, size in enumerate(sizes):
             first, last = firsts[index] + origin, lasts[index] + origin
-            if free[first : last + 1].min() < size:
-                return None
-            start = max(earliest, last - length + 1) if before is not None else earliest
-            tight = np.flatnonzero(free[start:first] < size)
-            start = min(start if tight.size == 0 else start + int(tight[-1]) + 1, first)
+            start = min(max(earliest, last - length + 1), first) if before is not None else min(earliest, first)
+            tight = (free[start : last + 1] < size).nonzero()[0]
+            if tight.size:
+                start += int(tight[-1]) + 1
+                if start > first:
+                    return None
             free[start : last + 1] -= size
             earliest = start
             starts.append(start - origin)
@@ -87,47 +88,56 @@ def staged_bytes(placements: Sequence[Placement], length: int) -> np.ndarray:
     return np.cumsum(delta[:-1])
 
 
-def arena_offsets(placements: Sequence[Placement], length: int) -> tuple[tuple[int, ...], int]:
+def arena_offsets(placements: Sequence[Placement], length: int, limit: int | None = None) -> tuple[tuple[int, ...], int] | None:
     """Best-fit offsets for intervals that must not overlap (I2); returns them and the arena's size.
 
     Two orders are tried, by time and by size; the search ends at once where the lower bound (the most bytes staged at one
-    time) is met.
+    time) is met. None, and that sooner, where the arena were larger than `limit`.
     """
     bound = int(staged_bytes(placements, length).max(initial=0))
+    most = limit if limit is not None else sum(p.span.nbytes for p in placements)
+    if bound > most:
+        return None
     orders = (
         sorted(range(len(placements)), key=lambda i: (not placements[i].carried, placements[i].prefetch)),
         sorted(range(len(placements)), key=lambda i: (-placements[i].span.nbytes, placements[i].prefetch)),
     )
+    meeting = _meeting(placements, length)
     best: tuple[tuple[int, ...], int] | None = None
     for order in orders:
-        offsets, size = _best_fit(placements, order, length)
-        if best is None or size < best[1]:
-            best = (offsets, size)
-        if size == bound:
+        found = _best_fit(placements, order, meeting, most)
+        if found is not None:
+            best, most = found, found[1] - 1  # only what is smaller counts from here on
+        if most < bound:
             break
-    assert best is not None
     return best
 
 
-def _best_fit(placements: Sequence[Placement], order: Sequence[int], length: int) -> tuple[tuple[int, ...], int]:
-    count = len(placements)
+def _meeting(placements: Sequence[Placement], length: int) -> list[list[int]]:
+    """For each bundle those that are there at some time when it is."""
     start = np.array([p.prefetch for p in placements], dtype=np.int64)
     # One that comes over the seam is an interval that goes on in the next call, and one that began in the call before.
     stop = np.array([p.span.last + (length if p.carried else 0) for p in placements], dtype=np.int64)
-    sizes = np.array([p.span.nbytes for p in placements], dtype=np.int64)
-    offsets = np.zeros(count, dtype=np.int64)
-    placed = np.zeros(count, dtype=bool)
+    meets = np.zeros((len(placements), len(placements)), dtype=bool)
+    for shift in (-length, 0, length):
+        meets |= (start + shift <= stop[:, None]) & (start[:, None] <= stop + shift)
+    return [np.flatnonzero(row).tolist() for row in meets]
+
+
+def _best_fit(
+    placements: Sequence[Placement], order: Sequence[int], meeting: Sequence[Sequence[int]], most: int
+) -> tuple[tuple[int, ...], int] | None:
+    """Offsets in this order and the size; None once that passes `most`."""
+    sizes = [p.span.nbytes for p in placements]
+    offsets = [-1] * len(placements)
     size = 0
     for i in order:
-        meets = np.zeros(count, dtype=bool)
-        for shift in (-length, 0, length):
-            meets |= (start + shift <= stop[i]) & (start[i] <= stop + shift)
-        near = np.flatnonzero(placed & meets)
-        taken = sorted(zip(offsets[near].tolist(), (offsets[near] + sizes[near]).tolist(), strict=True))
-        offsets[i] = _smallest_gap(taken, int(sizes[i]), size)
-        size = max(size, int(offsets[i] + sizes[i]))
-        placed[i] = True
-    return tuple(offsets.tolist()), size
+        taken = sorted((offsets[j], offsets[j] + sizes[j]) for j in meeting[i] if offsets[j] >= 0)
+        offsets[i] = _smallest_gap(taken, sizes[i], size)
+        size = max(size, offsets[i] + sizes[i])
+        if size > most:
+            return None
+    return tuple(offsets), size
 
 
 def _smallest_gap(taken: Sequence[tuple[int, int]], nbytes: int, size: int) -> int:
@@ -155,7 +165,7 @@ def make_layout(problem: Problem, placements: Sequence[Placement], arena: bool) 
     state = tuple(Slot(w, 0, weights[w].nbytes) for w in kept if weights[w].state)
     resident, resident_bytes = pack([(w, weights[w].nbytes) for w in kept if not weights[w].state], alignment)
     length = len(problem.names)
-    offsets, staging = arena_offsets(placements, length) if arena and placements else ([None] * len(placements), 0)
+    offsets, staging = (arena_offsets(placements, length) if arena else None) or ([None] * len(placements), 0)
     bundles = []
     for index, (placed, offset) in enumerate(zip(placements, offsets, strict=True)):
         slots, nbytes = pack([(w, weights[w].nbytes) for w in placed.span.weights], alignment)

@@ -7,13 +7,12 @@ larger budget is never slower.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from passes.cuda_allocator import LARGE_ROUND_BYTES
 from passes.cuda_replay import Trace
 from passes.stream_weights import Stream
 from planner.memory import AllocationEvent, Reserved
@@ -24,13 +23,9 @@ from planner.solve.problem import Problem
 from planner.solve.relax import Relaxation, relax
 from planner.solve.search import Search
 from planner.solve.segments import Segments
-from planner.solve.select import GRANULARITIES, Selection, Selections
+from planner.solve.select import GRANULARITIES, Selections
 from planner.solve.simulate import EngineProgram, StepTime, step_time
 
-# Ratio of neighbouring limits for schedules in the headroom, for allocators that reserve more than is live. In programs of many
-# operators asking the memory model takes long.
-LIMIT_STEP, LONG_LIMIT_STEP = 1.01, 1.04
-MANY_OPERATORS = 2000
 # How many bundles ahead of their use everything is fetched in the simplest schedules.
 DEPTHS = (1, 2)
 
@@ -124,20 +119,7 @@ class Solver:
         assert budget_bytes >= self.minimum.peak_bytes
         if self.resident.peak_bytes <= budget_bytes:
             return self.resident
-        search = Search(self, budget_bytes, host_bytes, self.minimum)
-        for schedule in self.stepwise:
-            search.take(schedule)
-        tried: set[Selection] = set()
-        for family in (self.selections.relaxed, self.selections.even):
-            for selection in family(budget_bytes, lambda: search.best.time.step_seconds):
-                if search.perfect:
-                    break
-                if selection not in tried and self.selections.least_seconds(selection) < search.best.time.step_seconds:
-                    tried.add(selection)
-                    search.try_(selection)
-        search.make_uniform()
-        search.make_static()
-        return search.best
+        return Search(self, budget_bytes, host_bytes, self.minimum).run()
 
     def pass_through(self, budget_bytes: int) -> Schedule:
         """The fastest schedule that keeps nothing between calls: all that is worth a copy is streamed in every one.
@@ -148,26 +130,12 @@ class Solver:
         search = Search(self, budget_bytes, None, self.minimum)
         fresh = not self.minimum.placements
         for target, tiny in GRANULARITIES:
-            spans = make_bundles(self.problem, target, tiny)
-            fresh = not (spans and search.try_(spans, seam=False, anyway=fresh)) and fresh
+            schedule = search.first_in_blocks(make_bundles(self.problem, target, tiny))
+            if schedule is not None and schedule.placements:
+                search.best = schedule if fresh else search.best
+                fresh = False
+                search.take(schedule)
         return search.best
-
-    def limits(self, budget_bytes: int) -> Iterator[int]:
-        """Limits of live bytes to schedule into, the largest first.
-
-        The budget itself where live bytes are all there is. Where the allocator reserves more, from a grid that is the same for
-        every budget: a larger one has all the limits of a smaller one, and is never slower.
-        """
-        fixed = self.problem.memory.fixed_bytes
-        if self.problem.memory.device != "cuda":
-            yield budget_bytes - fixed
-            return
-        limit = float(self.resident.peak_bytes)
-        step = LIMIT_STEP if len(self.problem.names) <= MANY_OPERATORS else LONG_LIMIT_STEP
-        while limit > fixed:
-            if limit <= budget_bytes:
-                yield int(limit) - fixed
-            limit = min(limit / step, limit - LARGE_ROUND_BYTES)
 
     def seconds(self, placements: Sequence[Placement]) -> StepTime:
         """What the simulator says."""
@@ -199,7 +167,12 @@ class Solver:
         placements = tuple(placements)
         resident = self.resident_bytes([p.span for p in placements])
         staged = staged_bytes(placements, count)
-        arena = arena_offsets(placements, count)[1] if staging == "arena" and placements else 0
+        arena = 0
+        if staging == "arena" and placements:
+            found = arena_offsets(placements, count, None if budget_bytes is None else budget_bytes - self._besides(resident))
+            if found is None:
+                return None
+            arena = found[1]
         total = problem.activation_bytes + resident + (arena if staging == "arena" else staged)
         position, pool = int(np.argmax(total)), 0
         peak = int(total[position])
@@ -214,6 +187,13 @@ class Solver:
         if budget_bytes is not None and peak > budget_bytes:
             return None
         return Schedule(placements, staging, peak, position, time or self.seconds(placements), arena, pool)
+
+    def _besides(self, resident_bytes: int) -> int:
+        """What is taken besides a static arena, at least."""
+        memory = self.problem.memory
+        most = int(self.problem.activation_bytes.max())
+        activations = self.reserved_activations.reserved_bytes if memory.device == "cuda" else most
+        return memory.fixed_bytes + memory.reserved_alone(resident_bytes) + activations
 
     @cached_property
     def reserved_activations(self) -> Reserved:

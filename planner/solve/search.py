@@ -1,10 +1,17 @@
-"""The search within one budget: a selection is scheduled in the room there is, and kept if the simulator says it is faster."""
+"""The search within one budget: selections are scheduled in the room there is, and the best under the simulator is kept.
+
+Where live bytes are all that counts, the room at every operator is known, and a selection has one schedule. On CUDA it has
+several. Through a static arena of some size, what the allocator reserves besides does not change. In blocks of the allocator
+activations and weights share memory over time, but how much the allocator reserves for some live bytes only a replay tells.
+Sizes are from grids that do not depend on the budget: a larger one has all the schedules of a smaller one.
+"""
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,15 +25,25 @@ if TYPE_CHECKING:
 
 # Staging arena sizes, in multiples of the largest bundle, for a schedule that is known to be as fast: 2 is double buffering.
 ARENA_SLOTS = (1, 2, 3, 4, 6, 8, 12)
-# Arena sizes that are tried where the allocator rounds: multiples of the unit, neighbours in about this ratio.
-_ARENA_UNIT = 2 * 1024 * 1024
-_ARENA_RATIO = 1.02
-# How much may be staged ahead of its use, in multiples of the usual bundle, in programs of at most so many operators: what fills
-# all room may break it up, and asking the memory model takes time by operators.
-_AHEAD = (6.0, 4.0, 3.0, 2.0, 1.5, 1.0, 0.5)
+# Sizes that are tried where the allocator rounds: multiples of the unit, neighbours in about the ratio.
+_UNIT = 2 * 1024 * 1024
+_ARENA_RATIO = 1.04
+_BLOCKS_RATIO = 1.01
+# Of programs of more operators only arenas are tried: a replay takes long there, and hardly any schedule in blocks was faster.
 _MOST_OPERATORS = 2000
 # Schedules whose seconds differ by no more than this share are equally fast.
 _EQUAL = 1e-9
+
+
+@dataclass(order=True)
+class _Candidate:
+    """A selection in blocks: nothing of it is faster than `seconds`. The next room to try is that of `index`."""
+
+    seconds: float
+    order: int
+    selection: Selection = field(compare=False)
+    index: int = field(compare=False)
+    placements: tuple[Placement, ...] = field(compare=False, default=())
 
 
 @dataclass
@@ -43,6 +60,26 @@ class Search:
         """Whether compute never waits, which nothing beats."""
         return self.best.time.step_seconds <= self.solver.problem.compute_seconds * (1 + _EQUAL)
 
+    def run(self) -> Schedule:
+        """All families of selections, those first whose schedules are known without a replay."""
+        solver, selections = self.solver, self.solver.selections
+        for schedule in solver.stepwise:
+            self.take(schedule)
+        tried: dict[Selection, float] = {}
+        for family in (selections.relaxed, selections.even):
+            for selection in family(self.budget_bytes, lambda: self.best.time.step_seconds):
+                if self.perfect:
+                    break
+                least = selections.least_seconds(selection)
+                if selection not in tried and least < self.best.time.step_seconds and self._may_fit(selection):
+                    tried[selection] = least
+                    self._in_arena(selection) if self._rounds else self._exactly(selection)
+        if self._in_blocks:
+            self._best_in_blocks(tried)
+        self._make_uniform()
+        self._make_static()
+        return self.best
+
     def take(self, schedule: Schedule) -> bool:
         """Keeps a schedule that fits and is better."""
         if schedule.peak_bytes > self.budget_bytes or self._rank(schedule) >= self._rank(self.best):
@@ -52,34 +89,43 @@ class Search:
         self.best = schedule
         return True
 
-    def try_(self, selection: Selection, *, seam: bool | None = None, anyway: bool = False) -> bool:
-        """Schedules a selection; gives whether it is better than what was known, or fits `anyway`."""
-        solver, problem = self.solver, self.solver.problem
-        resident = solver.resident_bytes(selection)
-        if resident + int(problem.activation_bytes.max()) + problem.memory.fixed_bytes > self.budget_bytes:
-            return False
-        if self._pins_too_much(selection):
-            return False
-        over = solver.repeats > 1 if seam is None else seam
-        if anyway or problem.memory.device != "cuda":
-            return self._in_blocks(selection, resident, over, anyway)
-        static = self._in_arena(selection, resident, over)
-        return self._in_blocks(selection, resident, over, False) or static
+    def first_in_blocks(self, selection: Selection) -> Schedule | None:
+        """A selection by itself, without copies over the seam, in as much room as fits; None where it does not."""
+        solver = self.solver
+        if not self._may_fit(selection):
+            return None
+        for room in self._rooms(selection):
+            placed = solver.segments.place(selection, room, False)
+            if placed is None:
+                return None
+            schedule = solver.within(placed, "allocator", self.budget_bytes)
+            if schedule is not None:
+                return schedule
+        return None
 
-    def _in_arena(self, selection: Selection, resident: int, seam: bool) -> bool:
-        """Through static arenas, the largest that may fit first: what the allocator reserves besides does not change."""
-        solver, memory = self.solver, self.solver.problem.memory
-        room = (
-            self.budget_bytes
-            - memory.fixed_bytes
-            - memory.reserved_alone(resident)
-            - solver.reserved_activations.reserved_bytes
-        )
-        for size in reversed(self._arena_sizes[: bisect_right(self._arena_sizes, room)]):
-            placed = self._place(selection, np.full(len(solver.segments), size, dtype=np.int64), seam)
+    def _exactly(self, selection: Selection) -> bool:
+        """In all the room that activations leave at each time."""
+        placed = self._place(selection, next(self._rooms(selection)))
+        if placed is None:
+            return False
+        time = self.solver.seconds(placed)
+        if self._slower(time.step_seconds):
+            return False
+        schedule = self.solver.within(placed, "allocator", self.budget_bytes, time)
+        return schedule is not None and self.take(schedule)
+
+    def _in_arena(self, selection: Selection) -> bool:
+        """Through static arenas, the largest that may fit first."""
+        solver, sizes = self.solver, self._arena_sizes
+        room = self._room(selection) - solver.reserved_activations.reserved_bytes
+        known: tuple[Placement, ...] | None = None
+        for size in reversed(sizes[: bisect_right(sizes, room)]):
+            placed = self._place(selection, np.full(len(solver.segments), size, dtype=np.int64))
             if placed is None:
                 return False
-            time = solver.seconds(placed)
+            if placed == known:
+                continue
+            known, time = placed, solver.seconds(placed)
             if self._slower(time.step_seconds):
                 return False  # a smaller arena is no faster
             schedule = solver.within(placed, "arena", self.budget_bytes, time)
@@ -87,61 +133,91 @@ class Search:
                 return self.take(schedule)
         return False
 
-    def _in_blocks(self, selection: Selection, resident: int, seam: bool, anyway: bool) -> bool:
-        """In blocks of the allocator, in all the room that activations leave at each time."""
-        solver, known = self.solver, None
-        for limit in solver.limits(self.budget_bytes):
-            for room in self._rooms(selection, limit - resident - solver.segments.activation_bytes):
-                early = self._place(selection, room, seam)
-                if early is None or early == known:
-                    break
-                known, time = early, solver.seconds(early)
-                if not anyway and self._slower(time.step_seconds):
-                    break
-                schedule = solver.within(early, "allocator", self.budget_bytes, time)
-                if schedule is None:
+    def _best_in_blocks(self, selections: dict[Selection, float]) -> None:
+        """Best first: what no other can beat is replayed next, until it fits; where it does not it gets less room."""
+        queue = [_Candidate(least, i, s, 0) for i, (s, least) in enumerate(selections.items()) if not self._slower(least)]
+        heapq.heapify(queue)
+        while queue and self._faster(queue[0].seconds):
+            candidate = heapq.heappop(queue)
+            if candidate.placements:
+                time = self.solver.seconds(candidate.placements)
+                schedule = self.solver.within(candidate.placements, "allocator", self.budget_bytes, time)
+                if schedule is not None:
+                    self.take(schedule)
                     continue
-                if anyway:
-                    self.best = schedule
-                return anyway or self.take(schedule)
-            if known is None or (not anyway and self._slower(solver.seconds(known).step_seconds)):
-                return False
-        return False
+            following = self._following(candidate)
+            if following is not None:
+                heapq.heappush(queue, following)
 
-    def _rooms(self, selection: Selection, room: np.ndarray) -> Iterator[np.ndarray]:
-        """All of the room, then less and less of it ahead of use."""
-        yield room
-        problem = self.solver.problem
-        if problem.memory.device == "cuda" and len(problem.names) <= _MOST_OPERATORS:
-            used = self.solver.segments.held(selection)
-            usual = float(np.median([span.nbytes for span in selection]))
-            for ahead in _AHEAD:
-                yield np.minimum(room, used + int(ahead * usual))
+    def _following(self, candidate: _Candidate) -> _Candidate | None:
+        """The same selection in less room; None where no schedule of it is left that is faster than what is known."""
+        for index, room in enumerate(self._rooms(candidate.selection, candidate.index), candidate.index):
+            placed = self._place(candidate.selection, room)
+            if placed is None:
+                return None
+            if placed != candidate.placements:
+                seconds = self.solver.seconds(placed).step_seconds
+                if not self._faster(seconds):
+                    return None  # less room is no faster
+                return _Candidate(seconds, candidate.order, candidate.selection, index + 1, placed)
+        return None
 
-    def _place(self, selection: Selection, room: np.ndarray, seam: bool) -> tuple[Placement, ...] | None:
-        return self.solver.segments.place(selection, room, seam)
+    def _rooms(self, selection: Selection, skip: int = 0) -> Iterator[np.ndarray]:
+        """Bytes for bundles by segment, falling: what live activations leave of the room for both."""
+        room, activations = self._room(selection), self.solver.segments.activation_bytes
+        if not self._rounds:
+            yield room - activations
+            return
+        for size in self._blocks_sizes[: bisect_right(self._blocks_sizes, room)][::-1][skip:]:
+            yield size - activations
+
+    def _place(self, selection: Selection, room: np.ndarray) -> tuple[Placement, ...] | None:
+        return self.solver.segments.place(selection, room, self.solver.repeats > 1)
+
+    def _room(self, selection: Selection) -> int:
+        """Bytes for activations and bundles, besides the weights that stay."""
+        memory = self.solver.problem.memory
+        return self.budget_bytes - memory.fixed_bytes - memory.reserved_alone(self.solver.resident_bytes(selection))
+
+    def _may_fit(self, selection: Selection) -> bool:
+        most = int(self.solver.problem.activation_bytes.max())
+        return self._room(selection) >= most and not self._pins_too_much(selection)
+
+    @cached_property
+    def _rounds(self) -> bool:
+        """Whether the device reserves more than is live."""
+        return self.solver.problem.memory.device == "cuda"
+
+    @cached_property
+    def _arena_sizes(self) -> list[int]:
+        return _sizes(self.solver, _ARENA_RATIO)
+
+    @cached_property
+    def _blocks_sizes(self) -> list[int]:
+        return _sizes(self.solver, _BLOCKS_RATIO)
+
+    @cached_property
+    def _in_blocks(self) -> bool:
+        return self._rounds and len(self.solver.problem.names) <= _MOST_OPERATORS
 
     def _slower(self, seconds: float) -> bool:
         return seconds > self.best.time.step_seconds * (1 + _EQUAL)
 
-    @cached_property
-    def _arena_sizes(self) -> list[int]:
-        sizes, size = [], float(_ARENA_UNIT)
-        while size <= self.solver.problem.total_weight_bytes + _ARENA_UNIT:
-            sizes.append(int(size) // _ARENA_UNIT * _ARENA_UNIT)
-            size = max(size * _ARENA_RATIO, size + _ARENA_UNIT)
-        return sizes
+    def _faster(self, seconds: float) -> bool:
+        return seconds < self.best.time.step_seconds * (1 - _EQUAL)
 
-    def make_uniform(self) -> None:
+    def _make_uniform(self) -> None:
         """Identical blocks get identical treatment where that costs nothing."""
         selections = self.solver.selections
         if not selections.split_roles(tuple(p.span for p in self.best.placements)):
             return
         for selection, least in selections.uniform:
-            if not self._slower(least) and self.try_(selection):
+            if self._slower(least) or not self._may_fit(selection):
+                continue
+            if self._in_arena(selection) if self._rounds else self._exactly(selection):
                 return
 
-    def make_static(self) -> None:
+    def _make_static(self) -> None:
         """The same bundles through one static arena, where that is as fast: nothing is asked of the allocator then."""
         spans = tuple(p.span for p in self.best.placements)
         if not spans or self.best.staging == "arena":
@@ -150,7 +226,7 @@ class Search:
         largest = max(s.nbytes for s in spans)
         floor = solver.resident_bytes(spans) + int(solver.problem.activation_bytes.max()) + solver.problem.memory.fixed_bytes
         for slots in ARENA_SLOTS:
-            placed = self._place(spans, np.full(len(solver.segments), slots * largest, dtype=np.int64), solver.repeats > 1)
+            placed = self._place(spans, np.full(len(solver.segments), slots * largest, dtype=np.int64))
             if placed is None:
                 continue
             if floor + int(staged_bytes(placed, count).max()) > self.budget_bytes:
@@ -175,3 +251,13 @@ class Search:
         if seconds <= self.solver.problem.compute_seconds * (1 + _EQUAL):
             seconds = 0.0  # not slower than another such by more than rounding
         return seconds, split, schedule.streamed_bytes, schedule.peak_bytes
+
+
+def _sizes(solver: Solver, ratio: float) -> list[int]:
+    """From one unit to all that weights and activations take, rising."""
+    most = solver.problem.total_weight_bytes + int(solver.problem.activation_bytes.max())
+    sizes, size = [], float(_UNIT)
+    while size <= most + _UNIT:
+        sizes.append(int(size) // _UNIT * _UNIT)
+        size = max(size * ratio, size + _UNIT)
+    return sizes

@@ -22,7 +22,7 @@ MIB = 1024 * 1024
 # (bundle target, what is too small to stream). The finest comes last: it sets the minimum budget.
 GRANULARITIES = ((64 * MIB, TINY_BYTES), (16 * MIB, TINY_BYTES), (0, TINY_BYTES), (0, 0))
 # Even selections stream so many bytes as powers of this, up to so many times all weights: what is not there in time is owed.
-_TARGET_RATIO = 1.01
+_TARGET_RATIO = 1.005
 _MOST_TARGET = 16
 # A bundle is chosen once this share of it is due.
 _PHASES = (0.5, 0.95)
@@ -170,9 +170,9 @@ class Selections:
         """(lower budget, higher budget, share of the higher, budget in between), the last falling from `budget_bytes` on."""
         ends = [float(self.least_bytes)]
         while ends[-1] < self.most_bytes:
-            ends.append(min(ends[-1] * _BUDGET_RATIO, float(self.most_bytes)))
+            ends.append(min(ends[-1] * _BUDGET_RATIO**self._stride, float(self.most_bytes)))
         for low, high in reversed(list(pairwise(ends))):
-            for step in range(_BETWEEN, 0, -self._stride):
+            for step in range(_BETWEEN, 0, -1):
                 at = low + (high - low) * step / _BETWEEN
                 if at <= budget_bytes:
                     yield int(low), int(high), step / _BETWEEN, int(at)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -34,8 +35,7 @@ class Kind(IntEnum):
     ONLOAD = 2
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Before operator `position` (behind the last one: their number) a bundle is prefetched, onloaded or evicted."""
 
     position: int
