@@ -92,20 +92,18 @@ class Solver:
         return self.evaluate((), "arena")
 
     @cached_property
-    def stepwise(self) -> tuple[Schedule, ...]:
+    def stepwise(self) -> list[tuple[tuple[Placement, ...], StepTime]]:
         """Everything streamed, each bundle fetched when the one so many before it is used: little memory, and hardly a choice.
 
         Where the allocator reserves more than is live, what fills all room near the minimum breaks it up; this does not.
         """
-        if self.problem.memory.device != "cuda":
-            return ()
         schedules = []
         for spans in self.selections.granularities:
             for depth in DEPTHS:
                 ahead = [spans[max(0, i - depth)].first for i in range(len(spans))]
                 placements = tuple(Placement(s, min(at, s.first)) for s, at in zip(spans, ahead, strict=True))
-                schedules.append(self.evaluate(placements, "allocator"))
-        return tuple(schedules)
+                schedules.append((placements, self.seconds(placements)))
+        return schedules
 
     def relaxed(self, budget_bytes: int, host_bytes: int | None = None) -> Relaxation | None:
         """The linear program's bound and solution within a budget; None where not even fractions of weights fit."""

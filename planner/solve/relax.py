@@ -7,15 +7,11 @@ then; w_k: seconds that compute waits before segment k. Minimise the sum of w_k,
     arrival        D_k >= N_k
     link           D_{k+1} - D_k <= BW (c_k + w_{k+1})
     memory         sum_j s_j (1 - x_j) + D_k - E_k + A_k <= B      at the operator of segment k that holds the most
-    whole buffers  sum_j s_j (1 - x_j) + N_k - E_k + S z_k + A_k <= B, with D_{k+1} - D_k <= BW (c_k z_k + w_{k+1}) + g_k
     pinned host    sum_j s_j x_j <= H
     seam           D_K = D_0 + N_K up to what is copied while compute waits at the seam; D_0 = 0 up to w_0 without one
 
-What a copy fills while segment k runs is not needed yet, and it is a whole buffer: of at least S bytes for the share z_k of the
-segment, or of one of the weights smaller than S, of which g_k bytes come; all g_k together are no more than these weights.
-
 D only grows, so taking it at the beginning of a segment for all of its operators relaxes the memory rows, as do fractions,
-and copies without latency: the optimum is a lower bound for every schedule that is emitted.
+copies without latency and buffers that fill up byte by byte: the optimum is a lower bound for every schedule that is emitted.
 """
 
 from __future__ import annotations
@@ -30,8 +26,6 @@ from planner.solve.segments import Segments
 
 # All weights, and the time to compute and to copy them once, are so many units: tolerances of the solver are absolute.
 _UNITS = 1000.0
-# Weights are small that together are no more than this share of all: they hardly matter to the size of a buffer.
-_SMALL_SHARE = 0.01
 # What streaming a unit costs besides time: of equally fast solutions one is found that streams little, and in pieces that are
 # small, for buffers are taken as a whole, but not so small that a copy is mostly latency.
 _TIE = 1e-6
@@ -60,7 +54,7 @@ def relax(
 
 
 class _Model:
-    """Columns: x (bytes streamed) by weight, their sum, then D, w, N, E, z and g by segment."""
+    """Columns: x (bytes streamed) by weight, their sum, then D, w, N and E by segment."""
 
     def __init__(self, problem: Problem, segments: Segments) -> None:
         self.problem, self.segments = problem, segments
@@ -75,9 +69,7 @@ class _Model:
         self.waits = self.copied + count + 1
         self.needed = self.waits + count
         self.evicted = self.needed + count
-        self.busy = self.evicted + count
-        self.small = self.busy + count
-        self.columns = self.small + count
+        self.columns = self.evicted + count
         self.rows: list[list[tuple[int, float]]] = []
         self.lower: list[float] = []
         self.upper: list[float] = []
@@ -97,9 +89,6 @@ class _Model:
         for visit, first, last in zip(self.visits, firsts, lasts, strict=True):
             begins[first].append(index[visit.weight])
             ends[last + 1].append(index[visit.weight])
-        buffer, little = self._whole_buffers()
-        visits = np.bincount([index[v.weight] for v in self.visits], minlength=len(self.names))
-        self.row([*((self.small + k, 1.0) for k in range(count)), *((j, -float(visits[j])) for j in little)], upper=0)
         self.row([(self.total, 1.0), *((j, -1.0) for j in range(len(self.names)))], 0, 0)
         free = (budget_bytes - problem.memory.fixed_bytes - problem.total_weight_bytes) / self.byte_unit
         for k in range(count):
@@ -109,15 +98,12 @@ class _Model:
             self.row([(copied, 1.0), (needed, -1.0)], lower=0)
             held = float(segments.activation_bytes[k]) / self.byte_unit
             self.row([(copied, 1.0), (evicted, -1.0), (self.total, -1.0)], upper=free - held)
-            whole = (self.busy + k, buffer / self.byte_unit)
-            self.row([(needed, 1.0), (evicted, -1.0), whole, (self.total, -1.0)], upper=free - held)
             wait = [(self.waits + k + 1, -rate)] if k + 1 < count else []
-            most = rate * float(segments.seconds[k]) / self.second_unit
-            self.row([(copied + 1, 1.0), (copied, -1.0), *wait], upper=most)
-            self.row([(copied + 1, 1.0), (copied, -1.0), *wait, (self.busy + k, -most), (self.small + k, -1.0)], upper=0)
+            self.row([(copied + 1, 1.0), (copied, -1.0), *wait], upper=rate * float(segments.seconds[k]) / self.second_unit)
             self.row([(copied + 1, 1.0), (copied, -1.0)], lower=0)
         first, last = self.copied, self.copied + count
         if seam:
+            visits = np.bincount([index[v.weight] for v in self.visits], minlength=len(self.names))
             streamed = [(j, float(n)) for j, n in enumerate(visits)]
             self.row([(first, 1.0), (last, -1.0), (self.waits, -rate), *streamed], upper=0)
             self.row([(first, -1.0), (last, 1.0), *((j, -n) for j, n in streamed)], upper=0)
@@ -125,16 +111,6 @@ class _Model:
             self.row([(first, 1.0), (self.waits, -rate)], upper=0)
         if host_bytes is not None:
             self.row([(self.total, 1.0)], upper=host_bytes / self.byte_unit)
-
-    def _whole_buffers(self) -> tuple[int, list[int]]:
-        """Bytes of the smallest weight that is not small, and the indices of those that are."""
-        sizes = [self.problem.weight_bytes[name] for name in self.names]
-        order = sorted(range(len(sizes)), key=lambda j: sizes[j])
-        total, count = 0, 0
-        while count < len(order) and total + sizes[order[count]] <= _SMALL_SHARE * sum(sizes):
-            total += sizes[order[count]]
-            count += 1
-        return (sizes[order[count]] if count < len(order) else 0), order[:count]
 
     def solve(self) -> Relaxation | None:
         problem, count = self.problem, len(self.segments)

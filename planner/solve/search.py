@@ -62,9 +62,7 @@ class Search:
 
     def run(self) -> Schedule:
         """All families of selections, those first whose schedules are known without a replay."""
-        solver, selections = self.solver, self.solver.selections
-        for schedule in solver.stepwise:
-            self.take(schedule)
+        selections = self.solver.selections
         tried: dict[Selection, float] = {}
         for family in (selections.relaxed, selections.even):
             for selection in family(self.budget_bytes, lambda: self.best.time.step_seconds):
@@ -74,6 +72,8 @@ class Search:
                 if selection not in tried and least < self.best.time.step_seconds and self._may_fit(selection):
                     tried[selection] = least
                     self._in_arena(selection) if self._rounds else self._exactly(selection)
+        if self._rounds:
+            self._stepwise()
         if self._in_blocks:
             self._best_in_blocks(tried)
         self._make_uniform()
@@ -132,6 +132,13 @@ class Search:
             if schedule is not None:
                 return self.take(schedule)
         return False
+
+    def _stepwise(self) -> None:
+        for placements, time in self.solver.stepwise:
+            if self._faster(time.step_seconds):
+                schedule = self.solver.within(placements, "allocator", self.budget_bytes, time)
+                if schedule is not None:
+                    self.take(schedule)
 
     def _best_in_blocks(self, selections: dict[Selection, float]) -> None:
         """Best first: what no other can beat is replayed next, until it fits; where it does not it gets less room."""
