@@ -217,7 +217,8 @@ class Plan(PlanFacts):
             raise PlanFileError(f"{str(path)!r} is damaged ({error!r}); save it again with p.save(...)") from error
         try:
             if decisions is None:
-                from planner.parted import PartedPlan, prepare_parts
+                from planner.parted import PartedPlan
+                from planner.parted_problem import prepare_parts
 
                 problem = prepare_parts(model, options, "the plan was made so")
                 return PartedPlan.of_saved(model, options, problem, saved, given)

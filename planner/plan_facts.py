@@ -1,0 +1,205 @@
+"""`PlanFacts`: what was decided for one target and budget, and every number that is known of it."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import sympy
+from torch import nn
+
+from passes.dims import dim_symbol
+from passes.program import Program
+from planner.bounds import Bound, physical_bound
+from planner.budget import Budget
+from planner.dynamic_plan import check_sizes
+from planner.gap import Gap
+from planner.machine import Machine
+from planner.options import Options
+from planner.pipeline import emit_program, placements_of
+from planner.prepare import infeasible
+from planner.profile_ops import counts_of
+from planner.sizes import format_bytes
+from planner.solve.decide import Solver
+from planner.solve.decisions import Decisions
+from planner.solve.problem import Problem
+from planner.solve.simulate import EngineProgram, StepTime, simulate
+from runtime.errors import PlanFileError
+from runtime.layout import Layout
+from runtime.timeline import Timeline
+
+
+class PlanFacts:
+    """What was asked, decided and found. Bytes are on the device, seconds those of one call."""
+
+    def __init__(self, target: nn.Module, options: Options, solver: Solver, decisions: Decisions | None = None) -> None:
+        self._target, self._options, self._solver = target, options, solver
+        if options.budget.device_bytes < solver.minimum.peak_bytes:
+            raise infeasible(solver, options.budget.device_bytes)
+        if decisions is None:
+            schedule = solver.solve(options.budget.device_bytes, options.budget.host_bytes)
+            decisions = schedule.decisions(solver.problem)
+        else:
+            schedule = solver.evaluate(placements_of(solver.problem, decisions), decisions.staging)
+            if schedule.peak_bytes > options.budget.device_bytes:
+                raise PlanFileError(
+                    f"the decisions need {format_bytes(schedule.peak_bytes)} here, more than their budget of "
+                    f"{format_bytes(options.budget.device_bytes)}; plan the model again"
+                )
+        self.decisions = decisions
+        if solver.problem.in_symbols is not None:
+            check_sizes(solver.problem, decisions, options.budget.device_bytes)
+        self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes, schedule.pool_bytes)
+        self._schedule = schedule
+
+    # What was asked.
+
+    @property
+    def target(self) -> nn.Module:
+        return self._target
+
+    @property
+    def budget(self) -> Budget:
+        return self._options.budget
+
+    @property
+    def machine(self) -> Machine:
+        return self._options.machine
+
+    @property
+    def device(self) -> str:
+        return self._options.device
+
+    @property
+    def problem(self) -> Problem:
+        return self._solver.problem
+
+    @property
+    def program(self) -> Program:
+        return self.problem.program
+
+    @property
+    def layout(self) -> Layout:
+        assert self.emitted.layout is not None
+        return self.emitted.layout
+
+    # What was found.
+
+    @property
+    def budget_bytes(self) -> int:
+        return self.budget.device_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted: the most bytes that are live, each rounded as the device's allocator rounds."""
+        return self.proof.peak_bytes
+
+    @property
+    def symbols(self) -> dict[str, sympy.Symbol]:
+        """The dims that `dynamic=` named, as the symbols of `peak_bytes_expr`; empty for fixed sizes."""
+        in_symbols = self.problem.in_symbols
+        return {} if in_symbols is None else {name: dim_symbol(name) for name in in_symbols.dims.names}
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Predicted: the most that the device's allocator holds to serve them, which is what the budget bounds.
+
+        On CUDA whole segments; the peak itself on `accounting`, which rounds nothing.
+        """
+        return self._schedule.peak_bytes
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The least budget that is feasible (reserved bytes)."""
+        return self._solver.minimum.peak_bytes
+
+    @property
+    def unplanned_bytes(self) -> int:
+        """Predicted reserved bytes with everything resident."""
+        return self._solver.resident.peak_bytes
+
+    @cached_property
+    def engines(self) -> EngineProgram:
+        """The emitted program as the engines of the machine see it."""
+        return EngineProgram.emitted(self.emitted, dict(zip(self.problem.names, self.problem.seconds.tolist(), strict=True)))
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The emitted program simulated on `machine`: copies, stalls with their cause, evictions."""
+        return simulate(self.engines, self.machine, self._options.repeats)
+
+    @cached_property
+    def time(self) -> StepTime:
+        """The totals of the timeline."""
+        found = self.timeline
+        return StepTime(found.step_seconds, found.stall_seconds, found.copy_seconds)
+
+    @property
+    def step_seconds(self) -> float:
+        return self.time.step_seconds
+
+    @property
+    def profiled(self) -> tuple[int, int] | None:
+        """Of how many of how many distinct operators the seconds were measured on the device; None without `profile=True`."""
+        return counts_of([self.problem.profiled])
+
+    @property
+    def repeats(self) -> int:
+        """How many calls follow each other; 1 for a plan in parts, which copies nothing over the seam between them."""
+        return self._options.repeats
+
+    @cached_property
+    def bound(self) -> Bound:
+        return self.bound_at(self.budget_bytes)
+
+    def bound_at(self, budget_bytes: int) -> Bound:
+        """What no schedule can beat within a budget."""
+        return physical_bound(self.problem, budget_bytes)
+
+    @property
+    def bound_seconds(self) -> float:
+        return self.bound.seconds
+
+    @cached_property
+    def gap(self) -> Gap:
+        """How far the plan is from the limit, what sets that, and what more memory would buy."""
+        return Gap(self._solver, self._schedule, self.timeline, self.budget_bytes)
+
+    @property
+    def title(self) -> str:
+        """What was planned: class and method."""
+        return self.program.name
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights that are read."""
+        return sum(w.nbytes for w in self.program.weights.values())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of weights that stay on the device, state included, as they are aligned there."""
+        return self.layout.resident_bytes + self.layout.state_bytes
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Of weights that are copied to the device in every call."""
+        return self.layout.streamed_bytes
+
+    @property
+    def bundle_count(self) -> int:
+        """In how many copies they come."""
+        return len(self.layout.bundles)
+
+    @property
+    def peak_parts(self) -> dict[str, int]:
+        """What the peak is made of, in bytes, at the operator where it is."""
+        node = self.proof.peak_node
+        workspace = next((int(n.meta.get("workspace_bytes", 0)) for n in self.emitted.graph.nodes if n.name == node), 0)
+        resident = self.layout.resident_bytes + self.layout.state_bytes
+        fixed = self.problem.memory.fixed_bytes
+        names = self.problem.names
+        activations = int(self.problem.activation_bytes[names.index(node)]) - workspace if node in names else 0
+        staging = self.proof.peak_bytes - resident - fixed - activations - workspace
+        if node not in names:  # an input or a copy: whatever is not weights
+            staging, activations = self.layout.staging_bytes, staging - self.layout.staging_bytes
+        parts = {"resident weights": resident, "staging": staging, "activations": activations, "workspace": workspace}
+        return {**parts, "libraries": fixed}
