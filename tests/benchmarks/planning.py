@@ -142,8 +142,8 @@ def time_flux() -> None:
         p = Plan(module, Options(budget, machine, "cuda", kwargs=dict(kwargs)), solver)
         seconds = time.perf_counter() - started
         print(
-            f"{size:>5}: solve again, emit, check {seconds:6.2f} s; peak {format_bytes(p.peak_bytes)}, step {p.step_seconds:.3f} s, "
-            f"{p.step_seconds / p.bound_seconds:.3f} x the bound"
+            f"{size:>5}: solve again, emit, check {seconds:6.2f} s; peak {format_bytes(p.peak_bytes)}, "
+            f"step {p.step_seconds:.3f} s, {p.step_seconds / p.bound_seconds:.3f} x the bound"
         )
 
 
