@@ -44,8 +44,10 @@ _STEP = LARGE_ROUND_BYTES // ROUND_BYTES
 _LEAST_POOL = LARGE_EXACT_BYTES // ROUND_BYTES
 # Pools that are tried beside those that may hold all: so many steps of 2 MiB larger (its tail is another block to choose from
 # than what lies behind an endless one), and so many eighths of the live peak, for where one segment fragments more than a few.
+# Then so many steps from the live peak on: which hole fits best depends on every size, and now and then all of them do.
 _STEPS_LARGER = (0, 1, 2, 4)
 _EIGHTHS_OF_LIVE = (10, 9, 8, 7, 6, 5, 4, 3, 2)
+_STEPS_FROM_LIVE = 24
 # Addresses are the low bits of a block's key, its size the high ones: 2**34 units are 8 TiB.
 _ADDRESS_BITS = 34
 _ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
@@ -157,6 +159,7 @@ class Trace:
         if live:
             sizes = [-(-high // _STEP) + more for high in _high_waters(self._large, most) for more in _STEPS_LARGER]
             sizes += [live * eighths // 8 for eighths in _EIGHTHS_OF_LIVE]
+            sizes += range(live, live + _STEPS_FROM_LIVE)
             yield from dict.fromkeys(max(size * _STEP, _LEAST_POOL) for size in sizes)
         yield 0
 
