@@ -83,7 +83,8 @@ class Selections:
 
     def _to_the_end(self, selection: Selection, spans: Selection) -> Selection:
         """The last streamed bundle exchanged for the last there is: what is computed behind it, no copy is hidden by."""
-        if self.seam or selection[-1] == spans[-1] or len(set(spans[-1].weights) & self._tied):
+        exchanged = {*selection[-1].weights, *spans[-1].weights}
+        if self.seam or selection[-1] == spans[-1] or exchanged & self._tied:
             return selection
         return (*selection[:-1], spans[-1])
 

@@ -129,6 +129,7 @@ def test_arenas_that_alone_exceed_the_budget(mode: Mode) -> None:
     case = emitted("bert", mode)
     layout = layout_of(case.program)
     fixed = layout.resident_bytes + layout.staging_bytes
+    fixed += sum(b.nbytes for b in layout.bundles if b.carried and b.offset is None)  # there before the first operator too
     with pytest.raises(CheckError, match=rf"^I1: the arenas alone take {fixed} B of {fixed - 1} B"):
         check_plan(case.program, fixed - 1)
 

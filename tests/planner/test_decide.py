@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from passes.cuda_replay import Trace
 from planner.bounds import physical_bound
@@ -119,6 +122,37 @@ def test_a_streamed_weight_is_streamed_in_all_its_visits(name: str) -> None:
     assert spread_evenly(problem, spans, 1e30) == spans
     assert spread_evenly(problem, spans, 0.0, phase=0.1) == ()
     assert spread_fractions(problem, spans, {}, total) == spans
+
+
+class Again(nn.Module):
+    """One layer three times over, and behind it a weight that is read once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8, bias=False)
+        self.scale = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(torch.relu(self.layer(torch.relu(self.layer(x))))) * self.scale
+
+
+@pytest.mark.parametrize("name", ["again", "bert", "t5_encoder"])
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_every_selection_has_whole_weights(name: str, repeats: int) -> None:
+    if name == "again":
+        options = Options(Budget.parse("1GB"), MACHINE, "accounting", args=(torch.rand(2, 8),), repeats=repeats)
+        solved = prepare(Again().eval(), options)
+    else:
+        solved = solver(name, repeats=repeats)
+    visits = {w: sum(v.weight == w for v in solved.problem.visits) for w in solved.problem.weight_bytes}
+    found = 0
+    for family in (solved.selections.relaxed, solved.selections.even):
+        for selection in family(solved.minimum.peak_bytes, lambda: math.inf):
+            whole_weights(selection, visits)
+            found += 1
+    for selection, _ in solved.selections.uniform:
+        whole_weights(selection, visits)
+    assert found
 
 
 def whole_weights(chosen: tuple[BundleSpan, ...], visits: dict[str, int]) -> None:

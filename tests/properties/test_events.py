@@ -127,7 +127,7 @@ def carried_bytes(p: Plan) -> int:
 
 def assert_copied(p: Plan, call: int, copied_bytes: int) -> None:
     """What comes over the seam is copied once; only the first call has to fetch it itself."""
-    assert copied_bytes == p.layout.streamed_bytes + (carried_bytes(p) if call == 0 else 0)
+    assert copied_bytes == sum(b.nbytes for b in p.layout.bundles) + (carried_bytes(p) if call == 0 else 0)
 
 
 def assert_runs_as_simulated(p: Plan, run: Callable[[nn.Module], Any], eager: Callable[[], Any]) -> None:

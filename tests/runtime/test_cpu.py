@@ -194,7 +194,7 @@ def test_a_crash_drains_and_the_next_call_is_right(monkeypatch: pytest.MonkeyPat
     device = m._runner.device
     assert isinstance(device, CpuDevice)
     with monkeypatch.context() as patched:
-        patched.setattr(device, "wait", lambda event: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(device, "wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             m(x)
     assert torch.equal(m(x), expected)
