@@ -126,8 +126,13 @@ def carried_bytes(p: Plan) -> int:
 
 
 def assert_copied(p: Plan, call: int, copied_bytes: int) -> None:
-    """What comes over the seam is copied once; only the first call has to fetch it itself."""
-    assert copied_bytes == sum(b.nbytes for b in p.layout.bundles) + (carried_bytes(p) if call == 0 else 0)
+    """What comes over the seam is copied once; only the first call has to fetch it itself.
+
+    Neighbours come in one copy with the padding between them where they lie alike at home.
+    """
+    padding = sum(bundle.nbytes - sum(slot.nbytes for slot in bundle.slots) for bundle in p.layout.bundles)
+    least = p.layout.streamed_bytes + (carried_bytes(p) if call == 0 else 0)
+    assert least <= copied_bytes <= least + (2 if call == 0 else 1) * padding
 
 
 def assert_runs_as_simulated(p: Plan, run: Callable[[nn.Module], Any], eager: Callable[[], Any]) -> None:
@@ -442,7 +447,7 @@ class TestReadsThatFail:
         real = executor.prefetch
 
         def prefetch(index: int) -> None:
-            if p.layout.bundles[index].carried:
+            if p.layout.bundles[index].carried and readers._transfer is transfer:  # from the first of them on
                 settle_all(executor)
                 monkeypatch.setattr(readers, "_transfer", held)
             real(index)
