@@ -9,9 +9,10 @@ Sizes are from grids that do not depend on the budget: a larger one has all the 
 from __future__ import annotations
 
 import heapq
+import math
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,12 @@ ARENA_SLOTS = (1, 2, 3, 4, 6, 8, 12)
 _UNIT = 2 * 1024 * 1024
 _ARENA_RATIO = 1.04
 _BLOCKS_RATIO = 1.01
-# Of programs of more operators only arenas are tried: a replay takes long there, and hardly any schedule in blocks was faster.
+# How much may be staged ahead of use in blocks, in multiples of the usual bundle: what fills all room may break it up. The
+# first three of every selection, all of what streams everything, which is what there is near the minimum.
+_AHEAD = (math.inf, 3.0, 1.5, 4.0, 2.0, 1.0, 0.5)
+_MOST_AHEAD = 3
+# Of programs of more operators only what streams everything is tried in blocks: a replay takes long there, and of the others
+# hardly any was faster than in an arena.
 _MOST_OPERATORS = 2000
 # Schedules whose seconds differ by no more than this share are equally fast.
 _EQUAL = 1e-9
@@ -42,7 +48,8 @@ class _Candidate:
     seconds: float
     order: int
     selection: Selection = field(compare=False)
-    index: int = field(compare=False)
+    ahead: float = field(compare=False)
+    index: int = field(compare=False, default=0)
     placements: tuple[Placement, ...] = field(compare=False, default=())
 
 
@@ -74,7 +81,6 @@ class Search:
                     self._in_arena(selection) if self._rounds else self._exactly(selection)
         if self._rounds:
             self._stepwise()
-        if self._in_blocks:
             self._best_in_blocks(tried)
         self._make_uniform()
         self._make_static()
@@ -142,7 +148,11 @@ class Search:
 
     def _best_in_blocks(self, selections: dict[Selection, float]) -> None:
         """Best first: what no other can beat is replayed next, until it fits; where it does not it gets less room."""
-        queue = [_Candidate(least, i, s, 0) for i, (s, least) in enumerate(selections.items()) if not self._slower(least)]
+        everything = set(self.solver.selections.granularities)
+        queue: list[_Candidate] = []
+        for selection, least in selections.items():
+            for ahead in _AHEAD if selection in everything else _AHEAD[: _MOST_AHEAD if self._short else 0]:
+                queue.append(_Candidate(least, len(queue), selection, ahead))
         heapq.heapify(queue)
         while queue and self._faster(queue[0].seconds):
             candidate = heapq.heappop(queue)
@@ -158,7 +168,8 @@ class Search:
 
     def _following(self, candidate: _Candidate) -> _Candidate | None:
         """The same selection in less room; None where no schedule of it is left that is faster than what is known."""
-        for index, room in enumerate(self._rooms(candidate.selection, candidate.index), candidate.index):
+        rooms = self._rooms(candidate.selection, candidate.ahead, candidate.index)
+        for index, room in enumerate(rooms, candidate.index):
             placed = self._place(candidate.selection, room)
             if placed is None:
                 return None
@@ -166,17 +177,23 @@ class Search:
                 seconds = self.solver.seconds(placed).step_seconds
                 if not self._faster(seconds):
                     return None  # less room is no faster
-                return _Candidate(seconds, candidate.order, candidate.selection, index + 1, placed)
+                return replace(candidate, seconds=seconds, index=index + 1, placements=placed)
         return None
 
-    def _rooms(self, selection: Selection, skip: int = 0) -> Iterator[np.ndarray]:
+    def _rooms(self, selection: Selection, ahead: float = math.inf, skip: int = 0) -> Iterator[np.ndarray]:
         """Bytes for bundles by segment, falling: what live activations leave of the room for both."""
         room, activations = self._room(selection), self.solver.segments.activation_bytes
         if not self._rounds:
             yield room - activations
             return
         for size in self._blocks_sizes[: bisect_right(self._blocks_sizes, room)][::-1][skip:]:
-            yield size - activations
+            left = size - activations
+            yield left if ahead == math.inf else np.minimum(left, self._held(selection, ahead))
+
+    def _held(self, selection: Selection, ahead: float) -> np.ndarray:
+        """What is read at each time, and so many usual bundles."""
+        usual = float(np.median([span.nbytes for span in selection]))
+        return self.solver.segments.held(selection) + int(ahead * usual)
 
     def _place(self, selection: Selection, room: np.ndarray) -> tuple[Placement, ...] | None:
         return self.solver.segments.place(selection, room, self.solver.repeats > 1)
@@ -204,8 +221,8 @@ class Search:
         return _sizes(self.solver, _BLOCKS_RATIO)
 
     @cached_property
-    def _in_blocks(self) -> bool:
-        return self._rounds and len(self.solver.problem.names) <= _MOST_OPERATORS
+    def _short(self) -> bool:
+        return len(self.solver.problem.names) <= _MOST_OPERATORS
 
     def _slower(self, seconds: float) -> bool:
         return seconds > self.best.time.step_seconds * (1 + _EQUAL)

@@ -28,7 +28,7 @@ _MOST_TARGET = 16
 _PHASES = (0.5, 0.95)
 # Linear programs are solved for budgets in this ratio, and in so many steps between two of them interpolated.
 _BUDGET_RATIO = 1.2
-_BETWEEN = 20
+_BETWEEN = 40
 # With more visits than this, every other target and step and fewer granularities and sizes do: bundles are a small share there.
 _MANY_VISITS = 400
 
