@@ -52,6 +52,21 @@ def make_bundles(problem: Problem, target_bytes: int, tiny_bytes: int) -> tuple[
     return tuple(spans)
 
 
+def hold_tiny(problem: Problem, spans: Sequence[BundleSpan]) -> tuple[BundleSpan, ...]:
+    """Of bundles of single visits those of a tiny weight made one, which holds it over all: another copy costs more."""
+    lasts = {v.weight: v.last for v in problem.visits if problem.weight_bytes[v.weight] <= TINY_BYTES}
+    held: dict[str, BundleSpan] = {}
+    result: list[BundleSpan] = []
+    for span in spans:
+        weights = tuple(w for w in span.weights if w not in held)
+        if not weights:
+            continue
+        last = max([span.last, *(lasts[w] for w in weights if w in lasts)])
+        result.append(BundleSpan(weights, sum(problem.weight_bytes[w] for w in weights), span.first, last))
+        held.update((w, result[-1]) for w in weights if w in lasts)
+    return tuple(result)
+
+
 def spread_evenly(
     problem: Problem, spans: Sequence[BundleSpan], target_bytes: float, largest_bytes: float = math.inf, phase: float = 0.5
 ) -> tuple[BundleSpan, ...]:

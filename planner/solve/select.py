@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from planner.bounds import physical_bound
-from planner.solve.bundles import TINY_BYTES, BundleSpan, make_bundles, spread_evenly, spread_fractions
+from planner.solve.bundles import TINY_BYTES, BundleSpan, hold_tiny, make_bundles, spread_evenly, spread_fractions
 from planner.solve.problem import Problem
 from planner.solve.relax import Relaxation, relax
 from planner.solve.segments import Segments
@@ -157,7 +157,8 @@ class Selections:
     @cached_property
     def granularities(self) -> list[Selection]:
         """Everything that may be streamed, in bundles of several sizes."""
-        return list(dict.fromkeys(make_bundles(self.problem, target, tiny) for target, tiny in GRANULARITIES))
+        found = [make_bundles(self.problem, target, tiny) for target, tiny in GRANULARITIES]
+        return list(dict.fromkeys([*found, hold_tiny(self.problem, found[-1])]))
 
     @cached_property
     def _stride(self) -> int:
