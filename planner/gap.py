@@ -97,10 +97,12 @@ class Gap:
         reasons = []
         extra = self.schedule.streamed_bytes - self.physical.streamed_bytes
         largest = max(placed.span.nbytes for placed in self.schedule.placements)
-        if extra / machine.link_peak_bandwidth > _A_REASON * step:
+        rate, unused = machine.link_peak_bandwidth * step, self._unused_bytes
+        if extra > _A_REASON * rate:
             reasons.append(
                 f"{format_bytes(extra)} are streamed beyond what the bound counts, since buffers (of up to "
                 f"{format_bytes(largest)}) hold their room while they are filled and read"
+                + (f", and the allocator reserves {format_bytes(unused)} more than is live" if unused > _A_REASON * rate else "")
             )
         latency = self.timeline.copy_seconds - self.schedule.streamed_bytes / machine.link_peak_bandwidth
         if latency > _A_REASON * step:
@@ -113,6 +115,13 @@ class Gap:
         if self.physical.limited_by == "compute":
             reasons.append(f"compute waits {format_seconds(self.timeline.stall_seconds)} for copies that cannot begin sooner")
         return "; ".join(reasons)
+
+    @property
+    def _unused_bytes(self) -> int:
+        """Reserved by the device's allocator and never live all at once."""
+        problem = self.solver.problem
+        live = int((problem.activation_bytes + self.solver.weights_at(self.schedule)).max())
+        return self.schedule.peak_bytes - problem.memory.fixed_bytes - live
 
     def describe_more(self) -> str:
         """What one more GB would buy."""

@@ -10,7 +10,7 @@ from planner import plan
 from planner.machine import Machine
 from planner.parted import PartedPlan
 from planner.plan import Plan
-from planner.sizes import format_seconds
+from planner.sizes import format_bytes, format_seconds
 from tests.planner.routed import Experts, Layers, rows
 from tests.zoo import ZOO
 
@@ -38,6 +38,16 @@ def test_the_limit_is_below_the_step_and_the_bound_below_the_limit(bert: Plan, s
     assert str(gap).split() == " ".join(f"{label} {text}" for label, text in gap.rows()).split()
     assert max(map(len, str(gap).splitlines())) <= 100
     assert len(repr(gap)) < 100
+
+
+def test_what_the_allocator_reserves_and_nothing_fills_is_said(bert: Plan) -> None:
+    module, args, kwargs = ZOO["bert"]()
+    on_cuda = plan(module, "1GB", inputs=args, kwargs=kwargs, device="cuda", machine=SLOW)
+    for p in (bert.replan(bert.minimum_bytes), on_cuda.replan(on_cuda.minimum_bytes)):
+        unused = p.reserved_bytes - p.peak_bytes  # proved by the checker, which knows nothing of the gap
+        assert (unused == 0) == (p.device == "accounting")
+        said = f"and the allocator reserves {format_bytes(unused)} more than is live"
+        assert (said in p.gap.why) == (p.device == "cuda")
 
 
 def test_one_gb_more_keeps_a_small_model_on_the_device(bert: Plan) -> None:
