@@ -99,10 +99,11 @@ class Gap:
         largest = max(placed.span.nbytes for placed in self.schedule.placements)
         rate, unused = machine.link_peak_bandwidth * step, self._unused_bytes
         if extra > _A_REASON * rate:
-            beyond = f", and the allocator reserves {format_bytes(unused)} more than is live" if unused > _A_REASON * rate else ""
+            said = f", and the allocator reserves {format_bytes(unused)} more than is live"
+            reserved = said if unused > _A_REASON * rate else ""
             reasons.append(
                 f"{format_bytes(extra)} are streamed beyond what the bound counts, since buffers (of up to "
-                f"{format_bytes(largest)}) hold their room while they are filled and read{beyond}"
+                f"{format_bytes(largest)}) hold their room while they are filled and read{reserved}"
             )
         latency = self.timeline.copy_seconds - self.schedule.streamed_bytes / machine.link_peak_bandwidth
         if latency > _A_REASON * step:
