@@ -7,16 +7,14 @@ distinct operator on fakes here, lifetimes from the program's own `free` and `ev
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 
-from passes.fakes import FaithfulFakes
+from passes.check_kernels import Kernels, Value
 from passes.program import Program
 from passes.spec import TensorSpec
 from runtime import ops
@@ -53,6 +51,23 @@ class _Staged:
     again: bool = False
 
 
+class _Cut(NamedTuple):
+    """The elements [start, stop) of one dimension."""
+
+    dim: int
+    start: int
+    stop: int
+
+
+@dataclass
+class _Tile:
+    """One tile of a loop: what it writes of storages that were there `before`, by storage."""
+
+    loop: fx.Node
+    written: dict[int, _Cut]
+    before: set[int]
+
+
 def check_plan(program: Program, budget_bytes: int, *, rounding_bytes: int = 1, fixed_bytes: int = 0) -> Proof:
     """Proves an emitted program against a budget.
 
@@ -68,10 +83,6 @@ def check_plan(program: Program, budget_bytes: int, *, rounding_bytes: int = 1, 
     return _Replay(program, budget_bytes, rounding_bytes, fixed_bytes).run()
 
 
-# Geometry and storage key of one tensor; an operator's value is a list of them, None where it gives no tensor.
-_Value = tuple[TensorSpec, int]
-
-
 class _Replay:
     def __init__(self, program: Program, budget_bytes: int, rounding_bytes: int, fixed_bytes: int) -> None:
         if program.layout is None:
@@ -80,14 +91,15 @@ class _Replay:
         self.budget_bytes, self.rounding = budget_bytes, rounding_bytes
         self.nodes: list[fx.Node] = list(program.graph.nodes)
         self.position = 0
-        self.values: dict[str, list[_Value | None]] = {}
+        self.values: dict[str, list[Value | None]] = {}
         self.inputs: dict[int, int] = {}
         self.freed: set[str] = set()
         self.storages: dict[int, _Storage] = {}
         self.staged: dict[int, _Staged] = {}
         self.live = fixed_bytes + self.layout.resident_bytes + self.layout.staging_bytes + self.layout.state_bytes
         self.live_bytes: dict[str, int] = {}
-        self.kernels = _Kernels()
+        self.kernels = Kernels()
+        self.tile: _Tile | None = None
 
     def run(self) -> Proof:
         self._check_layout()
@@ -121,6 +133,8 @@ class _Replay:
             self._evict(node.args[0])  # type: ignore[arg-type]
         elif node.target is ops.free:
             self._free(node)
+        elif node.target is ops.loop:
+            self._loop(node)
         else:
             self._operator(node)
 
@@ -182,7 +196,7 @@ class _Replay:
         self.storages[len(self.storages)] = storage
         return len(self.storages) - 1
 
-    def _weight_value(self, weight: str, bundle: int | None) -> _Value:
+    def _weight_value(self, weight: str, bundle: int | None) -> Value:
         spec = self.program.weights[weight].spec
         key = self._new_storage(_Storage(0, weight=weight, bundle=bundle))
         return TensorSpec(spec.shape, spec.stride, spec.dtype, grad=spec.grad), key
@@ -274,8 +288,10 @@ class _Replay:
             owner = self.storages[key].weight
             if owner is not None and not self.program.weights[owner].state:
                 raise self._error("I6", f"{node.name} writes {owner}, which is not state")
+            if self.tile is not None:
+                self._write(node, key)
         fresh: dict[int, int] = {}
-        result: list[_Value | None] = []
+        result: list[Value | None] = []
         for output in outputs:
             if output is None:
                 result.append(None)
@@ -288,7 +304,72 @@ class _Replay:
         self._note(node, self._round(int(node.meta.get("workspace_bytes", 0))))
         self._name(node, result)
 
-    def _name(self, node: fx.Node, outputs: list[_Value | None]) -> None:
+    # Loops: every tile is replayed, and what they write is complete.
+
+    def _loop(self, node: fx.Node) -> None:
+        """Tiles leave nothing behind but what they write, and write every element of a result exactly once (I5)."""
+        for value in node.all_input_nodes:
+            self._readable(value)
+        operands: list[fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+        outer, freed = self.values, self.freed
+        written: dict[int, list[_Cut]] = {}
+        for run in node.meta["loop"].runs:
+            nodes = [n for n in run.body.nodes if n.op == "call_function"]
+            clash = next((n.name for n in nodes if n.name in outer), None)
+            if clash is not None:
+                raise self._error("I4", f"{clash} has another meaning outside of {node.name}")
+            bound, columns = run.placeholders[: len(operands)], run.placeholders[len(operands) :]
+            for row in run.table:
+                if len(row) != len(columns):
+                    raise self._error("I5", f"a tile of {node.name} has {len(row)} numbers for {len(columns)} columns")
+                self.tile, self.freed = _Tile(node, {}, set(self.storages)), set()
+                self.values = {inner.name: outer[o.name] for inner, o in zip(bound, operands, strict=True)}
+                self.values |= {column.name: [] for column in columns}
+                self.kernels.numbers = {column.name: number for column, number in zip(columns, row, strict=True)}
+                for inner in nodes:
+                    self._step(inner)
+                left = [key for key, storage in self.storages.items() if key not in self.tile.before and storage.values]
+                if left:
+                    raise self._error("I4", f"a tile of {node.name} leaves {self.storages[left[0]].values} behind")
+                for key, part in self.tile.written.items():
+                    written.setdefault(key, []).append(part)
+        self.tile, self.values, self.freed = None, outer, freed
+        self.kernels.numbers = {}
+        for operand in operands:
+            self._check_whole(node, operand, written)
+
+    def _write(self, node: fx.Node, key: int) -> None:
+        """Notes which interval of which operand a tile writes."""
+        assert self.tile is not None
+        if key not in self.tile.before:
+            return  # its own
+        target = self.values[node.args[0].name][0]  # type: ignore[union-attr]
+        whole = next(v[0] for v in self.values.values() if v and v[0] is not None and v[0][1] == key)
+        if target is None or whole is None or key in self.tile.written:
+            raise self._error("I5", f"{node.name} writes what the same tile has written")
+        spec, outer = target[0], whole[0]
+        at = spec.offset - outer.offset
+        cut = [d for d, (a, b) in enumerate(zip(spec.shape, outer.shape, strict=False)) if a != b]
+        if len(spec.shape) == len(outer.shape) - 1:  # one of a stack
+            self.tile.written[key] = _Cut(0, at // outer.stride[0], at // outer.stride[0] + 1)
+        elif spec.stride == outer.stride and len(cut) <= 1:
+            dim = cut[0] if cut else 0
+            start = at // outer.stride[dim] if outer.stride[dim] else 0
+            self.tile.written[key] = _Cut(dim, start, start + spec.shape[dim])
+        else:
+            raise self._error("I5", f"{node.name} writes no interval of its operand")
+
+    def _check_whole(self, node: fx.Node, operand: fx.Node, written: dict[int, list[_Cut]]) -> None:
+        value = self.values[operand.name][0] if self.values[operand.name] else None
+        if value is None or value[1] not in written:
+            return
+        parts = sorted(written[value[1]], key=lambda part: part.start)
+        ends = [0, *(part.stop for part in parts)]
+        whole = {part.dim for part in parts} == {parts[0].dim} and ends[-1] == value[0].shape[parts[0].dim]
+        if not whole or any(part.start != end for part, end in zip(parts, ends, strict=False)):
+            raise self._error("I5", f"the tiles of {node.name} do not write every element of {operand.name} once")
+
+    def _name(self, node: fx.Node, outputs: list[Value | None]) -> None:
         self.values[node.name] = outputs
         for key in self._keys(node.name):
             self.storages[key].values.add(node.name)
@@ -319,7 +400,8 @@ class _Replay:
 
     def _note(self, node: fx.Node, extra: int) -> None:
         total = self.live + extra
-        self.live_bytes[node.name] = max(total, self.live_bytes.get(node.name, 0))
+        name = node.name if self.tile is None else self.tile.loop.name
+        self.live_bytes[name] = max(total, self.live_bytes.get(name, 0))
         if total > self.budget_bytes:
             raise self._error("I1", f"{total} B are live at {node.name}, {total - self.budget_bytes} B over the budget")
 
@@ -337,88 +419,3 @@ def _overlap(a: Bundle, b: Bundle) -> bool:
     if a.offset is None or b.offset is None:
         return False
     return a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
-
-
-class _Kernels:
-    """Geometry and aliasing of operators, by running each distinct call once on fakes."""
-
-    def __init__(self) -> None:
-        self._cache: dict[Any, tuple[list[Any], list[int]]] = {}
-
-    def run(self, node: fx.Node, values: Mapping[str, list[_Value | None]]) -> tuple[list[Any], list[int]]:
-        """(spec, storage key or None, (fresh id, bytes)) for every output, and the keys of written storages."""
-        keys: dict[int, int] = {}
-
-        def local(argument: fx.Node) -> Any:
-            known = values[argument.name]
-            if not known or known[0] is None:
-                return argument.meta.get("val")
-            spec, key = known[0]
-            where = keys.setdefault(key, len(keys))
-            return TensorSpec(spec.shape, spec.stride, spec.dtype, spec.offset, where, spec.grad)
-
-        args, kwargs = fx.map_arg((node.args, node.kwargs), local)
-        signature = (node.target, _hashable(args), _hashable(kwargs))
-        if signature not in self._cache:
-            self._cache[signature] = self._execute(node, args, kwargs)
-        outputs, written = self._cache[signature]
-        back = list(keys)
-        return [o and (o[0], None if o[1] is None else back[o[1]], o[2]) for o in outputs], [back[w] for w in written]
-
-    @staticmethod
-    def _execute(node: fx.Node, args: Any, kwargs: Any) -> tuple[list[Any], list[int]]:
-        target: Any = node.target
-        roots: dict[int, torch.Tensor] = {}
-        with FakeTensorMode(), torch.no_grad():
-
-            def make(spec: TensorSpec) -> torch.Tensor:
-                need = spec.offset * spec.dtype.itemsize + spec.span_bytes
-                if spec.storage not in roots:
-                    roots[spec.storage] = torch.empty(0, dtype=torch.uint8)
-                root = roots[spec.storage]
-                if root.untyped_storage().nbytes() < need:
-                    root.untyped_storage().resize_(need)
-                tensor = torch.empty(0, dtype=spec.dtype).set_(root.untyped_storage(), spec.offset, spec.shape, spec.stride)
-                return tensor.requires_grad_(spec.grad)
-
-            for spec in _specs_in((args, kwargs)):
-                make(spec)
-            fakes, fake_kwargs = tree_map_only(TensorSpec, make, (args, kwargs))
-            with FaithfulFakes():
-                result = target(*fakes, **fake_kwargs)
-        origin = {root.untyped_storage()._cdata: where for where, root in roots.items()}
-        outputs: list[Any] = []
-        for tensor in result if isinstance(result, (list, tuple)) else [result]:
-            if not isinstance(tensor, torch.Tensor):
-                outputs.append(None)
-                continue
-            cdata = tensor.untyped_storage()._cdata
-            spec = TensorSpec.of(tensor)
-            if cdata in origin:
-                outputs.append((spec, origin[cdata], (0, 0)))
-            else:
-                outputs.append((spec, None, (cdata, int(tensor.untyped_storage().nbytes()))))
-        written = []
-        for index, argument in enumerate(target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                value = args[index] if index < len(args) else kwargs.get(argument.name)
-                written += [spec.storage for spec in _specs_in(value)]
-        return outputs, written
-
-
-def _specs_in(tree: Any) -> Iterator[TensorSpec]:
-    if isinstance(tree, TensorSpec):
-        yield tree
-    elif isinstance(tree, (list, tuple)):
-        for item in tree:
-            yield from _specs_in(item)
-    elif isinstance(tree, dict):
-        yield from _specs_in(list(tree.values()))
-
-
-def _hashable(tree: Any) -> Any:
-    if isinstance(tree, (list, tuple)):
-        return tuple(map(_hashable, tree))
-    if isinstance(tree, dict):
-        return tuple((key, _hashable(value)) for key, value in tree.items())
-    return (type(tree).__name__, tree)

@@ -6,12 +6,13 @@ refers to it. Weights are not activations and not counted here. Inputs are kept 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
+from passes.loop import Loop, loop_of
 from passes.probe import OpCost, Prober
 from passes.program import Bytes, Program, storage_bytes, storage_id, tensors_of
 from passes.symbolic import SymbolicCost, SymbolicProber
@@ -24,6 +25,7 @@ class Liveness:
     `bytes_at[i]`: activation bytes live at the worst moment of operator i, workspace included.
     `frees[i]`: the nodes whose value is dropped right after it.
     `born[i]`: sizes of the storages that it makes; `dies[i]`: keys of those that end after it.
+    `bodies[i]`: where operator i is a loop, the liveness within each of its runs, operands not counted.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -33,6 +35,7 @@ class Liveness:
     born: tuple[tuple[tuple[int, Bytes], ...], ...]
     dies: tuple[tuple[int, ...], ...]
     input_storages: tuple[Bytes, ...]
+    bodies: Mapping[int, tuple[Liveness, ...]] = field(default_factory=dict)
 
     @property
     def input_bytes(self) -> Bytes:
@@ -43,15 +46,25 @@ def analyse_liveness(
     program: Program, prober: Prober | SymbolicProber, round_bytes: Callable[[Bytes], Bytes] = lambda n: n
 ) -> Liveness:
     """The liveness of a canonical program (before any streaming operator is inserted)."""
-    nodes = tuple(program.ops())
-    position = {node: i for i, node in enumerate(nodes)}
-    end = len(nodes)
     owned = {storage_id(n.meta["val"]) for n in program.graph.nodes if n.name in program.weights}
     inputs = {
         storage_id(t): storage_bytes(t)
         for n in program.graph.nodes if n.name in program.inputs
         for t in tensors_of(n)
     }  # fmt: skip
+    return _analyse(tuple(program.ops()), owned | inputs.keys(), tuple(inputs.values()), prober, round_bytes)
+
+
+def _analyse(
+    nodes: tuple[fx.Node, ...],
+    owned: set[int],
+    inputs: tuple[Bytes, ...],
+    prober: Prober | SymbolicProber,
+    round_bytes: Callable[[Bytes], Bytes],
+) -> Liveness:
+    """`owned`: storages that are somebody else's."""
+    position = {node: i for i, node in enumerate(nodes)}
+    end = len(nodes)
     members: dict[int, list[fx.Node]] = {}
     last: dict[fx.Node, int] = {}
     for node in nodes:
@@ -65,19 +78,37 @@ def analyse_liveness(
     born: list[list[tuple[int, Bytes]]] = [[] for _ in nodes]
     dies: list[list[int]] = [[] for _ in nodes]
     for storage, values in members.items():
-        if storage in owned or storage in inputs:
+        if storage in owned:
             continue
         tensor = next(t for t in tensors_of(values[0]) if storage_id(t) == storage)
         born[position[values[0]]].append((storage, round_bytes(storage_bytes(tensor))))
         death = max(last[v] for v in values)
         if death < end:
             dies[death].append(storage)
-    costs = tuple(prober.cost(node) for node in nodes)
-    input_storages = tuple(map(round_bytes, inputs.values()))
+    bodies = {i: _bodies(loop, prober, round_bytes) for i, node in enumerate(nodes) if (loop := loop_of(node)) is not None}
+    costs = tuple(_loop_cost(node, bodies[i]) if i in bodies else prober.cost(node) for i, node in enumerate(nodes))
+    input_storages = tuple(map(round_bytes, inputs))
     return Liveness(
         nodes, costs, _profile(costs, born, dies, sum(input_storages), round_bytes),
-        tuple(map(tuple, frees)), tuple(map(tuple, born)), tuple(map(tuple, dies)), input_storages,
+        tuple(map(tuple, frees)), tuple(map(tuple, born)), tuple(map(tuple, dies)), input_storages, bodies,
     )  # fmt: skip
+
+
+def _bodies(loop: Loop, prober: Prober | SymbolicProber, round_bytes: Callable[[Bytes], Bytes]) -> tuple[Liveness, ...]:
+    """The liveness of each run of a loop; what the operands take is counted outside. Runs with one body share it."""
+    known: dict[fx.Graph, Liveness] = {}
+    for run in loop.runs:
+        if run.body not in known:
+            operands = {storage_id(t) for n in run.placeholders for t in tensors_of(n)}
+            known[run.body] = _analyse(tuple(run.operators), operands, (), prober, round_bytes)
+    return tuple(known[run.body] for run in loop.runs)
+
+
+def _loop_cost(node: fx.Node, bodies: tuple[Liveness, ...]) -> OpCost:
+    """A loop as one operator: the most that exists besides its operands is its workspace."""
+    counts = [len(run.table) for run in node.meta["loop"].runs]
+    totals = [(n * sum(c.flops for c in b.costs), n * sum(c.moved_bytes for c in b.costs)) for n, b in zip(counts, bodies, strict=True)]
+    return OpCost((), max(int(max(b.bytes_at, default=0)) for b in bodies), sum(t[0] for t in totals), sum(t[1] for t in totals))
 
 
 def _profile(
@@ -100,4 +131,6 @@ def _profile(
 
 def is_view(node: fx.Node, cost: OpCost | SymbolicCost) -> bool:
     """Whether the operator launches nothing: it makes no storage and writes none."""
-    return not isinstance(node.target, torch._ops.OpOverload) or (not cost.output_bytes and not node.target._schema.is_mutable)
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return loop_of(node) is None
+    return not cost.output_bytes and not node.target._schema.is_mutable

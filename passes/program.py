@@ -69,14 +69,7 @@ class Program:
 
     def copy_graph(self) -> fx.Graph:
         """A private copy for a pass to change; names and meta are kept."""
-        graph = fx.Graph()
-        memo: dict[fx.Node, fx.Node] = {}
-        for node in self.graph.nodes:
-            new = graph.node_copy(node, lambda n: memo[n])
-            if new.name != node.name:
-                new._rename(node.name)
-            memo[node] = new
-        return graph
+        return copy_graph(self.graph)
 
     def ops(self) -> Iterator[fx.Node]:
         """The nodes that run, in order."""
@@ -88,6 +81,17 @@ class Program:
     @property
     def output(self) -> fx.Node:
         return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The same nodes, with their names and meta, in a graph of their own."""
+    new = fx.Graph()
+    memo: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        memo[node] = copied = new.node_copy(node, lambda n: memo[n])
+        if copied.name != node.name:
+            copied._rename(node.name)
+    return new
 
 
 def tensors_of(node: fx.Node) -> list[torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,6 +13,7 @@ from passes.check_plan import Proof, check_plan
 from passes.concretise import Concretise
 from passes.dims import Dims
 from passes.insert_frees import InsertFrees
+from passes.liveness import Liveness
 from passes.program import Program
 from passes.spec import TensorSpec, short_dtype
 from passes.stream_weights import StreamWeights
@@ -77,10 +78,17 @@ def emit_program(problem: Problem, decisions: Decisions, budget_bytes: int, pool
 
 def annotate_workspace(problem: Problem, graph: fx.Graph) -> None:
     """Writes what operators take beyond their outputs where the checker reads it."""
-    workspace = {n.name: c.workspace_bytes for n, c in zip(problem.liveness.nodes, problem.liveness.costs, strict=True)}
-    for node in graph.nodes:
-        if workspace.get(node.name):
-            node.meta["workspace_bytes"] = workspace[node.name]
+    _annotate(problem.liveness, graph.nodes)
+
+
+def _annotate(liveness: Liveness, nodes: Iterable[fx.Node]) -> None:
+    here = {node.name: node for node in nodes}
+    for i, (node, cost) in enumerate(zip(liveness.nodes, liveness.costs, strict=True)):
+        if cost.workspace_bytes and node.name in here:
+            here[node.name].meta["workspace_bytes"] = cost.workspace_bytes
+        if i in liveness.bodies:
+            for run, body in zip(here[node.name].meta["loop"].runs, liveness.bodies[i], strict=True):
+                _annotate(body, run.body.nodes)
 
 
 def make_executable(

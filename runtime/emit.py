@@ -13,6 +13,7 @@ import linecache
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ _RESERVED = {"rt", "w", "device", "torch", "math", "aten", "program", "inf", "na
 
 # Formulas of at most so many characters are printed inside the calls that use them.
 _INLINE = 32
+# Intervals of at most so many tiles are printed one by one.
+_ROWS = 8
 
 
 def emit_source(graph: fx.Graph, weights: Mapping[str, str], header: Sequence[str], comment: Callable[[fx.Node], str]) -> str:
@@ -39,13 +42,45 @@ def emit_source(graph: fx.Graph, weights: Mapping[str, str], header: Sequence[st
     inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name not in weights]
     lines = [f"# {line}".rstrip() for line in header]
     lines.append(f"def program({', '.join(['rt', 'w', 'device', *map(names, inputs)])}):")
+    lines += _block(graph, names, comment, "    ")
+    return "\n".join(lines) + "\n"
+
+
+def _block(graph: fx.Graph, names: _Names, comment: Callable[[fx.Node], str], indent: str) -> Iterator[str]:
+    """The lines of a graph's operators."""
     for node in graph.nodes:
         if node.op == "placeholder" or _is_inline(node):
             continue
+        if node.target is ops.loop:
+            yield from _loop(node, names, comment, indent)
+            continue
         for text in _statement(node, names):
             note = comment(node)
-            lines.append(f"    {text:<90}  # {note}".rstrip() if note else f"    {text}")
-    return "\n".join(lines) + "\n"
+            text = indent + text
+            yield f"{text:<94}  # {note}".rstrip() if note else text
+
+
+def _loop(node: fx.Node, names: _Names, comment: Callable[[fx.Node], str], indent: str) -> Iterator[str]:
+    """A Python loop for each run of a loop."""
+    loop, operands = node.meta["loop"], [names(operand) for operand in node.args[0]]  # type: ignore[union-attr]
+    yield f"{indent}# {node.name}: {loop.label}"
+    for run in loop.runs:
+        placeholders = run.placeholders
+        bound = dict(zip(placeholders, operands, strict=False))
+        columns = [p.name for p in placeholders[len(operands) :]]
+        head = ", ".join(columns) + ("," if len(columns) == 1 else "")
+        yield f"{indent}for {head} in {_rows(run.table)}:"
+        yield from _block(run.body, names.within(bound), comment, indent + "    ")
+
+
+def _rows(table: Sequence[tuple[int, ...]]) -> str:
+    """The rows of a table; as ranges where they are many, at equal distances."""
+    columns = list(zip(*table, strict=True))
+    steps = [{b - a for a, b in pairwise(column)} for column in columns]
+    if len(table) <= _ROWS or any(len(step) != 1 or 0 in step for step in steps):
+        return f"({', '.join(map(str, table))},)"
+    ranges = (range(column[0], column[-1] + step, step) for column, (step,) in zip(columns, steps, strict=True))
+    return f"zip({', '.join(map(str, ranges))})"
 
 
 def attribute_names(weights: Sequence[str]) -> dict[str, str]:
@@ -67,10 +102,16 @@ def compile_source(source: str, name: str) -> Callable[..., list[Any]]:
 class _Names:
     """Node to Python expression."""
 
-    def __init__(self, weights: Mapping[str, str]) -> None:
-        self._weights = weights
+    def __init__(self, weights: Mapping[str, str], bound: Mapping[fx.Node, str] | None = None) -> None:
+        self._weights, self._bound = weights, bound or {}
+
+    def within(self, bound: Mapping[fx.Node, str]) -> _Names:
+        """Names in the body of a loop, whose operands have names outside."""
+        return _Names({}, bound)
 
     def __call__(self, node: fx.Node) -> str:
+        if node in self._bound:
+            return self._bound[node]
         if node.name in self._weights:
             return f"w.{self._weights[node.name]}"
         if _is_inline(node):
@@ -79,6 +120,8 @@ class _Names:
 
 
 def _statement(node: fx.Node, names: _Names) -> Iterator[str]:
+    if node.op == "output" and not node.args[0]:
+        return  # of a body
     if node.op == "output":
         yield f"return {_value(list(node.args[0]), names)}"  # type: ignore[arg-type]
     elif node.target is ops.free:
@@ -98,7 +141,8 @@ def _statement(node: fx.Node, names: _Names) -> Iterator[str]:
     else:
         arguments = [_value(a, names) for a in node.args]
         arguments += [f"{key}={_value(value, names)}" for key, value in node.kwargs.items()]
-        yield f"{names(node)} = {_callee(node.target)}({', '.join(arguments)})"
+        call = f"{_callee(node.target)}({', '.join(arguments)})"
+        yield f"{names(node)} = {call}" if node.users else call
 
 
 def _is_inline(node: fx.Node) -> bool:

@@ -39,5 +39,10 @@ def integer(expression: str, *sizes: int) -> int:
     raise AssertionError("a marker, printed as the expression")
 
 
-ALL = frozenset({prefetch, onload, evict, free, size, integer})
+def loop(operands: tuple[Any, ...]) -> None:
+    """Runs bodies over tables of intervals (`passes.loop`), which read the operands and write some of them."""
+    raise AssertionError("a marker, printed as Python loops")
+
+
+ALL = frozenset({prefetch, onload, evict, free, size, integer, loop})
 NUMBERS = frozenset({size, integer})

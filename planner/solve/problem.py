@@ -87,14 +87,7 @@ def build_problem(
         liveness = analyse_liveness(program, prober, memory.round_activation)
     if not liveness.nodes:
         raise InvalidCall(f"{program.name} computes nothing: there is no operator to plan")
-    seconds = np.empty(len(liveness.nodes))
-    for i, node in enumerate(liveness.nodes):
-        cost = prober.cost(node)  # known by now
-        if is_view(node, cost):
-            seconds[i] = 0.0
-            continue
-        dtype, family = arithmetic_dtype(node), family_of(node.target)
-        seconds[i] = node_seconds(cost.flops, cost.moved_bytes, dtype, machine, family)
+    seconds = modelled_seconds(liveness, machine)
     profiled = None
     if profiler is not None:
         seconds, profiled = profiler.measure(liveness.nodes, liveness.costs, seconds)
@@ -109,3 +102,17 @@ def build_problem(
         visits=weight_visits(program),
         profiled=profiled,
     )
+
+
+def modelled_seconds(liveness: Liveness, machine: Machine) -> np.ndarray:
+    """Seconds of every operator by the roofline; those of a loop are of all its tiles. float64[n]."""
+    seconds = np.zeros(len(liveness.nodes))
+    for i, (node, cost) in enumerate(zip(liveness.nodes, liveness.costs, strict=True)):
+        if i in liveness.bodies:
+            tiles = [len(run.table) for run in node.meta["loop"].runs]
+            bodies = (float(modelled_seconds(body, machine).sum()) for body in liveness.bodies[i])
+            seconds[i] = sum(count * each for count, each in zip(tiles, bodies, strict=True))
+        elif not is_view(node, cost):
+            family = family_of(node.target)
+            seconds[i] = node_seconds(cost.flops, cost.moved_bytes, arithmetic_dtype(node), machine, family)
+    return seconds

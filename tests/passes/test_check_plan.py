@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._pytree import tree_leaves
 
-from passes.check_plan import _Kernels, check_plan
+from passes.check_kernels import Kernels
+from passes.check_plan import check_plan
 from passes.program import Program
 from runtime import ops
 from runtime.errors import CheckError
@@ -29,10 +30,10 @@ PLACES = 3  # of one mutation in one program: the first, the last and some betwe
 @pytest.fixture(autouse=True)
 def shared_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """One cache of operators for all checks here: broken programs have the operators of good ones."""
-    monkeypatch.setattr("passes.check_plan._Kernels", lambda: KERNELS)
+    monkeypatch.setattr("passes.check_plan.Kernels", lambda: KERNELS)
 
 
-KERNELS = _Kernels()
+KERNELS = Kernels()
 
 good = pytest.mark.parametrize(("name", "mode"), list(itertools.product(NAMES, MODES)))
 

@@ -1,0 +1,198 @@
+"""Bodies of loops: the operators of one tile, noted first, so that tiles with the same ones share a body.
+
+A tile is noted as steps on numbered values. Where it begins is a column of the loop's table; everything else is part of the
+steps. Tiles with equal steps differ in their columns only.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map_only
+
+from passes.fakes import FaithfulFakes
+from passes.loop import Run
+from passes.program import tensors_of
+from passes.regions import Region, TileNeeds
+from passes.tile_rules import Part, Reduced, Tiled
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """The value of an earlier step, an operand (negative), or a column of the table."""
+
+    index: int
+    column: bool = False
+
+
+@dataclass(frozen=True)
+class _Step:
+    name: str
+    target: Any
+    args: Any
+    kwargs: Any
+
+
+@dataclass(frozen=True)
+class _Token:
+    """Stands for a value while a tile is noted."""
+
+    sheet: _Sheet
+    ref: _Ref
+
+    def __getitem__(self, index: int) -> _Token:
+        return self.sheet.note("member", operator.getitem, (self.ref, index), {})
+
+
+@dataclass
+class _Sheet:
+    """The steps of one tile and its row of the table. `sizes` of intervals are part of what has to be equal."""
+
+    steps: list[_Step] = field(default_factory=list)
+    row: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    _cuts: dict[tuple[_Ref, Part], _Token] = field(default_factory=dict)
+    _columns: dict[tuple[int, ...], tuple[_Ref, ...]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return repr((self.steps, self.sizes))
+
+    def note(self, name: str, target: Any, args: Any, kwargs: Any) -> _Token:
+        args, kwargs = tree_map_only(_Token, lambda token: token.ref, (args, kwargs))
+        self.steps.append(_Step(name, target, tuple(args), dict(kwargs)))
+        return _Token(self, _Ref(len(self.steps) - 1))
+
+    def columns(self, *numbers: int) -> tuple[_Ref, ...]:
+        """The columns that hold these numbers, which a tile's place decides."""
+        if numbers not in self._columns:
+            first = len(self.row)
+            self.row += numbers
+            self.sizes.append(numbers[-1] - numbers[0])
+            self._columns[numbers] = tuple(_Ref(first + i, column=True) for i in range(len(numbers)))
+        return self._columns[numbers]
+
+    def part(self, name: str, value: _Token, part: Part | None, size: int, *, fixed: bool) -> _Token:
+        """A part of a value; `fixed`: at the same place in every tile."""
+        if part is None or part.size == size:
+            return value
+        if (value.ref, part) not in self._cuts:
+            bounds = (part.start, part.stop) if fixed else self.columns(part.start, part.stop)
+            self._cuts[value.ref, part] = self.note(f"{name}_part", aten.slice.Tensor, (value, part.dim, *bounds), {})
+        return self._cuts[value.ref, part]
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Operands of a loop that are written: whole results by node, stacks of partial results by merged node."""
+
+    results: Mapping[fx.Node, fx.Node]
+    stacks: Mapping[fx.Node, fx.Node]
+
+
+def note_tile(region: Region, tile: TileNeeds, index: int, operands: Mapping[fx.Node, int], buffers: Buffers) -> _Sheet:
+    """The steps of one tile. `operands`: positions in the loop's list of them."""
+    sheet = _Sheet()
+    known: dict[fx.Node, list[_Token | None]] = {}
+
+    def operand(node: fx.Node) -> _Token:
+        return _Token(sheet, _Ref(-1 - operands[node]))
+
+    def value(node: fx.Node, need: Part | None, member: int = 0) -> _Token:
+        if node not in known:
+            size = int(node.meta["val"].shape[need.dim]) if need is not None else 0
+            return sheet.part(node.name, operand(node), need, size, fixed=False)
+        token, held = known[node][member], tile.parts[node][member]
+        assert token is not None
+        if need is None or held is None:
+            return token
+        return sheet.part(node.name, token, need.within(held), held.size, fixed=True)
+
+    for node in region.ordered:
+        step = tile.steps[node]
+        if node.target is operator.getitem and node in tile.parts:
+            source, member = node.args
+            known[node] = [value(source, tile.parts[node][0], member)]  # type: ignore[arg-type]
+            continue
+        if step is None:
+            continue
+        inputs = [value(a, need) for a, need in zip(region.calls.arguments(node), step.needs, strict=True)]
+        notes = _Namer(sheet, node.name)
+        if isinstance(step, Reduced):
+            (at,) = sheet.columns(index)
+            target = sheet.note(f"{node.name}_place", aten.select.int, (operand(buffers.stacks[node]), 0, at), {})
+            sheet.note(f"{node.name}_write", aten.copy_.default, (target, step.partial(notes, inputs)), {})
+            continue
+        assert isinstance(step, Tiled)
+        result = step.compute(notes, inputs)
+        known[node] = list(result) if isinstance(result, (list, tuple)) else [result]
+    for node, part in tile.written.items():
+        buffer = buffers.results[node]
+        target = sheet.part(buffer.name, operand(buffer), part, int(buffer.meta["val"].shape[part.dim]), fixed=False)
+        sheet.note(f"{node.name}_write", aten.copy_.default, (target, value(node, part)), {})
+    return sheet
+
+
+@dataclass(frozen=True)
+class _Namer:
+    """`run` for a rule: notes every call under the name of the node that it is for."""
+
+    sheet: _Sheet
+    name: str
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> _Token:
+        return self.sheet.note(f"{self.name}_part", target, args, kwargs)
+
+
+def make_runs(sheets: Sequence[_Sheet], operands: Sequence[fx.Node], taken: set[str]) -> tuple[Run, ...]:
+    """Neighbouring tiles with the same steps as one run; runs with the same steps share their body. Names avoid `taken`."""
+    bodies: dict[str, fx.Graph] = {}
+    runs = []
+    for key, group in groupby(sheets, key=lambda sheet: sheet.key):
+        tiles = list(group)
+        if key not in bodies:
+            bodies[key] = _body(tiles[0], operands, taken)
+        runs.append(Run(bodies[key], tuple(tuple(sheet.row) for sheet in tiles)))
+    return tuple(runs)
+
+
+def _body(sheet: _Sheet, operands: Sequence[fx.Node], taken: set[str]) -> fx.Graph:
+    """The steps as a graph, with the value of every step on fakes."""
+    graph = fx.Graph()
+    used = set(taken)
+    values: dict[_Ref, fx.Node] = {}
+
+    def unique(name: str) -> str:
+        found, number = name, 1
+        while found in used:
+            found, number = f"{name}_{number}", number + 1
+        used.add(found)
+        return found
+
+    for position, node in enumerate(operands):
+        values[_Ref(-1 - position)] = placeholder = graph.placeholder(node.name)
+        placeholder.name = node.name
+        placeholder.meta["val"] = node.meta["val"]
+    for column, number in enumerate(sheet.row):
+        values[_Ref(column, column=True)] = placeholder = graph.placeholder(unique(f"at_{column}"))
+        placeholder.meta["val"] = number
+    mode = next(t.fake_mode for node in operands for t in tensors_of(node) if hasattr(t, "fake_mode"))
+    for index, step in enumerate(sheet.steps):
+        args, kwargs = tree_map_only(_Ref, values.__getitem__, (step.args, step.kwargs))
+        name = unique(step.name)
+        node = graph.create_node("call_function", step.target, args, kwargs, name=name)
+        node.name = name
+        fakes, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with mode, FaithfulFakes(), torch.no_grad():
+            node.meta["val"] = step.target(*fakes, **named)
+        values[_Ref(index)] = node
+    graph.output(())
+    return graph

@@ -1,0 +1,166 @@
+"""Makes regions run tile by tile.
+
+before:  a = conv2d(x, w); y = silu(a)
+after:   y = empty_strided(...); loop([x, w, y])     y[.., lo:hi, ..] = silu(conv2d(x[.., lo - 1 : hi + 1, ..], w))
+
+Requires: a canonical program; regions do not overlap.
+Ensures: the same mathematics (I5); results of a region are buffers of their own, complete after the loop.
+Raises: Untileable, where a decision cannot be applied; PlanFileError, where it names what is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from passes.fakes import FaithfulFakes
+from passes.loop import Loop
+from passes.program import Program, tensors_of
+from passes.regions import Calls, Region, Tile, find_region
+from passes.tile_body import Buffers, make_runs, note_tile
+from passes.tile_rules import Reduced, reduce_parts
+from passes.tile_rules.base import Part
+from runtime import ops
+from runtime.errors import PlanFileError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class TileRegions:
+    """`tiles`: the regions, in program order."""
+
+    tiles: tuple[Tile, ...]
+    name: str = "tile_regions"
+
+    def apply(self, program: Program) -> Program:
+        for decision in self.tiles:
+            program = _apply(program, decision)
+        return program
+
+
+def stretch_of(program: Program, tile: Tile) -> tuple[list[fx.Node], fx.Node]:
+    """The operators from first to last, and the seed.
+
+    Raises:
+        PlanFileError: the program has no such nodes, or not in this order.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    for name in (tile.first, tile.last, tile.seed):
+        if name not in nodes:
+            raise PlanFileError(f"the plan tiles at {name!r}, which this program does not have; plan the model again")
+    operators = list(program.ops())
+    first, last = operators.index(nodes[tile.first]), operators.index(nodes[tile.last])
+    if first > last:
+        raise PlanFileError(f"the plan tiles from {tile.first!r} to {tile.last!r}, which comes before it; plan the model again")
+    return operators[first : last + 1], nodes[tile.seed]
+
+
+def _apply(program: Program, decision: Tile) -> Program:
+    graph = program.copy_graph()
+    program = program.with_graph(graph)
+    stretch, seed = stretch_of(program, decision)
+    region = find_region(stretch, seed, decision.dim, Calls())
+    tiles = region.tiles(decision.count, decision.grain)
+    if len(tiles) < 2:
+        return program
+    taken = {node.name for node in graph.nodes}
+    with graph.inserting_after(stretch[-1]):
+        end = graph.call_function(ops.free, ())  # a place to insert at, taken out below
+    with graph.inserting_before(end):
+        results = {node: _buffer(graph, node, tensors_of(node)[0]) for node in region.results}
+        stacks = {node: _stack(graph, region, node, dim, len(tiles)) for node, dim in region.merged.items()}
+        buffers = Buffers(results, stacks)
+        operands = [*region.operands, *results.values(), *stacks.values()]
+        index = {node: i for i, node in enumerate(operands)}
+        sheets = [note_tile(region, tile, i, index, buffers) for i, tile in enumerate(tiles)]
+        loop = graph.call_function(ops.loop, (tuple(operands),))
+        loop.meta["loop"] = Loop(make_runs(sheets, operands, taken), _label(region, len(tiles)))
+        for key in ("nn_module_stack", "stack_trace"):
+            source = region.ordered[-1].meta
+            if key in source:
+                loop.meta[key] = source[key]
+        merged = {node: _merge(graph, region, node, dim, stacks[node]) for node, dim in region.merged.items()}
+    graph.erase_node(end)
+    _replace(graph, region, results, merged)
+    loop.name = f"{region.ordered[-1].name}_tiles"
+    return program.with_graph(graph)
+
+
+def _label(region: Region, count: int) -> str:
+    dims = sorted({region.dims[node] for node in region.results} | set(region.merged.values()))
+    return f"{count} tiles of dimension {', '.join(map(str, dims))}"
+
+
+def _buffer(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
+    """An uninitialised tensor for a result, laid out as that was where it was dense, and as such otherwise."""
+    return _empty(graph, node.name, tuple(like.shape), _strides(like), like)
+
+
+def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Dense strides in the order of the tensor's own."""
+    order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d]))
+    strides, step = [0] * tensor.dim(), 1
+    for dim in order:
+        strides[dim] = step
+        step *= max(int(tensor.shape[dim]), 1)
+    return tuple(strides)
+
+
+def _empty(graph: fx.Graph, name: str, shape: tuple[int, ...], strides: tuple[int, ...], like: torch.Tensor) -> fx.Node:
+    kwargs = {"dtype": like.dtype, "device": torch.device("cpu")}
+    node = graph.create_node("call_function", aten.empty_strided.default, (list(shape), list(strides)), kwargs, name=name)
+    with like.fake_mode, FaithfulFakes():  # type: ignore[attr-defined]
+        node.meta["val"] = torch.empty_strided(shape, strides, dtype=like.dtype)
+    return node
+
+
+def _stack(graph: fx.Graph, region: Region, node: fx.Node, dim: int, count: int) -> fx.Node:
+    """Room for the partial results of all tiles."""
+    call = region.calls.call(node)
+    size = call.tensors[0].shape[dim]
+    reduced = reduce_parts(call, Part(dim, 0, max(1, size // count)))
+    like = _partial(region, node, reduced)
+    shape = (count, *like.shape)
+    return _empty(graph, f"{node.name}_parts", shape, tuple(torch.empty(shape, device="meta").stride()), like)
+
+
+def _partial(region: Region, node: fx.Node, reduced: Reduced) -> torch.Tensor:
+    """A partial result, on fakes."""
+    values = []
+    mode = next(t.fake_mode for n in region.calls.arguments(node) for t in tensors_of(n))  # type: ignore[attr-defined]
+    with mode, torch.no_grad():
+        for argument, need in zip(region.calls.arguments(node), reduced.needs, strict=True):
+            whole = argument.meta["val"]
+            values.append(whole if need is None else whole.narrow(need.dim, need.start, need.size))
+        return reduced.partial(lambda target, *args, **kwargs: target(*args, **kwargs), values)
+
+
+def _merge(graph: fx.Graph, region: Region, node: fx.Node, dim: int, stack: fx.Node) -> fx.Node:
+    size = region.calls.call(node).tensors[0].shape[dim]
+    reduced = reduce_parts(region.calls.call(node), Part(dim, 0, size))
+
+    def run(target: object, *args: object, **kwargs: object) -> fx.Node:
+        made = graph.create_node("call_function", target, args, kwargs, name=f"{node.name}_merged")  # type: ignore[arg-type]
+        fakes, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with stack.meta["val"].fake_mode, FaithfulFakes(), torch.no_grad():
+            made.meta["val"] = target(*fakes, **named)  # type: ignore[operator]
+        return made
+
+    return reduced.merge(run, stack)
+
+
+def _replace(graph: fx.Graph, region: Region, results: Mapping[fx.Node, fx.Node], merged: Mapping[fx.Node, fx.Node]) -> None:
+    """Readers after the region read buffers and merged results, which take the names of what they replace."""
+    inside = {*region.nodes, *region.merged}
+    for old, new in {**results, **merged}.items():
+        for user in list(old.users):
+            if user not in inside:
+                user.replace_input_with(old, new)
+    for node in reversed(region.ordered):
+        graph.erase_node(node)
+    for old, new in {**results, **merged}.items():
+        new.name = old.name
