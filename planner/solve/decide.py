@@ -7,13 +7,15 @@ larger budget is never slower.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
 from passes.cuda_replay import Trace
+from passes.liveness import Liveness
 from passes.stream_weights import Stream
 from planner.memory import AllocationEvent, Reserved
 from planner.schedule import Placement, arena_offsets, staged_bytes
@@ -28,6 +30,8 @@ from planner.solve.simulate import EngineProgram, StepTime, step_time
 
 # How many bundles ahead of their use everything is fetched in the simplest schedules.
 DEPTHS = (1, 2)
+# So many equal tiles are replayed: the second finds what the first gave back, as every later one does.
+_ALIKE = 3
 
 
 @dataclass(frozen=True)
@@ -233,15 +237,31 @@ class Solver:
         fresh = iter(range(1, 1 << 62))
         steps: list[list[AllocationEvent]] = [[(next(fresh), nbytes) for nbytes in live.input_storages]]
         for _ in self._calls:
-            keys: dict[int, int] = {}
-            for born, dies, cost in zip(live.born, live.dies, live.costs, strict=True):
-                events = []
-                for storage, nbytes in born:
-                    keys[storage] = next(fresh)
-                    events.append((keys[storage], nbytes))
-                if cost.workspace_bytes:
-                    workspace = next(fresh)
-                    events += [(workspace, cost.workspace_bytes), (-workspace, 0)]
-                events += [(-keys.pop(storage), 0) for storage in dies]
-                steps.append(events)
+            steps += _events(live, fresh)
         return Trace.of(steps)
+
+
+def _events(live: Liveness, fresh: Iterator[int]) -> list[list[AllocationEvent]]:
+    """What each operator asks the allocator for. `fresh` gives keys."""
+    keys: dict[int, int] = {}
+    steps: list[list[AllocationEvent]] = []
+    for i, (born, dies, cost) in enumerate(zip(live.born, live.dies, live.costs, strict=True)):
+        events = []
+        for storage, nbytes in born:
+            keys[storage] = next(fresh)
+            events.append((keys[storage], nbytes))
+        if i in live.bodies:
+            events += _tile_events(live, i, fresh)
+        elif cost.workspace_bytes:
+            workspace = next(fresh)
+            events += [(workspace, cost.workspace_bytes), (-workspace, 0)]
+        events += [(-keys.pop(storage), 0) for storage in dies]
+        steps.append(events)
+    return steps
+
+
+def _tile_events(live: Liveness, index: int, fresh: Iterator[int]) -> Iterator[AllocationEvent]:
+    """Of a loop: its tiles one after the other, of many that are alike only the first ones, which leave the state of the rest."""
+    for run, body in zip(live.nodes[index].meta["loop"].runs, live.bodies[index], strict=True):
+        for _ in run.table[:_ALIKE]:
+            yield from itertools.chain.from_iterable(_events(body, fresh))
