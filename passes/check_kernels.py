@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -42,7 +42,7 @@ class Kernels:
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), local)
         if node.target is torch.ops.aten.slice.Tensor and all(isinstance(n, int) for n in args[1:]):
-            return [self._slice(*args, back=list(keys), shift=next(iter(shifts.values())))], []
+            return [self._slice(*cast(Any, args), back=list(keys), shift=next(iter(shifts.values())))], []
         signature = (node.target, _hashable(args), _hashable(kwargs))
         if signature not in self._cache:
             self._cache[signature] = self._execute(node, args, kwargs)

@@ -343,7 +343,7 @@ class _Replay:
         assert self.tile is not None
         if key not in self.tile.before:
             return  # its own
-        target = self.values[node.args[0].name][0]  # type: ignore[union-attr]
+        target = self.values[node.all_input_nodes[0].name][0]
         whole = next(v[0] for v in self.values.values() if v and v[0] is not None and v[0][1] == key)
         if target is None or whole is None or key in self.tile.written:
             raise self._error("I5", f"{node.name} writes what the same tile has written")

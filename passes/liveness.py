@@ -86,7 +86,7 @@ def _analyse(
         if death < end:
             dies[death].append(storage)
     bodies = {i: _bodies(loop, prober, round_bytes) for i, node in enumerate(nodes) if (loop := loop_of(node)) is not None}
-    costs = tuple(_loop_cost(node, bodies[i]) if i in bodies else prober.cost(node) for i, node in enumerate(nodes))
+    costs = tuple(_loop_cost(bodies[i]) if i in bodies else prober.cost(node) for i, node in enumerate(nodes))
     input_storages = tuple(map(round_bytes, inputs))
     return Liveness(
         nodes, costs, _profile(costs, born, dies, sum(input_storages), round_bytes),
@@ -104,11 +104,9 @@ def _bodies(loop: Loop, prober: Prober | SymbolicProber, round_bytes: Callable[[
     return tuple(known[run.body] for run in loop.runs)
 
 
-def _loop_cost(node: fx.Node, bodies: tuple[Liveness, ...]) -> OpCost:
-    """A loop as one operator: the most that exists besides its operands is its workspace."""
-    counts = [len(run.table) for run in node.meta["loop"].runs]
-    totals = [(n * sum(c.flops for c in b.costs), n * sum(c.moved_bytes for c in b.costs)) for n, b in zip(counts, bodies, strict=True)]
-    return OpCost((), max(int(max(b.bytes_at, default=0)) for b in bodies), sum(t[0] for t in totals), sum(t[1] for t in totals))
+def _loop_cost(bodies: tuple[Liveness, ...]) -> OpCost:
+    """A loop as one operator: the most that exists besides its operands is its workspace. Its work is that of its bodies."""
+    return OpCost(workspace_bytes=max(int(max(body.bytes_at, default=0)) for body in bodies))
 
 
 def _profile(

@@ -19,7 +19,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from passes.drop_noops import same_by_rule
 from passes.fakes import FaithfulFakes
 from passes.probe import call_of
-from passes.program import Program, is_symbolic, storage_id, tensors_of
+from passes.program import Program, geometry, is_symbolic, storage_id, tensors_of
+
+from runtime import ops
 
 
 @dataclass(frozen=True)
@@ -105,3 +107,29 @@ def _pattern(node: fx.Node, val: Any) -> list[Any]:
         nbytes = int(tensor.untyped_storage().nbytes())
         result.append((tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), where, nbytes))
     return result
+
+
+def carry_on(graph: fx.Graph, changed: dict[fx.Node, Any]) -> None:
+    """Brings the recorded values behind changed ones up to date. `changed`: what nodes had recorded before they were changed.
+
+    An operator is run again where it gives a view of something changed, or where something it reads has another geometry.
+    """
+    before = dict(changed)
+    for node in graph.nodes:
+        inputs = [n for n in node.all_input_nodes if n in before]
+        if node.op != "call_function" or not inputs or node in changed or node.target is ops.loop:
+            continue
+        old, stale = node.meta.get("val"), {storage_id(t) for n in inputs for t in _tensors(before[n])}
+        views = any(storage_id(t) in stale for t in _tensors(old))
+        if not views and all(_same_geometry(n.meta["val"], before[n]) for n in inputs):
+            continue
+        if isinstance(node.target, torch._ops.OpOverload):
+            node.meta["val"] = _run(node)
+        else:
+            node.meta["val"] = node.args[0].meta["val"][node.args[1]]
+        before[node] = old
+
+
+def _same_geometry(one: Any, other: Any) -> bool:
+    pairs = zip(_tensors(one), _tensors(other), strict=True)
+    return all((a.dtype, geometry(a)) == (b.dtype, geometry(b)) for a, b in pairs)

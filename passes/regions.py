@@ -146,13 +146,24 @@ class Region:
 
     def tiles(self, count: int, grain: int = 1) -> list[TileNeeds]:
         """What every tile computes, in order."""
+        cuts = self._cuts(count, grain)
+        number = len(next(iter(cuts.values()))) - 1
+        return [self._tile({node: (ends[i], ends[i + 1]) for node, ends in cuts.items()}) for i in range(number)]
+
+    def usual_tile(self, count: int, grain: int = 1) -> tuple[TileNeeds, int]:
+        """A tile from the middle, which has a halo on both sides, and how many there are."""
+        cuts = self._cuts(count, grain)
+        number = len(next(iter(cuts.values()))) - 1
+        i = (number - 1) // 2
+        return self._tile({node: (ends[i], ends[i + 1]) for node, ends in cuts.items()}), number
+
+    def _cuts(self, count: int, grain: int) -> dict[fx.Node, list[int]]:
         cuts: dict[fx.Node, list[int]] = {}
         for node in self.results:
             cuts[node] = self.cuts(int(node.meta["val"].shape[self.dims[node]]), count, grain)
         for node, dim in self.merged.items():
             cuts[node] = self.cuts(self.calls.call(node).tensors[0].shape[dim], count, grain)
-        number = len(next(iter(cuts.values()))) - 1
-        return [self._tile({node: (ends[i], ends[i + 1]) for node, ends in cuts.items()}) for i in range(number)]
+        return cuts
 
     def _tile(self, wanted: Mapping[fx.Node, tuple[int, int]]) -> TileNeeds:
         parts: dict[fx.Node, list[Part | None]] = {}

@@ -17,6 +17,7 @@ from torch import fx
 
 from passes.fakes import FaithfulFakes
 from passes.program import Program
+from passes.refresh_values import carry_on
 from runtime.errors import PlanFileError
 
 aten = torch.ops.aten
@@ -32,10 +33,13 @@ class SplitNorms:
     def apply(self, program: Program) -> Program:
         graph = program.copy_graph()
         nodes = {node.name: node for node in graph.nodes}
+        changed: dict[fx.Node, Any] = {}
         for name in self.norms:
             if name not in nodes or not can_split(nodes[name]):
                 raise PlanFileError(f"the plan splits {name!r}, which is no norm of this program; plan the model again")
-            _split(graph, nodes[name])
+            old = nodes[name].meta["val"]
+            changed[_split(graph, nodes[name])] = old
+        carry_on(graph, changed)
         return program.with_graph(graph)
 
 
@@ -54,7 +58,7 @@ def can_split(node: fx.Node) -> bool:
     return node.target is aten.group_norm.default or bool(_argument(node, "use_input_stats"))
 
 
-def _split(graph: fx.Graph, node: fx.Node) -> None:
+def _split(graph: fx.Graph, node: fx.Node) -> fx.Node:
     if node.target is aten.group_norm.default:
         x, groups = node.args[0], node.args[1]
     else:
@@ -68,6 +72,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
     node.replace_all_uses_with(normalised)
     graph.erase_node(node)
     normalised.name = node.name
+    return normalised
 
 
 def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], name: str, like: fx.Node) -> fx.Node:

@@ -7,7 +7,7 @@ steps. Tiles with equal steps differ in their columns only.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -116,29 +116,40 @@ def note_tile(region: Region, tile: TileNeeds, index: int, operands: Mapping[fx.
             return token
         return sheet.part(node.name, token, need.within(held), held.size, fixed=True)
 
+    def write(node: fx.Node) -> None:
+        """Its own part of a result, as soon as that is there."""
+        buffer, part = buffers.results[node], tile.written[node]
+        target = sheet.part(buffer.name, operand(buffer), part, int(buffer.meta["val"].shape[part.dim]), fixed=False)
+        sheet.note(f"{node.name}_write", aten.copy_.default, (target, value(node, part)), {})
+
     for node in region.ordered:
         step = tile.steps[node]
         if node.target is operator.getitem and node in tile.parts:
             source, member = node.args
             known[node] = [value(source, tile.parts[node][0], member)]  # type: ignore[arg-type]
+        elif step is None:
             continue
-        if step is None:
-            continue
-        inputs = [value(a, need) for a, need in zip(region.calls.arguments(node), step.needs, strict=True)]
-        notes = _Namer(sheet, node.name)
-        if isinstance(step, Reduced):
-            (at,) = sheet.columns(index)
-            target = sheet.note(f"{node.name}_place", aten.select.int, (operand(buffers.stacks[node]), 0, at), {})
-            sheet.note(f"{node.name}_write", aten.copy_.default, (target, step.partial(notes, inputs)), {})
-            continue
-        assert isinstance(step, Tiled)
-        result = step.compute(notes, inputs)
-        known[node] = list(result) if isinstance(result, (list, tuple)) else [result]
-    for node, part in tile.written.items():
-        buffer = buffers.results[node]
-        target = sheet.part(buffer.name, operand(buffer), part, int(buffer.meta["val"].shape[part.dim]), fixed=False)
-        sheet.note(f"{node.name}_write", aten.copy_.default, (target, value(node, part)), {})
+        elif isinstance(step, Reduced):
+            inputs = [value(a, need) for a, need in _needs(region, node, step)]
+            _note_partial(sheet, node, step, inputs, operand(buffers.stacks[node]), index)
+        else:
+            result = step.compute(_Namer(sheet, node.name), [value(a, need) for a, need in _needs(region, node, step)])
+            known[node] = list(result) if isinstance(result, (list, tuple)) else [result]
+        if node in tile.written:
+            write(node)
     return sheet
+
+
+def _needs(region: Region, node: fx.Node, step: Tiled | Reduced) -> Iterator[tuple[fx.Node, Part | None]]:
+    return zip(region.calls.arguments(node), step.needs, strict=True)
+
+
+def _note_partial(sheet: _Sheet, node: fx.Node, step: Reduced, inputs: Sequence[_Token], stack: _Token, index: int) -> None:
+    """The partial result of a tile, at its place in the stack."""
+    (at,) = sheet.columns(index)
+    partial = step.partial(_Namer(sheet, node.name), inputs)
+    target = sheet.note(f"{node.name}_place", aten.select.int, (stack, 0, at), {})
+    sheet.note(f"{node.name}_write", aten.copy_.default, (target, partial), {})
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -19,6 +20,7 @@ from torch import fx
 from passes.fakes import FaithfulFakes
 from passes.loop import Loop
 from passes.program import Program, tensors_of
+from passes.refresh_values import carry_on
 from passes.regions import Calls, Region, Tile, find_region
 from passes.tile_body import Buffers, make_runs, note_tile
 from passes.tile_rules import Reduced, reduce_parts
@@ -111,7 +113,7 @@ def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def _empty(graph: fx.Graph, name: str, shape: tuple[int, ...], strides: tuple[int, ...], like: torch.Tensor) -> fx.Node:
-    kwargs = {"dtype": like.dtype, "device": torch.device("cpu")}
+    kwargs: dict[str, Any] = {"dtype": like.dtype, "device": torch.device("cpu")}
     node = graph.create_node("call_function", aten.empty_strided.default, (list(shape), list(strides)), kwargs, name=name)
     with like.fake_mode, FaithfulFakes():  # type: ignore[attr-defined]
         node.meta["val"] = torch.empty_strided(shape, strides, dtype=like.dtype)
@@ -143,11 +145,11 @@ def _merge(graph: fx.Graph, region: Region, node: fx.Node, dim: int, stack: fx.N
     size = region.calls.call(node).tensors[0].shape[dim]
     reduced = reduce_parts(region.calls.call(node), Part(dim, 0, size))
 
-    def run(target: object, *args: object, **kwargs: object) -> fx.Node:
-        made = graph.create_node("call_function", target, args, kwargs, name=f"{node.name}_merged")  # type: ignore[arg-type]
+    def run(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = graph.create_node("call_function", target, args, kwargs, name=f"{node.name}_merged")
         fakes, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with stack.meta["val"].fake_mode, FaithfulFakes(), torch.no_grad():
-            made.meta["val"] = target(*fakes, **named)  # type: ignore[operator]
+            made.meta["val"] = target(*fakes, **named)
         return made
 
     return reduced.merge(run, stack)
@@ -164,3 +166,4 @@ def _replace(graph: fx.Graph, region: Region, results: Mapping[fx.Node, fx.Node]
         graph.erase_node(node)
     for old, new in {**results, **merged}.items():
         new.name = old.name
+    carry_on(graph, {new: old.meta["val"] for old, new in {**results, **merged}.items()})

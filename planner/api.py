@@ -96,6 +96,7 @@ def plan(
         kwargs=dict(kwargs or {}),
         keep=check_keep(keep),
         offload="offload" in check_allow(allow),
+        tile="tile" in check_allow(allow),
         opaque_bytes=check_opaque_bytes(opaque_bytes),
         dynamic=None if dynamic is None else read_dynamic(target, method, args, dict(kwargs or {}), dynamic),
         repeats=check_repeats(repeats),

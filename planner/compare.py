@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from planner.baselines import baselines
 from planner.progress import working
 from planner.sizes import format_bytes, format_seconds
-from planner.solve.decide import Solver
+from planner.solve.tilings import Tilings
 from runtime.errors import PlannerError
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def compare_policies(plan: Plan) -> Comparison:
     Raises:
         PlannerError: the plan is one in parts; its parts can be compared.
     """
-    solver, budget, host = _solver(plan), plan.budget_bytes, plan.budget.host_bytes
+    tilings, budget, host = _tilings(plan), plan.budget_bytes, plan.budget.host_bytes
+    solver, least = tilings.base, plan.minimum_bytes
     bound = plan.bound_at(plan.reserved_bytes).seconds
     own = Row(OURS, plan.reserved_bytes, plan.step_seconds, bound, True, plan.step_seconds)
     rows = [own]
@@ -112,17 +113,15 @@ def compare_policies(plan: Plan) -> Comparison:
         ours: dict[int, float] = {}
         for found in baselines(solver, plan.target, budget):
             peak = found.peak_bytes
-            if peak >= solver.minimum.peak_bytes and peak not in ours:
-                ours[peak] = solver.solve(peak, host).time.step_seconds
+            if peak >= least and peak not in ours:
+                ours[peak] = tilings.solve(peak, host)[1].time.step_seconds
             rows.append(
                 Row(found.policy, peak, found.step_seconds, found.bound_seconds, peak <= budget, ours.get(peak), found.note)
             )
-    return Comparison(
-        plan.title, plan.device, plan.machine.name, budget, solver.minimum.peak_bytes, solver.repeats, tuple(rows)
-    )
+    return Comparison(plan.title, plan.device, plan.machine.name, budget, least, solver.repeats, tuple(rows))
 
 
-def _solver(plan: Plan) -> Solver:
+def _tilings(plan: Plan) -> Tilings:
     from planner.parted import PartedPlan
 
     if isinstance(plan, PartedPlan):
@@ -131,4 +130,4 @@ def _solver(plan: Plan) -> Solver:
             f"{plan.title} is planned in parts, and switches of today move whole modules: compare one of its parts, "
             f"p.parts[{some!r}].compare()"
         )
-    return plan._solver
+    return plan._tilings

@@ -172,8 +172,8 @@ def _solver(plan: Plan) -> _Solve:
         return lambda budget: _solve_parts(plan, budget)
 
     def solve(budget_bytes: int) -> tuple[int, float, int]:
-        schedule = plan._solver.solve(budget_bytes, plan.budget.host_bytes)
-        return schedule.peak_bytes, schedule.time.step_seconds, _copied_bytes(plan._solver, schedule)
+        solver, schedule = plan._tilings.solve(budget_bytes, plan.budget.host_bytes)
+        return schedule.peak_bytes, schedule.time.step_seconds, _copied_bytes(solver, schedule)
 
     return solve
 

@@ -11,6 +11,7 @@ from planner.bounds import Bound, physical_bound
 from planner.sizes import format_bytes, format_seconds
 from planner.solve.decide import Schedule, Solver
 from planner.solve.share import SharedBudget, Shares
+from planner.solve.tilings import Tilings
 from runtime.timeline import Timeline
 
 Resource = Literal["compute", "link", "memory"]
@@ -26,9 +27,10 @@ class Gap:
     """The gap of one plan; `print(p.gap)` says what the plan's own text says of it.
 
     Attributes:
-        solver, schedule, budget_bytes: of the plan. timeline: its emitted program, simulated.
+        tilings: of the plan's program. solver, schedule, budget_bytes: of the plan. timeline: its emitted program, simulated.
     """
 
+    tilings: Tilings
     solver: Solver
     schedule: Schedule
     timeline: Timeline
@@ -70,7 +72,7 @@ class Gap:
         """One call with one more GB; None where everything is on the device already."""
         if not self.schedule.placements:
             return None
-        return min(self.solver.solve(self.budget_bytes + ONE_GB).time.step_seconds, self.step_seconds)
+        return min(self.tilings.solve(self.budget_bytes + ONE_GB)[1].time.step_seconds, self.step_seconds)
 
     def rows(self) -> list[tuple[str, str]]:
         """Labels and texts, as `print(plan)` and `print(plan.gap)` show them."""

@@ -38,6 +38,7 @@ class Options:
     dynamic: DynamicShapes | None = None
     repeats: int = 1
     profile: bool = False
+    tile: bool = True
 
     def __post_init__(self) -> None:
         if self.profile:

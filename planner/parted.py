@@ -27,6 +27,7 @@ from planner.profile_ops import counts_of
 from planner.progress import working
 from planner.sizes import format_bytes
 from planner.solve.decide import Solver
+from planner.solve.tilings import Tilings
 from planner.solve.problem import Problem, build_problem
 from planner.solve.share import Share
 from planner.solve.simulate import StepTime
@@ -79,7 +80,7 @@ class PartedPlan(Plan):
         options = dataclasses.replace(
             self._options, budget=Budget(share.budget_bytes), method="forward", args=part.call[0], kwargs=part.call[1]
         )
-        return Plan(child, options, solver, share.schedule.decisions(solver.problem))
+        return Plan(child, options, Tilings(solver), share.schedule.decisions(solver.problem))
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_PARTS:
@@ -330,7 +331,7 @@ class PartedPlan(Plan):
             )
         options = dataclasses.replace(self._options, budget=Budget(room), method="forward", args=args, kwargs=kwargs)
         schedule = solver.pass_through(room)
-        plan = Plan(child, options, solver, schedule.decisions(solver.problem))
+        plan = Plan(child, options, Tilings(solver), schedule.decisions(solver.problem))
         return PartProgram(path, CallSignature.of(args, kwargs)[0], plan.executable, kept=False)
 
 
@@ -341,21 +342,21 @@ def _signature(target: nn.Module, options: Options) -> CallSignature | None:
         return None
 
 
-def plan_or_parts(model: nn.Module, options: Options, whole: Callable[[nn.Module, Options], Solver]) -> Plan:
+def plan_or_parts(model: nn.Module, options: Options, whole: Callable[[nn.Module, Options], Tilings]) -> Plan:
     """The plan of the whole module where it can be captured, else a plan in parts.
 
     Raises:
         PlannerError: as `plan()`.
     """
     try:
-        solver = whole(model, options)
+        tilings = whole(model, options)
     except InvalidCall:
         raise
     except CaptureError as error:
         if options.dynamic is not None:
             raise  # sizes of Python that runs as it is are found for one call at a time
         return PartedPlan(model, options, _explored(model, options, error))
-    return Plan(model, options, solver)
+    return Plan(model, options, tilings)
 
 
 def _explored(model: nn.Module, options: Options, error: CaptureError) -> PartedProblem:

@@ -24,12 +24,12 @@ from planner.pipeline import make_executable
 from planner.plan_facts import PlanFacts
 from planner.plan_file import check_fingerprint, fingerprint, load_call, read_plan, write_plan
 from planner.plot import plot
-from planner.prepare import prepare, solver_of
+from planner.prepare import prepare, tilings_of
 from planner.progress import working
 from planner.show import describe, where
 from planner.sizes import format_bytes
-from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions
+from planner.solve.tilings import Tilings
 from planner.timeline_files import save_memory_history, save_trace
 from planner.validate import Validation, compare, refuse_without_weights, run_alike
 from planner.weights import Lookup, open_weights
@@ -51,8 +51,8 @@ class Plan(PlanFacts):
         decisions: what was decided, as data. layout: where every byte lives.
     """
 
-    def __init__(self, target: nn.Module, options: Options, solver: Solver, decisions: Decisions | None = None) -> None:
-        super().__init__(target, options, solver, decisions)
+    def __init__(self, target: nn.Module, options: Options, tilings: Tilings, decisions: Decisions | None = None) -> None:
+        super().__init__(target, options, tilings, decisions)
         self.validation: Validation | None = None
         self._runner: Runner | None = None
 
@@ -145,9 +145,9 @@ class Plan(PlanFacts):
         """
         options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
         if machine is None:
-            return Plan(self._target, options, self._solver)
+            return Plan(self._target, options, self._tilings)
         options = dataclasses.replace(options, machine=Machine.of(machine).on(self.device))
-        return Plan(self._target, options, solver_of(self.program, options))
+        return Plan(self._target, options, tilings_of(self.program, options))
 
     def compare(self) -> Comparison:
         """What the switches of today would do with this program on this machine model: simulated, not measured.
@@ -187,6 +187,7 @@ class Plan(PlanFacts):
             dynamic=None if self._options.dynamic is None else self._options.dynamic.to_json(),
             repeats=self._options.repeats,
             profile=self._options.profile,
+            tile=self._options.tile,
         )
 
     @classmethod
@@ -211,6 +212,7 @@ class Plan(PlanFacts):
                 DynamicShapes.from_json(data["dynamic"]) if "dynamic" in data else None,
                 check_repeats(data["repeats"]),
                 bool(data.get("profile", False)),
+                bool(data["tile"]),
             )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -222,9 +224,9 @@ class Plan(PlanFacts):
 
                 problem = prepare_parts(model, options, "the plan was made so")
                 return PartedPlan.of_saved(model, options, problem, saved, given)
-            solver = prepare(model, options)
-            check_fingerprint(saved, fingerprint(solver.problem.program))
-            return cls(model, options, solver, decisions)
+            tilings = prepare(model, options)
+            check_fingerprint(saved, fingerprint(tilings.base.problem.program))
+            return cls(model, options, tilings, decisions)
         except (ValueError, KeyError) as error:
             raise PlanFileError(f"the decisions in {str(path)!r} do not fit the program ({error}); plan it again") from error
 

@@ -19,10 +19,10 @@ from planner.pipeline import emit_program, placements_of
 from planner.prepare import infeasible
 from planner.profile_ops import counts_of
 from planner.sizes import format_bytes
-from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions
 from planner.solve.problem import Problem
 from planner.solve.simulate import EngineProgram, StepTime, simulate
+from planner.solve.tilings import Tilings
 from runtime.errors import PlanFileError
 from runtime.layout import Layout
 from runtime.timeline import Timeline
@@ -31,21 +31,22 @@ from runtime.timeline import Timeline
 class PlanFacts:
     """What was asked, decided and found. Bytes are on the device, seconds those of one call."""
 
-    def __init__(self, target: nn.Module, options: Options, solver: Solver, decisions: Decisions | None = None) -> None:
-        self._target, self._options, self._solver = target, options, solver
-        if options.budget.device_bytes < solver.minimum.peak_bytes:
-            raise infeasible(solver, options.budget.device_bytes)
+    def __init__(self, target: nn.Module, options: Options, tilings: Tilings, decisions: Decisions | None = None) -> None:
+        self._target, self._options, self._tilings = target, options, tilings
         if decisions is None:
-            schedule = solver.solve(options.budget.device_bytes, options.budget.host_bytes)
+            if options.budget.device_bytes < tilings.least_bytes(options.budget.device_bytes):
+                raise infeasible(tilings.minimum, options.budget.device_bytes)
+            solver, schedule = tilings.solve(options.budget.device_bytes, options.budget.host_bytes)
             decisions = schedule.decisions(solver.problem)
         else:
+            solver = tilings.of(decisions.tiling)
             schedule = solver.evaluate(placements_of(solver.problem, decisions), decisions.staging)
             if schedule.peak_bytes > options.budget.device_bytes:
                 raise PlanFileError(
                     f"the decisions need {format_bytes(schedule.peak_bytes)} here, more than their budget of "
                     f"{format_bytes(options.budget.device_bytes)}; plan the model again"
                 )
-        self.decisions = decisions
+        self.decisions, self._solver = decisions, solver
         if solver.problem.in_symbols is not None:
             check_sizes(solver.problem, decisions, options.budget.device_bytes)
         self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes, schedule.pool_bytes)
@@ -75,7 +76,8 @@ class PlanFacts:
 
     @property
     def program(self) -> Program:
-        return self.problem.program
+        """As captured, before anything was decided."""
+        return self._tilings.base.problem.program
 
     @property
     def layout(self) -> Layout:
@@ -110,12 +112,12 @@ class PlanFacts:
     @property
     def minimum_bytes(self) -> int:
         """The least budget that is feasible (reserved bytes)."""
-        return self._solver.minimum.peak_bytes
+        return self._tilings.minimum.minimum.peak_bytes
 
     @property
     def unplanned_bytes(self) -> int:
-        """Predicted reserved bytes with everything resident."""
-        return self._solver.resident.peak_bytes
+        """Predicted reserved bytes with everything resident and nothing tiled."""
+        return self._tilings.base.resident.peak_bytes
 
     @cached_property
     def engines(self) -> EngineProgram:
@@ -162,7 +164,7 @@ class PlanFacts:
     @cached_property
     def gap(self) -> Gap:
         """How far the plan is from the limit, what sets that, and what more memory would buy."""
-        return Gap(self._solver, self._schedule, self.timeline, self.budget_bytes)
+        return Gap(self._tilings, self._solver, self._schedule, self.timeline, self.budget_bytes)
 
     @property
     def title(self) -> str:

@@ -19,7 +19,7 @@ from planner.budget import Budget
 from planner.machine import Machine
 from runtime.errors import PlanFileError
 
-FORMAT, VERSION = "vramplan plan", 1
+FORMAT, VERSION = "vramplan plan", 2
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -67,6 +67,7 @@ def write_plan(
     dynamic: Mapping[str, Any] | None = None,
     repeats: int = 1,
     profile: bool = False,
+    tile: bool = True,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
@@ -80,6 +81,7 @@ def write_plan(
         "call": _dump_call(call),
         "keep": {pattern: dict(rule) for pattern, rule in keep.items()},
         "offload": offload,
+        "tile": tile,
         "opaque_bytes": dict(opaque_bytes or {}),
         "repeats": repeats,
         "decisions": dict(decisions),
@@ -126,6 +128,7 @@ def read_plan(path: str | Path) -> dict[str, Any]:
         "call",
         "keep",
         "offload",
+        "tile",
         "decisions",
         "fingerprint",
         "repeats",

@@ -18,11 +18,13 @@ from planner.refuse import refuse_shared_state
 from planner.show import module_path
 from planner.sizes import format_bytes
 from planner.solve.decide import Solver
-from planner.solve.problem import build_problem
+from planner.solve.decisions import Tiling
+from planner.solve.problem import Problem, build_problem
+from planner.solve.tilings import Tilings
 from runtime.errors import InfeasibleBudget
 
 
-def prepare(model: nn.Module, options: Options) -> Solver:
+def prepare(model: nn.Module, options: Options) -> Tilings:
     """Captures, canonicalises and analyses: all that does not depend on the budget."""
     refuse_caches((options.args, options.kwargs))
     register_containers()
@@ -34,13 +36,19 @@ def prepare(model: nn.Module, options: Options) -> Solver:
             program = run_passes(program, (Concretise(options.dynamic.largest),))
     refuse_shared_state(model, program)
     check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
-    return solver_of(program, options)
+    return tilings_of(program, options)
 
 
-def solver_of(program: Program, options: Options) -> Solver:
-    """The solver of a canonical program, for the machine and device of the options."""
+def tilings_of(program: Program, options: Options) -> Tilings:
+    """The solvers of a canonical program, for the machine and device of the options."""
     memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
-    return Solver(build_problem(program, options.machine, memory, options.keeps_resident, options.profiler), options.repeats)
+    profiler = options.profiler  # one, so that its time is for all tilings
+
+    def build(program: Program, tiling: Tiling) -> Problem:
+        return build_problem(program, options.machine, memory, options.keeps_resident, profiler, tiling)
+
+    base = Solver(build(program, Tiling()), options.repeats)
+    return Tilings(base, build if options.tile and program.origin is None else None)
 
 
 def infeasible(solver: Solver, budget_bytes: int) -> InfeasibleBudget:

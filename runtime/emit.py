@@ -62,7 +62,7 @@ def _block(graph: fx.Graph, names: _Names, comment: Callable[[fx.Node], str], in
 
 def _loop(node: fx.Node, names: _Names, comment: Callable[[fx.Node], str], indent: str) -> Iterator[str]:
     """A Python loop for each run of a loop."""
-    loop, operands = node.meta["loop"], [names(operand) for operand in node.args[0]]  # type: ignore[union-attr]
+    loop, operands = node.meta["loop"], [names(operand) for operand in node.all_input_nodes]
     yield f"{indent}# {node.name}: {loop.label}"
     for run in loop.runs:
         placeholders = run.placeholders

@@ -55,6 +55,7 @@ class Schedule:
         return Decisions(
             tuple(Stream(p.span.weights, names[p.prefetch], names[p.span.first], names[p.span.last]) for p in self.placements),
             self.staging,
+            problem.tiling,
         )
 
 

@@ -5,9 +5,24 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from passes.regions import Tile
 from passes.stream_weights import Stream
 
 StagingMode = Literal["arena", "allocator"]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How the program is rewritten before its weights are streamed.
+
+    `norms` are split into statistics and what applies them; `tiles` are the regions that run tile by tile, in program order.
+    """
+
+    norms: tuple[str, ...] = ()
+    tiles: tuple[Tile, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.norms or self.tiles)
 
 
 @dataclass(frozen=True)
@@ -20,11 +35,15 @@ class Decisions:
 
     streams: tuple[Stream, ...] = ()
     staging: StagingMode = "arena"
+    tiling: Tiling = Tiling()
 
     def to_json(self) -> dict[str, Any]:
-        return {"staging": self.staging, "streams": [asdict(s) for s in self.streams]}
+        data: dict[str, Any] = {"staging": self.staging, "streams": [asdict(s) for s in self.streams]}
+        return {**data, "tiling": asdict(self.tiling)} if self.tiling else data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Decisions:
         streams = tuple(Stream(**{**s, "weights": tuple(s["weights"])}) for s in data["streams"])
-        return cls(streams, data["staging"])
+        given = data.get("tiling", {})
+        tiling = Tiling(tuple(given.get("norms", ())), tuple(Tile(**tile) for tile in given.get("tiles", ())))
+        return cls(streams, data["staging"], tiling)

@@ -10,7 +10,7 @@ import numpy as np
 
 from passes.calibrate import calibrating
 from passes.liveness import Liveness, analyse_liveness, is_view
-from passes.probe import Prober
+from passes.probe import OpCost, Prober
 from passes.program import Program
 from passes.visits import Visit, weight_visits
 from planner.costs import arithmetic_dtype, node_seconds
@@ -20,6 +20,7 @@ from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.profile_ops import Profiled, Profiler
 from planner.progress import working
+from planner.solve.decisions import Tiling
 from runtime.errors import InvalidCall
 from runtime.layout import align
 
@@ -28,7 +29,8 @@ from runtime.layout import align
 class Problem:
     """Operators 0..n-1 in order; per operator its seconds and activation bytes; weights with sizes and visits.
 
-    `profiled`: of how many distinct operators the seconds were measured; None where all are modelled.
+    `profiled`: of how many distinct operators the seconds were measured; None where all are modelled. `tiling`: how the program
+    was made from the canonical one.
     """
 
     program: Program
@@ -40,6 +42,7 @@ class Problem:
     pinned: frozenset[str]
     visits: tuple[Visit, ...]
     profiled: Profiled | None = None
+    tiling: Tiling = Tiling()
 
     @cached_property
     def activation_bytes(self) -> np.ndarray:
@@ -73,6 +76,7 @@ def build_problem(
     memory: MemoryModel,
     keep: Callable[[str], bool] = lambda name: False,
     profiler: Profiler | None = None,
+    tiling: Tiling = Tiling(),
 ) -> Problem:
     """Analyses a canonical program. Weights for which `keep(module name)` holds are pinned on the device, as is state.
 
@@ -101,6 +105,7 @@ def build_problem(
         pinned=frozenset(k for k, w in program.weights.items() if w.state or w.nbytes == 0 or keep(w.name)),
         visits=weight_visits(program),
         profiled=profiled,
+        tiling=tiling,
     )
 
 
@@ -113,6 +118,7 @@ def modelled_seconds(liveness: Liveness, machine: Machine) -> np.ndarray:
             bodies = (float(modelled_seconds(body, machine).sum()) for body in liveness.bodies[i])
             seconds[i] = sum(count * each for count, each in zip(tiles, bodies, strict=True))
         elif not is_view(node, cost):
+            assert isinstance(cost, OpCost)  # sizes are numbers here
             family = family_of(node.target)
             seconds[i] = node_seconds(cost.flops, cost.moved_bytes, arithmetic_dtype(node), machine, family)
     return seconds

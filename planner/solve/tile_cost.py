@@ -1,0 +1,214 @@
+"""What a region would cost in tiles: bytes and seconds, estimated from those of its operators and the parts that a tile needs.
+
+Only a choice is made by these numbers; what is chosen is rewritten, analysed and proved like everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+import numpy as np
+import torch
+from torch import fx
+
+from passes.probe import call_of
+from passes.program import storage_id, tensors_of
+from passes.regions import Calls, Region, TileNeeds, find_region
+from passes.tile_rules import Untileable
+from planner.solve.problem import Problem
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A loop of some number of tiles: bytes of a tile's own values, of the results, seconds more than the whole takes."""
+
+    count: int
+    grain: int
+    tile_bytes: int
+    result_bytes: int
+    added_seconds: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A loop in its place: the most bytes that are live, weights of the stretch included."""
+
+    inner: Inner
+    peak_bytes: int
+
+
+@dataclass
+class TileCosts:
+    """Estimates for stretches of one problem; equal stretches are estimated once."""
+
+    problem: Problem
+    calls: Calls = field(default_factory=Calls)
+    _regions: dict[object, Region | None] = field(default_factory=dict)
+    _inner: dict[object, Inner] = field(default_factory=dict)
+
+    @cached_property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        return self.problem.liveness.nodes
+
+    @cached_property
+    def position(self) -> dict[fx.Node, int]:
+        return {node: i for i, node in enumerate(self.nodes)}
+
+    @cached_property
+    def live_before(self) -> np.ndarray:
+        """Activation bytes between operators: before operator i, and behind the last; int64[n + 1]."""
+        live, sizes = self.problem.liveness, dict[int, int]()
+        levels = [int(live.input_bytes)]
+        for born, dies in zip(live.born, live.dies, strict=True):
+            sizes.update(born)
+            levels.append(levels[-1] + sum(n for _, n in born) - sum(sizes.pop(storage) for storage in dies))
+        return np.array(levels, dtype=np.int64)
+
+    @cached_property
+    def weights_at(self) -> np.ndarray:
+        """Bytes of the weights that have to be there at operator i at least; int64[n]."""
+        delta = np.zeros(len(self.nodes) + 1, dtype=np.int64)
+        for visit in self.problem.visits:
+            if visit.weight not in self.problem.pinned:
+                delta[visit.first] += self.problem.weight_bytes[visit.weight]
+                delta[visit.last + 1] -= self.problem.weight_bytes[visit.weight]
+        return np.cumsum(delta[:-1]) + self.problem.arena_bytes(self.problem.pinned)
+
+    @cached_property
+    def total(self) -> np.ndarray:
+        """The least that is live at operator i untiled; int64[n]."""
+        return self.problem.activation_bytes + self.weights_at
+
+    def seeds(self, start: int, stop: int) -> list[tuple[fx.Node, int]]:
+        """The two largest values that come into [start, stop), and the dimensions along which they may be cut."""
+        inside = set(self.nodes[start:stop])
+        coming = dict.fromkeys(n for node in self.nodes[start:stop] for n in node.all_input_nodes if n not in inside)
+        values = [
+            n for n in coming if isinstance(n.meta.get("val"), torch.Tensor) and n.name not in self.problem.program.weights
+        ]
+        values.sort(key=lambda n: -n.meta["val"].numel())
+        return [(n, d) for n in values[:2] for d in range(n.meta["val"].dim()) if n.meta["val"].shape[d] > 1]
+
+    def region(self, start: int, stop: int, seed: fx.Node, dim: int) -> Region | None:
+        """The region of the operators [start, stop), None where there is none. Of equal stretches that of the first one."""
+        key = self._key(start, stop, seed, dim)
+        if key not in self._regions:
+            try:
+                self._regions[key] = find_region(self.nodes[start:stop], seed, dim, self.calls)
+            except Untileable:
+                self._regions[key] = None
+        return self._regions[key]
+
+    def estimate(self, start: int, stop: int, seed: fx.Node, dim: int, count: int) -> Estimate | None:
+        """The stretch in at most `count` tiles along a dimension of the seed; None where it has no region."""
+        region = self.region(start, stop, seed, dim)
+        if region is None:
+            return None
+        key = self._key(start, stop, seed, dim), count
+        if key not in self._inner:
+            self._inner[key] = self._measure(region, count)
+        inner = self._inner[key]
+        before = int(self.live_before[start])
+        weights = self._weights(start, stop)
+        whole = sum(nbytes for node in region.whole for nbytes in self._born(node))
+        peak = before + whole + inner.result_bytes + inner.tile_bytes
+        workspace = max((self._workspace(node) for node in region.whole), default=0)
+        return Estimate(inner, weights + max(peak, before + whole + workspace))
+
+    def _key(self, start: int, stop: int, seed: fx.Node, dim: int) -> object:
+        """What makes two stretches equal: the same calls on each other's results, with the same ones read afterwards."""
+        outside: dict[fx.Node, int] = {}
+        rows: list[object] = []
+        for i in range(start, stop):
+            node = self.nodes[i]
+            links = []
+            for n in node.all_input_nodes:
+                at = self.position.get(n, -1)
+                links.append(i - at if start <= at else -1 - outside.setdefault(n, len(outside)))
+            leaves = any(self.position.get(user, stop) >= stop for user in node.users)
+            rows.append((self._call_ids[i], tuple(links), leaves))
+        return tuple(rows), outside.get(seed, -1), dim
+
+    @cached_property
+    def _call_ids(self) -> list[int]:
+        ids: dict[object, int] = {}
+        found = []
+        for node in self.nodes:
+            key = call_of(node).key if isinstance(node.target, torch._ops.OpOverload) else (node.target, node.args[1:])
+            found.append(ids.setdefault(key, len(ids)))
+        return found
+
+    def _weights(self, start: int, stop: int) -> int:
+        names = {v.weight for v in self.problem.visits if v.first < stop and v.last >= start} | self.problem.pinned
+        return self.problem.arena_bytes(names)
+
+    def _born(self, node: fx.Node) -> list[int]:
+        return [nbytes for _, nbytes in self.problem.liveness.born[self.position[node]]]
+
+    def _workspace(self, node: fx.Node) -> int:
+        return int(self.problem.liveness.costs[self.position[node]].workspace_bytes)
+
+    def _measure(self, region: Region, count: int) -> Inner:
+        """The tile from the middle, replayed: what it makes, until its last reader has run."""
+        grain = _grain(region.extent, count)
+        tile, number = region.usual_tile(count, grain)
+        ratios = {node: _ratio(node, tile) for node in region.nodes}
+        live = most = 0
+        added = 0.0
+        launch = self.problem.machine.launch_seconds
+        readers = _readers(region)
+        held: dict[int, int] = {}
+        for i, node in enumerate(region.ordered):
+            share = ratios.get(node, 1 / number)
+            workspace = int(self._workspace(node) * share)
+            for storage, nbytes in self.problem.liveness.born[self.position[node]]:
+                if node in ratios:
+                    held[storage] = int(nbytes * share)
+                    live += held[storage]
+            most = max(most, live + workspace)
+            for storage in [s for s in held if readers.get(s, -1) <= i]:
+                live -= held.pop(storage)
+            seconds = float(self.problem.seconds[self.position[node]])
+            if seconds:
+                added += launch * number + max(0.0, seconds - launch) * share * number - seconds
+        results = sum(_dense_bytes(node) for node in region.results)
+        traffic = self.problem.machine.memory_bandwidth
+        added += sum(2 * _dense_bytes(node) / traffic + number * launch for node in region.results)
+        return Inner(number, grain, most, results, added)
+
+
+def _grain(extent: int, count: int) -> int:
+    """Tiles begin at round places, where that does not make them much larger: fewer bodies, whole rows of what is upsampled."""
+    size = -(-extent // count)
+    return next(grain for grain in (16, 8, 4, 2, 1) if size >= 4 * grain or grain == 1)
+
+
+def _ratio(node: fx.Node, tile: TileNeeds) -> float:
+    """The share of a node's result that the tile computes."""
+    parts = tile.parts.get(node)
+    if parts is None:
+        return 0.0
+    whole = sum(t.numel() for t in tensors_of(node))
+    mine = sum(
+        t.numel() // t.shape[part.dim] * part.size for t, part in zip(tensors_of(node), parts, strict=True) if part is not None
+    )
+    return mine / max(whole, 1)
+
+
+def _readers(region: Region) -> Mapping[int, int]:
+    """By storage made in the region: the position of its last reader there."""
+    last: dict[int, int] = {}
+    order = {node: i for i, node in enumerate(region.ordered)}
+    for i, node in enumerate(region.ordered):
+        for tensor in tensors_of(node):
+            uses = [order[user] for user in node.users if user in order]
+            mine = max(uses, default=i)
+            last[storage_id(tensor)] = max(last.get(storage_id(tensor), -1), mine)
+    return last
+
+
+def _dense_bytes(node: fx.Node) -> int:
+    return sum(prod(t.shape) * t.dtype.itemsize for t in tensors_of(node))

@@ -1,0 +1,168 @@
+"""Which regions run in tiles, so that no operator needs more than a cap: the fewest added seconds, by dynamic programming.
+
+The operators above the cap are covered by regions whose tiles stay below it. Regions begin and end where few bytes are live, and
+at norms whose statistics are merged; of every stretch between two such places the dimension and number of tiles are chosen that
+add the fewest seconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from torch import fx
+
+from passes.regions import Tile
+from passes.tile_rules.base import REDUCTIONS
+from planner.solve.tile_cost import Estimate, TileCosts
+
+# Numbers of tiles that are tried, rising.
+COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# A region has at most so many operators, and spans at most so many places where it could have been cut.
+_LONGEST = 96
+_MOST_CUTS = 12
+# How far around the operators above the cap a region may begin and end, in operators.
+_MARGIN = 24
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The cheapest way to run operators [start, stop) in tiles."""
+
+    start: int
+    stop: int
+    tile: Tile
+    estimate: Estimate
+
+
+# Bytes above the cap (summed over operators) and seconds up to some place; where the last region begins, if one ends there.
+_Best = tuple[tuple[float, float], tuple[int, _Choice | None]]
+
+
+@dataclass
+class TileSearch:
+    """Chooses regions for any cap on one problem. `forbidden` operators are never tiled."""
+
+    costs: TileCosts
+    forbidden: Callable[[fx.Node], bool] = lambda node: False
+
+    def tiles(self, cap_bytes: int) -> tuple[tuple[Tile, ...], int]:
+        """Regions that bring every operator to at most the cap, or as close to it as they can, and the bytes then needed."""
+        chosen: list[_Choice] = []
+        total = self.costs.total
+        for first, last in self._hot(cap_bytes):
+            begin = max(first - _MARGIN, chosen[-1].stop if chosen else 0)
+            chosen += self._cover(first, last + 1, begin, min(last + 1 + _MARGIN, len(total)), cap_bytes)
+        covered = np.zeros(len(total), dtype=bool)
+        for choice in chosen:
+            covered[choice.start : choice.stop] = True
+        left = [choice.estimate.peak_bytes for choice in chosen] + [int(total[~covered].max(initial=0))]
+        return tuple(choice.tile for choice in chosen), max(left)
+
+    def _hot(self, cap_bytes: int) -> list[tuple[int, int]]:
+        """Runs of operators above the cap; those with few operators between them are one."""
+        hot = [int(i) for i in np.flatnonzero(self.costs.total > cap_bytes)]
+        runs: list[list[int]] = []
+        for i in hot:
+            if runs and i - runs[-1][1] <= 4:
+                runs[-1][1] = i
+            else:
+                runs.append([i, i])
+        return [(a, b) for a, b in runs]
+
+    def _cover(self, first: int, stop: int, begin: int, end: int, cap_bytes: int) -> list[_Choice]:
+        """The regions that cover the operators [first, stop) best: those left above the cap, by how much, then seconds.
+
+        best[j]: the best for all operators before the j-th place.
+        """
+        places = self._places(first, stop, begin, end)
+        total = self.costs.total
+        best: list[_Best] = [((0.0, 0.0), (-1, None))]
+        for j in range(1, len(places)):
+            left = [float(max(0, total[i] - cap_bytes)) for i in range(places[j - 1], places[j])]
+            before = best[j - 1][0]
+            found: _Best = ((before[0] + sum(left), before[1]), (j - 1, None))
+            for i in range(j - 1, max(-1, j - 1 - _MOST_CUTS), -1):
+                if places[j] - places[i] > _LONGEST or self._blocked(places[i], places[j]):
+                    break
+                if not any(total[k] > cap_bytes for k in range(places[i], places[j])):
+                    continue
+                choice = self._choose(places[i], places[j], cap_bytes)
+                if choice is None:
+                    continue
+                over = float(max(0, choice.estimate.peak_bytes - cap_bytes)) * (places[j] - places[i])
+                rank = best[i][0][0] + over, best[i][0][1] + choice.estimate.inner.added_seconds
+                if rank < found[0]:
+                    found = rank, (i, choice)
+            best.append(found)
+        chosen, j = [], len(places) - 1
+        while j > 0:
+            j, choice = best[j][1]
+            if choice is not None:
+                chosen.append(choice)
+        return chosen[::-1]
+
+    def _places(self, first: int, stop: int, begin: int, end: int) -> list[int]:
+        """Where regions may begin and end: at both ends, where live bytes are least, behind merged results."""
+        live = self.costs.live_before
+        found = {first, stop}
+        for i in range(begin, end + 1):
+            low = live[i] <= live[max(0, i - 1)] and live[i] <= live[min(len(live) - 1, i + 1)]
+            if (low or (i > 0 and i in self._merged_ends)) and self._separable(i):
+                found.add(i)
+        return sorted(p for p in found if self._separable(p))
+
+    @cached_property
+    def _merged_ends(self) -> set[int]:
+        """Behind each operator whose result can be merged from parts, and in front of its first reader."""
+        ends = set()
+        for i, node in enumerate(self.costs.nodes):
+            if node.target in REDUCTIONS and str(node.target).startswith("vramplan."):
+                ends |= {i + 1, min((self.costs.position.get(user, i + 1) for user in node.users), default=i + 1)}
+        return ends
+
+    def _separable(self, place: int) -> bool:
+        """Not between an operator and the members of its result."""
+        if place >= len(self.costs.nodes):
+            return True
+        node = self.costs.nodes[place]
+        return getattr(node.target, "__name__", "") != "getitem"
+
+    def _blocked(self, start: int, stop: int) -> bool:
+        """Whether the stretch holds a norm's statistics together with what reads them, or what must not be tiled."""
+        nodes = self.costs.nodes[start:stop]
+        if any(self.forbidden(node) for node in nodes):
+            return True
+        made = {node for node in nodes if str(node.target).startswith("vramplan.group_statistics")}
+        return bool(made) and any(n in made for node in nodes for n in node.all_input_nodes)
+
+    def _choose(self, start: int, stop: int, cap_bytes: int) -> _Choice | None:
+        """The fewest tiles along the first dimension with which the stretch is under the cap; else what needs the least bytes."""
+        best: _Choice | None = None
+        seen: list[object] = []
+        for seed, dim in self.costs.seeds(start, stop):
+            region = self.costs.region(start, stop, seed, dim)
+            if region is None or (shape := [(n, region.dims[n]) for n in region.nodes]) in seen:
+                continue
+            seen.append(shape)
+            choice = self._fewest(start, stop, seed, dim, cap_bytes)
+            if choice.estimate.peak_bytes <= cap_bytes:
+                return choice
+            if best is None or choice.estimate.peak_bytes < best.estimate.peak_bytes:
+                best = choice
+        return best
+
+    def _fewest(self, start: int, stop: int, seed: fx.Node, dim: int, cap_bytes: int) -> _Choice:
+        """The least number of tiles that is under the cap; the largest where none is."""
+
+        def choice(index: int) -> _Choice:
+            estimate = self.costs.estimate(start, stop, seed, dim, COUNTS[index])
+            assert estimate is not None
+            names = self.costs.nodes[start].name, self.costs.nodes[stop - 1].name
+            return _Choice(start, stop, Tile(*names, seed.name, dim, COUNTS[index], estimate.inner.grain), estimate)
+
+        index = bisect_left(range(len(COUNTS)), True, key=lambda i: choice(i).estimate.peak_bytes <= cap_bytes)
+        return choice(min(index, len(COUNTS) - 1))

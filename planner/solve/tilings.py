@@ -1,0 +1,144 @@
+"""Untiled or tiled, and how finely: the program in several tilings, each solved for the budget, and the fastest of them.
+
+A tiling brings every operator under some cap. Caps fall by a fixed ratio from the untiled peak for as long as tiling helps, and
+do not depend on the budget: a larger budget has all the tilings of a smaller one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from passes.base import Pass, run_passes
+from passes.program import Program
+from passes.split_norms import SplitNorms, splittable_norms
+from passes.tile_regions import TileRegions, stretch_of
+from planner.solve.decide import Schedule, Solver
+from planner.solve.decisions import Tiling
+from planner.solve.problem import Problem
+from planner.solve.tile_cost import TileCosts
+from planner.solve.tile_search import TileSearch
+
+# Caps fall by this share; they stop falling where the peak no longer does.
+_RATIO = 0.8
+# A tiling whose arithmetic alone takes so many times the best step found ends the search: lower caps only add to it.
+_HOPELESS = 1.05
+# A step that takes no more than this beyond the untiled arithmetic is not improved.
+_PERFECT = 1.001
+
+
+def tile_program(program: Program, tiling: Tiling) -> Program:
+    """The canonical program as a tiling says.
+
+    Raises:
+        PlanFileError: it names what the program does not have. Untileable: a region that cannot be cut so.
+    """
+    return run_passes(program, _passes(tiling))
+
+
+def _passes(tiling: Tiling) -> tuple[Pass, ...]:
+    return (
+        SplitNorms(tiling.norms),  # first: regions begin and end at the halves
+        TileRegions(tiling.tiles),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Tilings:
+    """The solvers of one canonical program: `base` of the program as it is, others of its tilings.
+
+    `build` analyses a rewritten program; None where nothing may be tiled.
+    """
+
+    base: Solver
+    build: Callable[[Program, Tiling], Problem] | None = None
+
+    @cached_property
+    def minimum(self) -> Solver:
+        """The solver with the schedule of least memory."""
+        return min((self.base, self._solver(self._levels[-1][1])), key=lambda solver: solver.minimum.peak_bytes)
+
+    def least_bytes(self, budget_bytes: int) -> int:
+        """The least feasible budget where it is above `budget_bytes`; else some feasible one, without looking further."""
+        base = self.base.minimum.peak_bytes
+        return base if base <= budget_bytes else self.minimum.minimum.peak_bytes
+
+    def solve(self, budget_bytes: int, host_bytes: int | None = None) -> tuple[Solver, Schedule]:
+        """The fastest schedule of all tilings; requires `budget_bytes >= minimum.minimum.peak_bytes`."""
+        best: tuple[Solver, Schedule] | None = None
+        for solver in self._candidates(budget_bytes):
+            least = solver.problem.compute_seconds
+            if best is not None and least > _HOPELESS * best[1].time.step_seconds:
+                break
+            if solver.minimum.peak_bytes > budget_bytes or (best is not None and least >= best[1].time.step_seconds):
+                continue
+            schedule = solver.solve(budget_bytes, host_bytes)
+            if best is None or schedule.time.step_seconds < best[1].time.step_seconds:
+                best = solver, schedule
+            if best[1].time.step_seconds <= _PERFECT * self.base.problem.compute_seconds:
+                break
+        if best is None:
+            best = self.minimum, self.minimum.solve(budget_bytes, host_bytes)
+        return best
+
+    def of(self, tiling: Tiling) -> Solver:
+        """The solver of a given tiling.
+
+        Raises:
+            PlanFileError, Untileable: as `tile_program`.
+        """
+        return self._solver(tiling)
+
+    def _candidates(self, budget_bytes: int) -> Iterator[Solver]:
+        """Untiled, then finer and finer."""
+        yield self.base
+        if self.build is None:
+            return
+        for cap, tiling in self._levels:
+            if cap <= budget_bytes and tiling:
+                yield self._solver(tiling)
+
+    def _solver(self, tiling: Tiling) -> Solver:
+        if not tiling:
+            return self.base
+        if tiling not in self._solvers:
+            assert self.build is not None
+            program = tile_program(self.base.problem.program, tiling)
+            self._solvers[tiling] = Solver(self.build(program, tiling), self.base.repeats, self.base.pool)
+        return self._solvers[tiling]
+
+    @cached_property
+    def _solvers(self) -> dict[Tiling, Solver]:
+        return {}
+
+    @cached_property
+    def _split(self) -> Problem:
+        """The program with all norms split, on which regions are looked for."""
+        assert self.build is not None
+        program = self.base.problem.program
+        tiling = Tiling(splittable_norms(program))
+        return self.build(tile_program(program, tiling), tiling) if tiling else self.base.problem
+
+    @cached_property
+    def _levels(self) -> list[tuple[int, Tiling]]:
+        """Caps, falling, with the tiling of each; the last one needs the least memory."""
+        if self.build is None:
+            return [(0, Tiling())]
+        search = TileSearch(TileCosts(self._split))
+        levels: list[tuple[int, Tiling]] = []
+        peak = cap = int(search.costs.total.max())
+        while True:
+            cap = int(cap * _RATIO)
+            tiles, reached = search.tiles(cap)
+            if reached >= peak:
+                break
+            peak = reached
+            levels.append((cap, self._tiling(tiles)))
+        return levels or [(0, Tiling())]
+
+    def _tiling(self, tiles: tuple) -> Tiling:  # type: ignore[type-arg]
+        """With the norms that lie in a region's stretch, whole or in part."""
+        names = {node.name for tile in tiles for node in stretch_of(self._split.program, tile)[0]}
+        halves = {name: {name, f"{name}_statistics"} for name in self._split.tiling.norms}
+        return Tiling(tuple(name for name, both in halves.items() if both & names), tiles)
