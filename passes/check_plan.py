@@ -303,6 +303,9 @@ class _Replay:
             result.append((spec, fresh[identity] if key is None else key))
         self._note(node, self._round(int(node.meta.get("workspace_bytes", 0))))
         self._name(node, result)
+        if not node.users:  # printed without a name: nothing holds it
+            for key in self._keys(node.name):
+                self._drop(key, node.name)
 
     # Loops: every tile is replayed, and what they write is complete.
 
