@@ -9,17 +9,19 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes.check_kernels import Kernels, Value
 from passes.program import Program
 from passes.spec import TensorSpec
 from runtime import ops
 from runtime.errors import CheckError
-from runtime.layout import Bundle, Slot
+from runtime.layout import Bundle, HostPlace, Slot
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,14 @@ class Proof:
 
 @dataclass
 class _Storage:
-    """`bundle` is set for staged weights, `weight` for those and residents; `readers` are the values that refer to it."""
+    """`bundle` is set for staged weights, `weight` for those and residents, `host` for what lives on the host, which is
+    `complete` once a loop has written all of it; `values` are those that refer to it."""
 
     nbytes: int
     weight: str | None = None
     bundle: int | None = None
+    host: HostPlace | None = None
+    complete: bool = False
     values: set[str] = field(default_factory=set)
 
 
@@ -61,11 +66,12 @@ class _Cut(NamedTuple):
 
 @dataclass
 class _Tile:
-    """One tile of a loop: what it writes of storages that were there `before`, by storage."""
+    """One tile of a loop: what it writes of storages that were there `before`, by storage. `operands`: their names inside."""
 
     loop: fx.Node
     written: dict[int, _Cut]
     before: set[int]
+    operands: set[str]
 
 
 def check_plan(program: Program, budget_bytes: int, *, rounding_bytes: int = 1, fixed_bytes: int = 0) -> Proof:
@@ -100,6 +106,7 @@ class _Replay:
         self.live_bytes: dict[str, int] = {}
         self.kernels = Kernels()
         self.tile: _Tile | None = None
+        self.coming: dict[int, tuple[int, int, int]] = {}  # by slot: the value and the band on its way
 
     def run(self) -> Proof:
         self._check_layout()
@@ -135,6 +142,10 @@ class _Replay:
             self._free(node)
         elif node.target is ops.loop:
             self._loop(node)
+        elif node.target is ops.host:
+            self._host(node)
+        elif node.target in ops.BANDS:
+            self._band(node)
         else:
             self._operator(node)
 
@@ -325,7 +336,7 @@ class _Replay:
             for row in run.table:
                 if len(row) != len(columns):
                     raise self._error("I5", f"a tile of {node.name} has {len(row)} numbers for {len(columns)} columns")
-                self.tile, self.freed = _Tile(node, {}, set(self.storages)), set()
+                self.tile, self.freed = _Tile(node, {}, set(self.storages), {inner.name for inner in bound}), set()
                 self.values = {inner.name: outer[o.name] for inner, o in zip(bound, operands, strict=True)}
                 self.values |= {column.name: [] for column in columns}
                 self.kernels.numbers = {column.name: number for column, number in zip(columns, row, strict=True)}
@@ -338,8 +349,69 @@ class _Replay:
                     written.setdefault(key, []).append(part)
         self.tile, self.values, self.freed = None, outer, freed
         self.kernels.numbers = {}
+        if self.coming:
+            raise self._error("I4", f"a band is on its way when {node.name} ends, and nobody reads it")
         for operand in operands:
             self._check_whole(node, operand, written)
+
+    # Values on the host: places, and the slots through which their bands come and go.
+
+    def _host(self, node: fx.Node) -> None:
+        index, shape, dim, dtype = cast(Any, node.args)
+        with FakeTensorMode():
+            places, value = self.layout.hosted, ops.host(index, shape, dim, dtype)
+        if not 0 <= index < len(places):
+            raise self._error("I3", f"{node.name} has the place {index} on the host, and the layout has no such place")
+        place = places[index]
+        if value.numel() * value.dtype.itemsize > place.nbytes or place.offset + place.nbytes > self.layout.host_bytes:
+            raise self._error("I2", f"{node.name} does not fit its place on the host")
+        for storage in self.storages.values():
+            other = storage.host
+            if other is not None and storage.values and other.offset < place.offset + place.nbytes:
+                if place.offset < other.offset + other.nbytes:
+                    raise self._error("I2", f"{node.name} is on the host where {min(storage.values)} still is")
+        key = self._new_storage(_Storage(0, host=place))
+        self._name(node, [(TensorSpec.of(value), key)])
+
+    def _band(self, node: fx.Node) -> None:
+        """A band comes or goes through its slot (I3, I4)."""
+        assert self.tile is not None, "bands are of loops"
+        value, slot, dim, *bounds = cast(Any, node.args)
+        (spec, key), (room, where) = self._only(value), self._only(slot)
+        start, stop = (self.kernels.numbers[n.name] if isinstance(n, fx.Node) else n for n in bounds)
+        storage, inside = self.storages[key], 0 <= start <= stop <= spec.shape[dim]
+        others = [n for d, n in enumerate(spec.shape) if d != dim]
+        if storage.host is None or not inside or (stop - start) * prod(others) > room.shape[0] or spec.dtype != room.dtype:
+            raise self._error("I3", f"{node.name} is no band of a value on the host that fits its slot")
+        views = set(self.storages[where].values)
+        views &= self.values.keys() - self.tile.operands
+        if node.target in (ops.ahead, ops.room) and views:
+            raise self._error("I4", f"{node.name} refills a slot that {min(views)} still reads")
+        if node.target is ops.save:
+            if key in self.tile.written:
+                raise self._error("I5", f"{node.name} writes what the same tile has written")
+            self.tile.written[key] = _Cut(dim, start, stop)
+        elif node.target is ops.ahead:
+            self.coming[where] = (key, start, stop)
+            if start == stop:
+                del self.coming[where]
+        elif node.target is ops.fetch and not storage.complete:
+            raise self._error("I3", f"{node.name} reads a value on the host before all of it was written")
+        elif node.target is ops.fetch and self.coming.pop(where, (key, start, stop)) != (key, start, stop):
+            raise self._error("I3", f"{node.name} reads another band than the one on its way")
+        if node.target in (ops.fetch, ops.room):
+            strides = [1]
+            for n in reversed(others):
+                strides.insert(0, strides[0] * n)
+            order = [dim, *(d for d in range(len(spec.shape)) if d != dim)]
+            shape = tuple(stop - start if d == dim else n for d, n in enumerate(spec.shape))
+            stride = tuple(strides[order.index(d)] for d in range(len(shape)))
+            self._name(node, [(TensorSpec(shape, stride, spec.dtype), where)])
+
+    def _only(self, node: fx.Node) -> Value:
+        value = self.values[node.name][0]
+        assert value is not None
+        return value
 
     def _write(self, node: fx.Node, key: int) -> None:
         """Notes which interval of which operand a tile writes."""
@@ -371,6 +443,7 @@ class _Replay:
         whole = {part.dim for part in parts} == {parts[0].dim} and ends[-1] == value[0].shape[parts[0].dim]
         if not whole or any(part.start != end for part, end in zip(parts, ends, strict=False)):
             raise self._error("I5", f"the tiles of {node.name} do not write every element of {operand.name} once")
+        self.storages[value[1]].complete = True
 
     def _name(self, node: fx.Node, outputs: list[Value | None]) -> None:
         self.values[node.name] = outputs

@@ -15,7 +15,7 @@ from passes.loop import loop_of
 from passes.program import Program, copy_graph
 from runtime import ops
 
-_VALUELESS = {ops.prefetch, ops.evict, ops.free, ops.loop, *ops.NUMBERS}
+_VALUELESS = {ops.prefetch, ops.evict, ops.free, ops.loop, ops.ahead, ops.save, *ops.NUMBERS}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from passes.loop import Loop, loop_of
 from passes.probe import OpCost, Prober
 from passes.program import Bytes, Program, storage_bytes, storage_id, tensors_of
 from passes.symbolic import SymbolicCost, SymbolicProber
+from runtime import ops
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def _analyse(
     prober: Prober | SymbolicProber,
     round_bytes: Callable[[Bytes], Bytes],
 ) -> Liveness:
-    """`owned`: storages that are somebody else's."""
+    """`owned`: storages that are somebody else's; those of values that live on the host are not on the device."""
+    owned = owned | {storage_id(t) for node in nodes if node.target is ops.host for t in tensors_of(node)}
     position = {node: i for i, node in enumerate(nodes)}
     end = len(nodes)
     members: dict[int, list[fx.Node]] = {}

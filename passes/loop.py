@@ -51,6 +51,11 @@ class Loop:
     label: str = ""
 
     @property
+    def banded(self) -> bool:
+        """Whether bands come from the host or go there."""
+        return any(node.target in ops.BANDS for run in self.runs for node in run.operators)
+
+    @property
     def count(self) -> int:
         return sum(len(run.table) for run in self.runs)
 

@@ -8,7 +8,7 @@ remains is computed for every tile from exactly the parts that the rules ask for
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -214,8 +214,12 @@ class TileNeeds:
     written: Mapping[fx.Node, Part]
 
 
-def find_region(stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Calls) -> Region:
+def find_region(
+    stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Calls, hosted: Collection[fx.Node] = ()
+) -> Region:
     """The region of a stretch of operators in program order, cut along dimension `dim` of `seed`, which comes from before it.
+
+    `hosted` values live on the host and are never read whole.
 
     Raises:
         Untileable: nothing in the stretch can be cut so.
@@ -225,7 +229,7 @@ def find_region(stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Call
             raise Untileable(f"{node.name} writes to its argument")
     forced: set[fx.Node] = set()
     while True:
-        spread = _Spread(stretch, seed, dim, calls, forced)
+        spread = _Spread(stretch, seed, dim, calls, forced, hosted)
         more = spread.demanded - forced
         if not more:
             break
@@ -240,17 +244,21 @@ def find_region(stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Call
     if not results and not merged:
         raise Untileable("nothing can be cut along this dimension")
     whole = tuple(n for n in stretch if n not in tiled and n not in merged)
+    if any(n in hosted for node in whole for n in node.all_input_nodes):
+        raise Untileable("something reads a value that lives on the host as a whole")
     return Region(calls, nodes, spread.dims, merged, whole, results)
 
 
 class _Spread:
     """One pass over the stretch: dimensions by value, and the values that something reads whole."""
 
-    def __init__(self, stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Calls, forced: set[fx.Node]) -> None:
+    def __init__(
+        self, stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Calls, forced: set[fx.Node], hosted: Collection[fx.Node]
+    ) -> None:
         self.dims: dict[fx.Node, int] = {}
         self.merged: dict[fx.Node, int] = {}
         self.demanded: set[fx.Node] = set()
-        self._calls = calls
+        self._calls, self._hosted = calls, hosted
         # Dimensions of values from before the region: where a reader of only such values is cut, follows from them.
         self._outer: dict[fx.Node, int] = {seed: dim}
         for node in stretch:
@@ -268,7 +276,8 @@ class _Spread:
             return False
         arguments = self._calls.arguments(node)
         inner = [n for n in arguments if n in self.dims]
-        if not inner and (not any(n in self._outer for n in arguments) or _is_view(node)):
+        free = _is_view(node) and not any(n in self._hosted for n in arguments)
+        if not inner and (free or not any(n in self._outer for n in arguments)):
             return False
         best: tuple[int, int] | None = None
         for dim in range(max((t.dim() for t in tensors_of(node)), default=0)):

@@ -20,7 +20,8 @@ from passes.fakes import FaithfulFakes
 from passes.loop import Run
 from passes.program import tensors_of
 from passes.regions import Region, TileNeeds
-from passes.tile_rules import Part, Reduced, Tiled
+from passes.tile_rules import Part, Reduced, Tiled, Untileable
+from runtime import ops
 
 aten = torch.ops.aten
 
@@ -71,12 +72,12 @@ class _Sheet:
         self.steps.append(_Step(name, target, tuple(args), dict(kwargs)))
         return _Token(self, _Ref(len(self.steps) - 1))
 
-    def columns(self, *numbers: int) -> tuple[_Ref, ...]:
-        """The columns that hold these numbers, which a tile's place decides."""
+    def columns(self, *numbers: int, sized: bool = True) -> tuple[_Ref, ...]:
+        """The columns that hold these numbers, which a tile's place decides; `sized`: their distance decides the body."""
         if numbers not in self._columns:
             first = len(self.row)
             self.row += numbers
-            self.sizes.append(numbers[-1] - numbers[0])
+            self.sizes += [numbers[-1] - numbers[0]] if sized else []
             self._columns[numbers] = tuple(_Ref(first + i, column=True) for i in range(len(numbers)))
         return self._columns[numbers]
 
@@ -92,21 +93,57 @@ class _Sheet:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Operands of a loop that are written: whole results by node, stacks of partial results by merged node."""
+    """Operands of a loop besides what it reads: whole results by node, stacks of partial results by merged node.
+
+    `slots`: for each operand that lives on the host the device memory for one band of it.
+    """
 
     results: Mapping[fx.Node, fx.Node]
     stacks: Mapping[fx.Node, fx.Node]
+    slots: Mapping[fx.Node, fx.Node]
 
 
-def note_tile(region: Region, tile: TileNeeds, index: int, operands: Mapping[fx.Node, int], buffers: Buffers) -> _Sheet:
-    """The steps of one tile. `operands`: positions in the loop's list of them."""
+def bands_of(region: Region, tile: TileNeeds) -> dict[fx.Node, Part]:
+    """Of every value that lives on the host the band that a tile reads.
+
+    Raises:
+        Untileable: something reads it whole, or along another dimension than that of its bands.
+    """
+    bands: dict[fx.Node, Part] = {}
+    for node in region.ordered:
+        step = tile.steps[node]
+        for argument, need in () if step is None else _needs(region, node, step):
+            if argument.target is not ops.host:
+                continue
+            if need is None or need.dim != argument.args[2]:
+                raise Untileable(f"{node.name} reads {argument.name}, which lives on the host, along another dimension")
+            bands[argument] = bands[argument].hull(need) if argument in bands else need
+    return bands
+
+
+def note_tile(
+    region: Region,
+    tile: TileNeeds,
+    index: int,
+    operands: Mapping[fx.Node, int],
+    buffers: Buffers,
+    bands: Mapping[fx.Node, Part],
+    coming: Mapping[fx.Node, Part],
+) -> _Sheet:
+    """The steps of one tile. `operands`: positions in the loop's list of them. `bands`, `coming`: of this tile and the next."""
     sheet = _Sheet()
+    here: dict[fx.Node, _Token] = {}
     known: dict[fx.Node, list[_Token | None]] = {}
 
     def operand(node: fx.Node) -> _Token:
         return _Token(sheet, _Ref(-1 - operands[node]))
 
     def value(node: fx.Node, need: Part | None, member: int = 0) -> _Token:
+        if node in bands:
+            if node not in here:
+                here[node] = fetch(node, bands[node])
+            assert need is not None
+            return sheet.part(node.name, here[node], need.within(bands[node]), bands[node].size, fixed=True)
         if node not in known:
             size = int(node.meta["val"].shape[need.dim]) if need is not None else 0
             return sheet.part(node.name, operand(node), need, size, fixed=False)
@@ -116,9 +153,26 @@ def note_tile(region: Region, tile: TileNeeds, index: int, operands: Mapping[fx.
             return token
         return sheet.part(node.name, token, need.within(held), held.size, fixed=True)
 
+    def fetch(node: fx.Node, band: Part) -> _Token:
+        """A band from the host, laid out as the value would be; the slot is free for the next one then."""
+        place = operand(node), operand(buffers.slots[node]), band.dim
+        arrived = sheet.note(f"{node.name}_band", ops.fetch, (*place, *sheet.columns(band.start, band.stop)), {})
+        part = sheet.note(
+            f"{node.name}_band", aten.clone.default, (arrived,), {"memory_format": torch.contiguous_format}
+        )
+        following = coming.get(node, Part(band.dim, 0, 0))
+        sheet.note(f"{node.name}_ahead", ops.ahead, (*place, *sheet.columns(following.start, following.stop, sized=False)), {})
+        return part
+
     def write(node: fx.Node) -> None:
         """Its own part of a result, as soon as that is there."""
         buffer, part = buffers.results[node], tile.written[node]
+        if buffer.target is ops.host:
+            place = operand(buffer), operand(buffers.slots[buffer]), part.dim, *sheet.columns(part.start, part.stop)
+            room = sheet.note(f"{buffer.name}_room", ops.room, place, {})
+            sheet.note(f"{node.name}_write", aten.copy_.default, (room, value(node, part)), {})
+            sheet.note(f"{node.name}_save", ops.save, place, {})
+            return
         target = sheet.part(buffer.name, operand(buffer), part, int(buffer.meta["val"].shape[part.dim]), fixed=False)
         sheet.note(f"{node.name}_write", aten.copy_.default, (target, value(node, part)), {})
 

@@ -10,7 +10,7 @@ Raises: Untileable, where a decision cannot be applied; PlanFileError, where it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ from passes.loop import Loop
 from passes.program import Program, tensors_of
 from passes.refresh_values import carry_on
 from passes.regions import Calls, Region, Tile, find_region
-from passes.tile_body import Buffers, make_runs, note_tile
-from passes.tile_rules import Reduced, reduce_parts
+from passes.tile_body import Buffers, bands_of, make_runs, note_tile
+from passes.tile_rules import Reduced, Untileable, reduce_parts
 from passes.tile_rules.base import Part
 from runtime import ops
 from runtime.errors import PlanFileError
@@ -33,14 +33,19 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class TileRegions:
-    """`tiles`: the regions, in program order."""
+    """`tiles`: the regions, in program order. `hosted`: results of regions that live on the host, band by band."""
 
     tiles: tuple[Tile, ...]
+    hosted: tuple[str, ...] = ()
     name: str = "tile_regions"
 
     def apply(self, program: Program) -> Program:
         for decision in self.tiles:
-            program = _apply(program, decision)
+            program = _apply(program, decision, self.hosted)
+        for node in program.ops():
+            reader = next((user for user in node.users if user.target is not ops.loop), None)
+            if node.target is ops.host and reader is not None:
+                raise Untileable(f"{reader.name} reads {node.name}, which lives on the host, as a whole")
         return program
 
 
@@ -61,11 +66,12 @@ def stretch_of(program: Program, tile: Tile) -> tuple[list[fx.Node], fx.Node]:
     return operators[first : last + 1], nodes[tile.seed]
 
 
-def _apply(program: Program, decision: Tile) -> Program:
+def _apply(program: Program, decision: Tile, hosted: Collection[str]) -> Program:
     graph = program.copy_graph()
     program = program.with_graph(graph)
     stretch, seed = stretch_of(program, decision)
-    region = find_region(stretch, seed, decision.dim, Calls())
+    on_host = {node for node in program.ops() if node.target is ops.host}
+    region = find_region(stretch, seed, decision.dim, Calls(), on_host)
     tiles = region.tiles(decision.count, decision.grain)
     if len(tiles) < 2:
         return program
@@ -73,12 +79,24 @@ def _apply(program: Program, decision: Tile) -> Program:
     with graph.inserting_after(stretch[-1]):
         end = graph.call_function(ops.free, ())  # a place to insert at, taken out below
     with graph.inserting_before(end):
-        results = {node: _buffer(graph, node, tensors_of(node)[0]) for node in region.results}
+        results = {
+            node: _host(graph, node, region.dims[node]) if node.name in hosted else _buffer(graph, node, tensors_of(node)[0])
+            for node in region.results
+        }
         stacks = {node: _stack(graph, region, node, dim, len(tiles)) for node, dim in region.merged.items()}
-        buffers = Buffers(results, stacks)
-        operands = [*region.operands, *results.values(), *stacks.values()]
+        bands = [bands_of(region, tile) for tile in tiles]
+        coming = dict.fromkeys(node for band in bands for node in band)
+        slots = {node: _slot(graph, node, max(band[node].size for band in bands if node in band)) for node in coming}
+        for node, buffer in results.items():
+            if buffer.target is ops.host:
+                slots[buffer] = _slot(graph, buffer, max(tile.written[node].size for tile in tiles))
+        buffers = Buffers(results, stacks, slots)
+        operands = [*region.operands, *results.values(), *stacks.values(), *slots.values()]
         index = {node: i for i, node in enumerate(operands)}
-        sheets = [note_tile(region, tile, i, index, buffers) for i, tile in enumerate(tiles)]
+        sheets = [
+            note_tile(region, tile, i, index, buffers, bands[i], bands[i + 1] if i + 1 < len(tiles) else {})
+            for i, tile in enumerate(tiles)
+        ]
         loop = graph.call_function(ops.loop, (tuple(operands),))
         loop.meta["loop"] = Loop(make_runs(sheets, operands, taken), _label(region, len(tiles)))
         for key in ("nn_module_stack", "stack_trace"):
@@ -118,6 +136,24 @@ def _empty(graph: fx.Graph, name: str, shape: tuple[int, ...], strides: tuple[in
     with like.fake_mode, FaithfulFakes():  # type: ignore[attr-defined]
         node.meta["val"] = torch.empty_strided(shape, strides, dtype=like.dtype)
     return node
+
+
+def _host(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:
+    """Room on the host for a result, in bands along `dim`."""
+    like = tensors_of(node)[0]
+    index = sum(1 for other in graph.nodes if other.target is ops.host)
+    args = (index, [int(n) for n in like.shape], dim, like.dtype)
+    made = graph.create_node("call_function", ops.host, args, name=node.name)
+    with like.fake_mode:  # type: ignore[attr-defined]
+        made.meta["val"] = ops.host(*args)
+    return made
+
+
+def _slot(graph: fx.Graph, value: fx.Node, size: int) -> fx.Node:
+    """Device memory for one band of `size` of a value that lives on the host."""
+    like, dim = value.meta["val"], value.args[2]
+    count = like.numel() // like.shape[dim] * size
+    return _empty(graph, f"{value.name}_slot", (count,), (1,), like)
 
 
 def _stack(graph: fx.Graph, region: Region, node: fx.Node, dim: int, count: int) -> fx.Node:
@@ -166,4 +202,6 @@ def _replace(graph: fx.Graph, region: Region, results: Mapping[fx.Node, fx.Node]
         graph.erase_node(node)
     for old, new in {**results, **merged}.items():
         new.name = old.name
-    carry_on(graph, {new: old.meta["val"] for old, new in {**results, **merged}.items()})
+    # What lives on the host is laid out otherwise there, which none of its readers sees.
+    changed = {new: old.meta["val"] for old, new in {**results, **merged}.items() if new.target is not ops.host}
+    carry_on(graph, changed)

@@ -48,7 +48,8 @@ def tilings_of(program: Program, options: Options) -> Tilings:
         return build_problem(program, options.machine, memory, options.keeps_resident, profiler, tiling)
 
     base = Solver(build(program, Tiling()), options.repeats)
-    return Tilings(base, build if options.tile and program.origin is None else None)
+    hosting = options.offload and memory.device != "cpu"  # where the device is not the host itself
+    return Tilings(base, build if options.tile and program.origin is None else None, hosting)
 
 
 def infeasible(solver: Solver, budget_bytes: int) -> InfeasibleBudget:

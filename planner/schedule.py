@@ -170,4 +170,7 @@ def make_layout(problem: Problem, placements: Sequence[Placement], arena: bool) 
     for index, (placed, offset) in enumerate(zip(placements, offsets, strict=True)):
         slots, nbytes = pack([(w, weights[w].nbytes) for w in placed.span.weights], alignment)
         bundles.append(Bundle(index, slots, nbytes, offset, placed.carried))
-    return Layout(alignment, resident, resident_bytes, state, staging, bundles=tuple(bundles))
+    hosted, host_bytes = problem.hosted
+    return Layout(
+        alignment, resident, resident_bytes, state, staging, bundles=tuple(bundles), hosted=hosted, host_bytes=host_bytes
+    )

@@ -64,6 +64,8 @@ def _loop(node: fx.Node, names: _Names, comment: Callable[[fx.Node], str], inden
     """A Python loop for each run of a loop."""
     loop, operands = node.meta["loop"], [names(operand) for operand in node.all_input_nodes]
     yield f"{indent}# {node.name}: {loop.label}"
+    if loop.banded:
+        yield f"{indent}rt.begin_bands()"
     for run in loop.runs:
         placeholders = run.placeholders
         bound = dict(zip(placeholders, operands, strict=False))
@@ -71,6 +73,8 @@ def _loop(node: fx.Node, names: _Names, comment: Callable[[fx.Node], str], inden
         head = ", ".join(columns) + ("," if len(columns) == 1 else "")
         yield f"{indent}for {head} in {_rows(run.table)}:"
         yield from _block(run.body, names.within(bound), comment, indent + "    ")
+    if loop.banded:
+        yield f"{indent}rt.end_bands()"
 
 
 def _rows(table: Sequence[tuple[int, ...]]) -> str:
@@ -136,6 +140,11 @@ def _statement(node: fx.Node, names: _Names) -> Iterator[str]:
         yield f"{names(node)} = {_value(node.args[0], names)}.size({node.args[1]})"
     elif node.target is ops.integer:
         yield f"{names(node)} = {_formula(node, names)}"
+    elif node.target is ops.host:
+        yield f"{names(node)} = rt.host({', '.join(_value(a, names) for a in node.args)})"
+    elif node.target in ops.BANDS:
+        call = f"rt.{node.target.__name__}({', '.join(_value(a, names) for a in node.args)})"
+        yield f"{names(node)} = {call}" if node.users else call
     elif node.target is operator.getitem:
         yield f"{names(node)} = {_value(node.args[0], names)}[{node.args[1]}]"
     else:

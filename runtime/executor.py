@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from runtime.bands import Bands
 from runtime.devices.base import Device
 from runtime.emit import attribute_names, compile_source
 from runtime.executable import Executable
@@ -34,6 +35,9 @@ class Executor:
         self._resident: torch.Tensor | None = None
         self._staging: torch.Tensor | None = None
         self._w = SimpleNamespace()
+        bands = self._bands = Bands(device)
+        self.host, self.fetch, self.ahead = bands.host, bands.fetch, bands.ahead
+        self.room, self.save, self.begin_bands, self.end_bands = bands.room, bands.save, bands.begin, bands.end
         # Per bundle: where its bytes are on the host, its memory, its typed weights, the copies, the event of its arrival.
         self._sources: dict[int, list[tuple[int, Source]]] = {}
         self._buffers: dict[int, torch.Tensor] = {}
@@ -67,6 +71,7 @@ class Executor:
         for slot in layout.state:
             setattr(self._w, attributes[slot.weight], self._state[program.weights[slot.weight].name])
         self._program = program
+        self._bands.load(layout)
         for bundle in layout.bundles:
             self._sources[bundle.index] = self._locate(bundle)
             if bundle.offset is not None:
@@ -128,6 +133,7 @@ class Executor:
     def unload(self) -> None:
         """Gives up the loaded program and all arena memory; state stays."""
         self._settle()
+        self._bands.unload()
         self._program = self._run = self._resident = self._staging = None
         self._w = SimpleNamespace()
         for table in (self._sources, self._buffers, self._views, self._copies, self._arrived):
@@ -157,6 +163,7 @@ class Executor:
             self._copy_carried()
             return self._run(self, self._w, self.device.torch_device, *inputs)
         except BaseException:
+            self._bands.drain()
             self._drop_carried()
             raise
 

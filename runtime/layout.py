@@ -34,12 +34,21 @@ class Bundle:
 
 
 @dataclass(frozen=True)
+class HostPlace:
+    """Where a value lies in page-locked host memory: bytes from `offset` on, shared with values that live at other times."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Layout:
     """Static memory of one emitted program, in bytes. Every offset is a multiple of `alignment`.
 
     `state` are the weights that the program writes (I6): resident too, but each in an allocation of its own that programs share
     and the module sees, so their offsets are all 0. `pool_bytes` is the segment that the device's allocator is given beforehand
-    for activations and bundles without an offset, which would else get segments of their own; 0 where it is not.
+    for activations and bundles without an offset, which would else get segments of their own; 0 where it is not. `hosted` are the
+    places of values that live on the host, in an arena of `host_bytes`.
     """
 
     alignment: int
@@ -49,6 +58,8 @@ class Layout:
     staging_bytes: int = 0
     pool_bytes: int = 0
     bundles: tuple[Bundle, ...] = ()
+    hosted: tuple[HostPlace, ...] = ()
+    host_bytes: int = 0
 
     @property
     def state_bytes(self) -> int:

@@ -6,7 +6,18 @@ order on the caller's stream, except that the copy a `prefetch` starts runs on t
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+
+class Shaped(Protocol):
+    """What has a shape."""
+
+    @property
+    def shape(self) -> torch.Size: ...
 
 
 def prefetch(bundle: int) -> None:
@@ -44,5 +55,36 @@ def loop(operands: tuple[Any, ...]) -> None:
     raise AssertionError("a marker, printed as Python loops")
 
 
-ALL = frozenset({prefetch, onload, evict, free, size, integer, loop})
+def host(index: int, shape: Sequence[int], dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """A value that lives in page-locked host memory, in the layout's place `index`; bands along `dim` lie in one piece there."""
+    order = [dim, *(d for d in range(len(shape)) if d != dim)]
+    return torch.empty([shape[d] for d in order], dtype=dtype).permute([order.index(d) for d in range(len(shape))])
+
+
+def band_of(slot: torch.Tensor, whole: Shaped, dim: int, start: int, stop: int) -> torch.Tensor:
+    """The view of a flat slot that holds the band [start, stop) of `whole`, laid out as bands are on the host."""
+    others = [n for d, n in enumerate(whole.shape) if d != dim]
+    return slot[: (stop - start) * math.prod(others)].view([stop - start, *others]).movedim(0, dim)
+
+
+def fetch(value: torch.Tensor, slot: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
+    """A band of a host value on the device, in the slot: waits until it is there."""
+    return band_of(slot, value, dim, start, stop)
+
+
+def ahead(value: torch.Tensor, slot: torch.Tensor, dim: int, start: int, stop: int) -> None:
+    """Starts copying the next band to the slot, whose last band is read no more; nothing where `start` is `stop`."""
+
+
+def room(value: torch.Tensor, slot: torch.Tensor, dim: int, start: int, stop: int) -> torch.Tensor:
+    """Where a band of a host value is written to on the device: the slot, once what it held before has left."""
+    return band_of(slot, value, dim, start, stop)
+
+
+def save(value: torch.Tensor, slot: torch.Tensor, dim: int, start: int, stop: int) -> None:
+    """Starts copying the band in the slot to its place on the host."""
+
+
+BANDS = frozenset({fetch, ahead, room, save})
+ALL = frozenset({prefetch, onload, evict, free, size, integer, loop, host}) | BANDS
 NUMBERS = frozenset({size, integer})

@@ -9,6 +9,8 @@ from typing import Literal
 # Why compute waited: its copy had been under way or queued behind others, or memory for it came free too late to begin sooner.
 Cause = Literal["link", "space"]
 Kind = Literal["copy", "arrival", "evict"]
+# In place of a bundle: the bands of a loop, for which it has the link to itself.
+BANDS = -1
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Stall:
-    """Compute waited for a bundle."""
+    """Compute waited for a bundle; where that is `BANDS`, for the link."""
 
     bundle: int
     start: float

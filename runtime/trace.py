@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.layout import Layout
-from runtime.timeline import Cause, Stall, Timeline
+from runtime.timeline import BANDS, Cause, Stall, Timeline
 from runtime.write_file import replacing
 
 Event = dict[str, Any]
@@ -105,11 +105,13 @@ def _wait(pid: int, stall: Stall, bundles: Sequence[Sequence[str]]) -> Event:
 
 
 def _bundle_name(bundle: int, bundles: Sequence[Sequence[str]]) -> str:
+    if bundle == BANDS:
+        return "the link, for bands"
     return f"bundle {bundle}: {bundle_label(bundles[bundle])}" if bundle < len(bundles) else f"bundle {bundle}"
 
 
 def _weights(bundle: int, bundles: Sequence[Sequence[str]]) -> dict[str, list[str]]:
-    return {"weights": list(bundles[bundle])} if bundle < len(bundles) else {}
+    return {"weights": list(bundles[bundle])} if 0 <= bundle < len(bundles) else {}
 
 
 def measured_events(timeline: Timeline, bundles: Sequence[Sequence[str]]) -> list[Event]:

@@ -15,11 +15,13 @@ StagingMode = Literal["arena", "allocator"]
 class Tiling:
     """How the program is rewritten before its weights are streamed.
 
-    `norms` are split into statistics and what applies them; `tiles` are the regions that run tile by tile, in program order.
+    `norms` are split into statistics and what applies them; `tiles` are the regions that run tile by tile, in program order;
+    `hosted` are those of their results that live on the host.
     """
 
     norms: tuple[str, ...] = ()
     tiles: tuple[Tile, ...] = ()
+    hosted: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.norms or self.tiles)
@@ -45,5 +47,6 @@ class Decisions:
     def from_json(cls, data: dict[str, Any]) -> Decisions:
         streams = tuple(Stream(**{**s, "weights": tuple(s["weights"])}) for s in data["streams"])
         given = data.get("tiling", {})
-        tiling = Tiling(tuple(given.get("norms", ())), tuple(Tile(**tile) for tile in given.get("tiles", ())))
+        tiles = tuple(Tile(**tile) for tile in given.get("tiles", ()))
+        tiling = Tiling(tuple(given.get("norms", ())), tiles, tuple(given.get("hosted", ())))
         return cls(streams, data["staging"], tiling)

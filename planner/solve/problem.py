@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from passes.calibrate import calibrating
+from passes.loop import Loop
 from passes.liveness import Liveness, analyse_liveness, is_view
 from passes.probe import OpCost, Prober
 from passes.program import Program
@@ -20,9 +21,10 @@ from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.profile_ops import Profiled, Profiler
 from planner.progress import working
+from planner.solve.bands import banded_seconds, host_places
 from planner.solve.decisions import Tiling
 from runtime.errors import InvalidCall
-from runtime.layout import align
+from runtime.layout import HostPlace, align
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,16 @@ class Problem:
     def activation_bytes(self) -> np.ndarray:
         """Bytes at the worst moment of each operator, without weights; int64[n]."""
         return np.asarray(self.liveness.bytes_at, dtype=np.int64)
+
+    @cached_property
+    def banded(self) -> tuple[int, ...]:
+        """The loops whose bands have the link to themselves."""
+        return tuple(i for i in self.liveness.bodies if self.liveness.nodes[i].meta["loop"].banded)
+
+    @cached_property
+    def hosted(self) -> tuple[tuple[HostPlace, ...], int]:
+        """Where values that live on the host lie, and the bytes of page-locked memory that they take."""
+        return host_places(self.program)
 
     @cached_property
     def compute_seconds(self) -> float:
@@ -114,9 +126,12 @@ def modelled_seconds(liveness: Liveness, machine: Machine) -> np.ndarray:
     seconds = np.zeros(len(liveness.nodes))
     for i, (node, cost) in enumerate(zip(liveness.nodes, liveness.costs, strict=True)):
         if i in liveness.bodies:
-            tiles = [len(run.table) for run in node.meta["loop"].runs]
-            bodies = (float(modelled_seconds(body, machine).sum()) for body in liveness.bodies[i])
-            seconds[i] = sum(count * each for count, each in zip(tiles, bodies, strict=True))
+            loop: Loop = node.meta["loop"]
+            tile = [float(modelled_seconds(body, machine).sum()) for body in liveness.bodies[i]]
+            if loop.banded:
+                seconds[i] = banded_seconds(loop, tile, machine)
+            else:
+                seconds[i] = sum(len(run.table) * each for run, each in zip(loop.runs, tile, strict=True))
         elif not is_view(node, cost):
             assert isinstance(cost, OpCost)  # sizes are numbers here
             family = family_of(node.target)

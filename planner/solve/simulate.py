@@ -14,12 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from passes.loop import loop_of
 from passes.program import Program
 from planner.machine import Machine
 from planner.schedule import Placement
 from runtime import ops
 from runtime.executable import Pace
-from runtime.timeline import Cause, Copy, Eviction, Stall, Timeline
+from runtime.timeline import BANDS, Cause, Copy, Eviction, Stall, Timeline
 
 # A program that prefetches over the seam has come to its steady state when two calls differ by no more than this share.
 _STEADY = 1e-12
@@ -28,11 +29,13 @@ _MAX_CALLS = 24
 
 
 class Kind(IntEnum):
-    """What a program does with a bundle; at one position in this order."""
+    """What a program does with a bundle; at one position in this order. Between the two others a loop has the link to itself."""
 
+    BANDS_END = -1
     EVICT = 0
     PREFETCH = 1
     ONLOAD = 2
+    BANDS_BEGIN = 3
 
 
 class Step(NamedTuple):
@@ -61,20 +64,28 @@ class EngineProgram:
         for node in program.graph.nodes:
             if node.op != "call_function":
                 continue
-            if node.target in kinds:
+            loop = loop_of(node)
+            if loop is not None and loop.banded:
+                steps.append(Step(len(durations), Kind.BANDS_BEGIN, BANDS))
+                durations.append(seconds[node.name])
+                steps.append(Step(len(durations), Kind.BANDS_END, BANDS))
+            elif node.target in kinds:
                 steps.append(Step(len(durations), kinds[node.target], node.args[0]))
             elif node.name in seconds:
                 durations.append(seconds[node.name])
         return cls(np.array(durations), tuple(steps), tuple(bundle.nbytes for bundle in program.layout.bundles))
 
     @classmethod
-    def placed(cls, seconds: np.ndarray, placements: Sequence[Placement]) -> EngineProgram:
+    def placed(cls, seconds: np.ndarray, placements: Sequence[Placement], banded: Sequence[int] = ()) -> EngineProgram:
         """What will be emitted for these placements; steps at one position that take no time may come in another order."""
         keyed: list[tuple[tuple[int, int, bool, int], Step]] = []
         for index, placed in enumerate(placements):
             span = placed.span
             own = ((placed.prefetch, Kind.PREFETCH), (span.first, Kind.ONLOAD), (span.last + 1, Kind.EVICT))
             keyed += [((at, int(kind), placed.carried, index), Step(at, kind, index)) for at, kind in own]
+        for at in banded:
+            keyed.append(((at, int(Kind.BANDS_BEGIN), False, -1), Step(at, Kind.BANDS_BEGIN, BANDS)))
+            keyed.append(((at + 1, int(Kind.BANDS_END), False, -1), Step(at + 1, Kind.BANDS_END, BANDS)))
         keyed.sort(key=lambda item: item[0])
         return cls(seconds, tuple(step for _, step in keyed), tuple(p.span.nbytes for p in placements))
 
@@ -164,6 +175,11 @@ def _call(steps: Sequence[Step], pace: Pace, before: _Run | None) -> _Run:
             if arrival > now:
                 stalls.append((bundle, now, arrival, cause))
                 now = arrival
-        else:
+        elif step.kind is Kind.EVICT:
             evictions.append(Eviction(bundle, now))
+        elif step.kind is Kind.BANDS_END:
+            free = max(free, now)
+        elif free > now:
+            stalls.append((BANDS, now, free, "link"))
+            now = free
     return _Run(now + pace.compute[-1], free, under_way, copies, stalls, evictions)

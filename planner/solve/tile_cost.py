@@ -17,7 +17,7 @@ from torch import fx
 from passes.probe import call_of
 from passes.program import storage_id, tensors_of
 from passes.regions import Calls, Region, TileNeeds, find_region
-from passes.tile_rules import Untileable
+from passes.tile_rules import Part, Untileable
 from planner.solve.problem import Problem
 
 
@@ -40,11 +40,20 @@ class Estimate:
     peak_bytes: int
 
 
+@dataclass(frozen=True)
+class Hosting:
+    """Values of more than `above_bytes` live on the host, in bands along dimension `axis` (counted from the last, -1)."""
+
+    above_bytes: int
+    axis: int
+
+
 @dataclass
 class TileCosts:
     """Estimates for stretches of one problem; equal stretches are estimated once."""
 
     problem: Problem
+    hosting: Hosting | None = None
     calls: Calls = field(default_factory=Calls)
     _regions: dict[object, Region | None] = field(default_factory=dict)
     _inner: dict[object, Inner] = field(default_factory=dict)
@@ -58,13 +67,32 @@ class TileCosts:
         return {node: i for i, node in enumerate(self.nodes)}
 
     @cached_property
+    def hosted(self) -> frozenset[fx.Node]:
+        """The values that live on the host: they are made by operators, are too large, and are not what the program gives."""
+        if self.hosting is None:
+            return frozenset()
+        given = {storage_id(t) for n in self.problem.program.output.all_input_nodes for t in tensors_of(n)}
+        sizes = {storage: nbytes for born in self.problem.liveness.born for storage, nbytes in born}
+        large = {storage for storage, nbytes in sizes.items() if nbytes > self.hosting.above_bytes} - given
+        return frozenset(node for node in self.nodes if any(storage_id(t) in large for t in tensors_of(node)))
+
+    @cached_property
+    def _hosted_storages(self) -> set[int]:
+        return {storage_id(t) for node in self.hosted for t in tensors_of(node)}
+
+    @cached_property
+    def touching(self) -> np.ndarray:
+        """Whether operator i makes or reads a value that lives on the host, and so has to run in tiles; bool[n]."""
+        return np.array([node in self.hosted or any(n in self.hosted for n in node.all_input_nodes) for node in self.nodes])
+
+    @cached_property
     def live_before(self) -> np.ndarray:
-        """Activation bytes between operators: before operator i, and behind the last; int64[n + 1]."""
+        """Activation bytes on the device between operators: before operator i, and behind the last; int64[n + 1]."""
         live, sizes = self.problem.liveness, dict[int, int]()
         levels = [int(live.input_bytes)]
         for born, dies in zip(live.born, live.dies, strict=True):
-            sizes.update(born)
-            levels.append(levels[-1] + sum(n for _, n in born) - sum(sizes.pop(storage) for storage in dies))
+            sizes.update((s, 0 if s in self._hosted_storages else n) for s, n in born)
+            levels.append(levels[-1] + sum(sizes[s] for s, _ in born) - sum(sizes.pop(storage) for storage in dies))
         return np.array(levels, dtype=np.int64)
 
     @cached_property
@@ -80,7 +108,10 @@ class TileCosts:
     @cached_property
     def total(self) -> np.ndarray:
         """The least that is live at operator i untiled; int64[n]."""
-        return self.problem.activation_bytes + self.weights_at
+        live = self.problem.liveness
+        own = [c.workspace_bytes + sum(n for s, n in b if s not in self._hosted_storages)
+               for c, b in zip(live.costs, live.born, strict=True)]  # fmt: skip
+        return self.live_before[:-1] + np.array(own, dtype=np.int64) + self.weights_at
 
     def seeds(self, start: int, stop: int) -> list[tuple[fx.Node, int]]:
         """The two largest values that come into [start, stop), and the dimensions along which they may be cut."""
@@ -90,6 +121,9 @@ class TileCosts:
             n for n in coming if isinstance(n.meta.get("val"), torch.Tensor) and n.name not in self.problem.program.weights
         ]
         values.sort(key=lambda n: -n.meta["val"].numel())
+        if self.hosting is not None and any(self.touching[start:stop]):
+            at = self.hosting.axis
+            return [(n, n.meta["val"].dim() + at) for n in values[:2] if n.meta["val"].dim() >= -at and n.meta["val"].shape[at] > 1]
         return [(n, d) for n in values[:2] for d in range(n.meta["val"].dim()) if n.meta["val"].shape[d] > 1]
 
     def region(self, start: int, stop: int, seed: fx.Node, dim: int) -> Region | None:
@@ -97,10 +131,38 @@ class TileCosts:
         key = self._key(start, stop, seed, dim)
         if key not in self._regions:
             try:
-                self._regions[key] = find_region(self.nodes[start:stop], seed, dim, self.calls)
+                region = find_region(self.nodes[start:stop], seed, dim, self.calls, self.hosted)
+                self._regions[key] = region if self._hostable(region) else None
             except Untileable:
                 self._regions[key] = None
         return self._regions[key]
+
+    def _hostable(self, region: Region) -> bool:
+        """Whether what should live on the host can: it is made and read in bands."""
+        if self.hosting is None:
+            return True
+        if any(node in self.hosted for node in region.whole):
+            return False
+        results = [node for node in region.results if node in self.hosted]
+        if any(region.dims[node] != node.meta["val"].dim() + self.hosting.axis for node in results):
+            return False
+        return self._bands(region, region.usual_tile(2)[0]) is not None
+
+    def _bands(self, region: Region, tile: TileNeeds) -> dict[fx.Node, Part] | None:
+        """What a tile reads of values on the host; None where it reads one whole or along another dimension."""
+        assert self.hosting is not None
+        bands: dict[fx.Node, Part] = {}
+        for node in region.ordered:
+            step = tile.steps[node]
+            if step is None:
+                continue
+            for argument, need in zip(region.calls.arguments(node), step.needs, strict=True):
+                if argument not in self.hosted or argument in region.dims:
+                    continue
+                if need is None or need.dim != argument.meta["val"].dim() + self.hosting.axis:
+                    return None
+                bands[argument] = bands[argument].hull(need) if argument in bands else need
+        return bands
 
     def estimate(self, start: int, stop: int, seed: fx.Node, dim: int, count: int) -> Estimate | None:
         """The stretch in at most `count` tiles along a dimension of the seed; None where it has no region."""
@@ -129,7 +191,8 @@ class TileCosts:
                 at = self.position.get(n, -1)
                 links.append(i - at if start <= at else -1 - outside.setdefault(n, len(outside)))
             leaves = any(self.position.get(user, stop) >= stop for user in node.users)
-            rows.append((self._call_ids[i], tuple(links), leaves))
+            flags = node in self.hosted, tuple(n in self.hosted for n in node.all_input_nodes)
+            rows.append((self._call_ids[i], tuple(links), leaves, flags))
         return tuple(rows), outside.get(seed, -1), dim
 
     @cached_property
@@ -174,10 +237,19 @@ class TileCosts:
             seconds = float(self.problem.seconds[self.position[node]])
             if seconds:
                 added += launch * number + max(0.0, seconds - launch) * share * number - seconds
-        results = sum(_dense_bytes(node) for node in region.results)
+        results = sum(_dense_bytes(node) for node in region.results if node not in self.hosted)
         traffic = self.problem.machine.memory_bandwidth
         added += sum(2 * _dense_bytes(node) / traffic + number * launch for node in region.results)
-        return Inner(number, grain, most, results, added)
+        if self.hosting is None:
+            return Inner(number, grain, most, results, added)
+        coming = [_part_bytes(node, part) for node, part in (self._bands(region, tile) or {}).items()]
+        leaving = [_part_bytes(node, tile.written[node]) for node in region.results if node in self.hosted]
+        machine = self.problem.machine
+        added += sum(2 * n / traffic + launch for n in coming) * number
+        whole = sum(float(self.problem.seconds[self.position[node]]) for node in region.ordered)
+        read, write = (sum(machine.copy_seconds(n) for n in each) for each in (coming, leaving))
+        added = max(added, number * read - whole, number * write - whole) + read + write
+        return Inner(number, grain, most + 2 * sum(coming) + sum(leaving), results, added)
 
 
 def _grain(extent: int, count: int) -> int:
@@ -208,6 +280,11 @@ def _readers(region: Region) -> Mapping[int, int]:
             mine = max(uses, default=i)
             last[storage_id(tensor)] = max(last.get(storage_id(tensor), -1), mine)
     return last
+
+
+def _part_bytes(node: fx.Node, part: Part) -> int:
+    tensor = node.meta["val"]
+    return int(tensor.numel() // max(tensor.shape[part.dim], 1) * part.size * tensor.dtype.itemsize)
 
 
 def _dense_bytes(node: fx.Node) -> int:

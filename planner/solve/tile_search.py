@@ -26,6 +26,8 @@ _LONGEST = 96
 _MOST_CUTS = 12
 # How far around the operators above the cap a region may begin and end, in operators.
 _MARGIN = 24
+# Bytes that nothing has.
+_ALL = 1e18
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,13 @@ class TileSearch:
         for choice in chosen:
             covered[choice.start : choice.stop] = True
         left = [choice.estimate.peak_bytes for choice in chosen] + [int(total[~covered].max(initial=0))]
+        if (self.costs.touching & ~covered).any():
+            left.append(int(_ALL))
         return tuple(choice.tile for choice in chosen), max(left)
 
     def _hot(self, cap_bytes: int) -> list[tuple[int, int]]:
         """Runs of operators above the cap; those with few operators between them are one."""
-        hot = [int(i) for i in np.flatnonzero(self.costs.total > cap_bytes)]
+        hot = [int(i) for i in np.flatnonzero((self.costs.total > cap_bytes) | self.costs.touching)]
         runs: list[list[int]] = []
         for i in hot:
             if runs and i - runs[-1][1] <= 4:
@@ -82,13 +86,13 @@ class TileSearch:
         total = self.costs.total
         best: list[_Best] = [((0.0, 0.0), (-1, None))]
         for j in range(1, len(places)):
-            left = [float(max(0, total[i] - cap_bytes)) for i in range(places[j - 1], places[j])]
+            left = [self._excess(i, cap_bytes) for i in range(places[j - 1], places[j])]
             before = best[j - 1][0]
             found: _Best = ((before[0] + sum(left), before[1]), (j - 1, None))
             for i in range(j - 1, max(-1, j - 1 - _MOST_CUTS), -1):
                 if places[j] - places[i] > _LONGEST or self._blocked(places[i], places[j]):
                     break
-                if not any(total[k] > cap_bytes for k in range(places[i], places[j])):
+                if not any(self._excess(k, cap_bytes) for k in range(places[i], places[j])):
                     continue
                 choice = self._choose(places[i], places[j], cap_bytes)
                 if choice is None:
@@ -104,6 +108,10 @@ class TileSearch:
             if choice is not None:
                 chosen.append(choice)
         return chosen[::-1]
+
+    def _excess(self, i: int, cap_bytes: int) -> float:
+        """Bytes by which an untiled operator is over the cap; more than anything where it has to be tiled."""
+        return _ALL if self.costs.touching[i] else float(max(0, self.costs.total[i] - cap_bytes))
 
     def _places(self, first: int, stop: int, begin: int, end: int) -> list[int]:
         """Where regions may begin and end: at both ends, where live bytes are least, behind merged results."""

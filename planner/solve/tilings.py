@@ -12,12 +12,13 @@ from functools import cached_property
 
 from passes.base import Pass, run_passes
 from passes.program import Program
+from passes.regions import Tile, find_region
 from passes.split_norms import SplitNorms, splittable_norms
 from passes.tile_regions import TileRegions, stretch_of
 from planner.solve.decide import Schedule, Solver
 from planner.solve.decisions import Tiling
 from planner.solve.problem import Problem
-from planner.solve.tile_cost import TileCosts
+from planner.solve.tile_cost import Hosting, TileCosts
 from planner.solve.tile_search import TileSearch
 
 # Caps fall by this share; they stop falling where the peak no longer does.
@@ -26,6 +27,10 @@ _RATIO = 0.8
 _HOPELESS = 1.05
 # A step that takes no more than this beyond the untiled arithmetic is not improved.
 _PERFECT = 1.001
+# Values of more than this share of the cap live on the host, where no tiling without that keeps the cap.
+_HOSTED = 0.25
+# Along which dimension they are cut: rows of an image, tokens; then columns, samples.
+_AXES = (-2, -1)
 
 
 def tile_program(program: Program, tiling: Tiling) -> Program:
@@ -40,7 +45,7 @@ def tile_program(program: Program, tiling: Tiling) -> Program:
 def _passes(tiling: Tiling) -> tuple[Pass, ...]:
     return (
         SplitNorms(tiling.norms),  # first: regions begin and end at the halves
-        TileRegions(tiling.tiles),
+        TileRegions(tiling.tiles, tiling.hosted),
     )
 
 
@@ -48,11 +53,12 @@ def _passes(tiling: Tiling) -> tuple[Pass, ...]:
 class Tilings:
     """The solvers of one canonical program: `base` of the program as it is, others of its tilings.
 
-    `build` analyses a rewritten program; None where nothing may be tiled.
+    `build` analyses a rewritten program; None where nothing may be tiled. `hosting`: whether activations may live on the host.
     """
 
     base: Solver
     build: Callable[[Program, Tiling], Problem] | None = None
+    hosting: bool = False
 
     @cached_property
     def minimum(self) -> Solver:
@@ -130,15 +136,36 @@ class Tilings:
         peak = cap = int(search.costs.total.max())
         while True:
             cap = int(cap * _RATIO)
-            tiles, reached = search.tiles(cap)
+            reached, tiling = self._level(search, cap)
             if reached >= peak:
                 break
             peak = reached
-            levels.append((cap, self._tiling(tiles)))
+            levels.append((cap, tiling))
         return levels or [(0, Tiling())]
 
-    def _tiling(self, tiles: tuple) -> Tiling:  # type: ignore[type-arg]
-        """With the norms that lie in a region's stretch, whole or in part."""
-        names = {node.name for tile in tiles for node in stretch_of(self._split.program, tile)[0]}
+    def _level(self, search: TileSearch, cap: int) -> tuple[int, Tiling]:
+        """The tiling for a cap, with values on the host where it cannot be kept otherwise, and the bytes it needs."""
+        tiles, reached = search.tiles(cap)
+        best = reached, self._tiling(search.costs, tiles)
+        if reached <= cap or not self.hosting:
+            return best
+        for axis in _AXES:
+            costs = TileCosts(self._split, Hosting(int(cap * _HOSTED), axis), search.costs.calls)
+            tiles, reached = TileSearch(costs).tiles(cap)
+            if reached < best[0]:
+                best = reached, self._tiling(costs, tiles)
+            if reached <= cap:
+                break
+        return best
+
+    def _tiling(self, costs: TileCosts, tiles: tuple[Tile, ...]) -> Tiling:
+        """With the norms that lie in a region's stretch, whole or in part, and the results that live on the host."""
+        names: set[str] = set()
+        hosted: list[str] = []
+        for tile in tiles:
+            stretch, seed = stretch_of(self._split.program, tile)
+            names |= {node.name for node in stretch}
+            region = find_region(stretch, seed, tile.dim, costs.calls, costs.hosted)
+            hosted += [node.name for node in region.results if node in costs.hosted]
         halves = {name: {name, f"{name}_statistics"} for name in self._split.tiling.norms}
-        return Tiling(tuple(name for name, both in halves.items() if both & names), tiles)
+        return Tiling(tuple(name for name, both in halves.items() if both & names), tiles, tuple(hosted))

@@ -60,6 +60,14 @@ class AccountingDevice:
         if self._clock is not None and bundle is not None:
             self._clock.copy(bundle)
 
+    def save(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> None:
+        with _disable_current_modes():  # its result is in host memory, which is not counted
+            target.copy_(source)
+
+    def bands(self, *, begin: bool) -> None:
+        if self._clock is not None:
+            self._clock.begin_bands() if begin else self._clock.end_bands()
+
     def mark(self) -> None:
         return None
 

@@ -57,6 +57,14 @@ class Device(Protocol):
         """
         ...
 
+    def save(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:
+        """Copies device bytes to page-locked host memory, after the given event; returns the event of its end."""
+        ...
+
+    def bands(self, *, begin: bool) -> None:
+        """A loop that has the link to itself begins or ends here."""
+        ...
+
     def mark(self) -> Any:
         """The event that all compute before this point in program order has run: what it read or freed may be written."""
         ...

@@ -71,6 +71,12 @@ class CpuDevice:
             self._log.copy(bundle, nbytes, arrival)
         return arrival
 
+    def save(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> None:
+        target.copy_(source)
+
+    def bands(self, *, begin: bool) -> None:
+        return None
+
     def mark(self) -> None:
         return None  # compute is synchronous: what was issued has run
 

@@ -30,6 +30,7 @@ class CudaDevice:
         os.environ.setdefault("CUDNN_CONV_WSCAP_DBG", _CONV_CAP_MIB)
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._copies = torch.cuda.Stream(self.torch_device)
+        self._saves = torch.cuda.Stream(self.torch_device)  # both directions of the link at once
         self._pinned: set[int] = set()
         self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._ring_next = 0
@@ -101,6 +102,17 @@ class CudaDevice:
             target[start : start + piece.numel()].copy_(slot[: piece.numel()], non_blocking=True)
             sent.record(self._copies)
 
+    def save(self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
+        self._saves.wait_event(after)
+        end = torch.cuda.Event()
+        with torch.cuda.stream(self._saves):
+            target.copy_(source, non_blocking=True)
+            end.record(self._saves)
+        return end
+
+    def bands(self, *, begin: bool) -> None:
+        return None
+
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.torch_device))
@@ -142,6 +154,7 @@ class CudaDevice:
             with torch.cuda.device(self.torch_device):
                 yield
         except BaseException:
+            self._saves.synchronize()
             self._copies.synchronize()  # copies under way must not land in memory that is about to be given back
             raise
         finally:

@@ -6,7 +6,7 @@ It is driven by what the running program does, and shares no code with the simul
 from __future__ import annotations
 
 from runtime.executable import Pace
-from runtime.timeline import Cause, Copy, Eviction, Stall, Timeline
+from runtime.timeline import BANDS, Cause, Copy, Eviction, Stall, Timeline
 
 
 class VirtualClock:
@@ -50,6 +50,18 @@ class VirtualClock:
         if arrival > self._now:
             self._stalls.append(Stall(bundle, self._now, arrival, cause))
             self._now = arrival
+
+    def begin_bands(self) -> None:
+        """The program came to a loop that has the link to itself: what is under way on it comes first."""
+        self._compute()
+        if self._engine_free > self._now:
+            self._stalls.append(Stall(BANDS, self._now, self._engine_free, "link"))
+            self._now = self._engine_free
+
+    def end_bands(self) -> None:
+        """Its last band has left."""
+        self._compute()
+        self._engine_free = max(self._engine_free, self._now)
 
     def forget(self, bundle: int) -> None:
         """What was prefetched for the next call is not used: that has it copied before it begins, as the first call has."""
