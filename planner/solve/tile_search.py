@@ -56,8 +56,10 @@ class TileSearch:
         chosen: list[_Choice] = []
         total = self.costs.total
         for first, last in self._hot(cap_bytes):
-            begin = max(first - _MARGIN, chosen[-1].stop if chosen else 0)
-            chosen += self._cover(first, last + 1, begin, min(last + 1 + _MARGIN, len(total)), cap_bytes)
+            free = chosen[-1].stop if chosen else 0
+            if last >= free:
+                begin, end = max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(total))
+                chosen += self._cover(max(first, free), last + 1, begin, end, cap_bytes)
         covered = np.zeros(len(total), dtype=bool)
         for choice in chosen:
             covered[choice.start : choice.stop] = True
