@@ -36,13 +36,14 @@ class Proof:
 @dataclass
 class _Storage:
     """`bundle` is set for staged weights, `weight` for those and residents, `host` for what lives on the host, which is
-    `complete` once a loop has written all of it; `values` are those that refer to it."""
+    `complete` once a loop has written all of it, `slot` for what bands come and go through; `values` are those that refer to it."""
 
     nbytes: int
     weight: str | None = None
     bundle: int | None = None
     host: HostPlace | None = None
     complete: bool = False
+    slot: bool = False
     values: set[str] = field(default_factory=set)
 
 
@@ -383,6 +384,7 @@ class _Replay:
         others = [n for d, n in enumerate(spec.shape) if d != dim]
         if storage.host is None or not inside or (stop - start) * prod(others) > room.shape[0] or spec.dtype != room.dtype:
             raise self._error("I3", f"{node.name} is no band of a value on the host that fits its slot")
+        self.storages[where].slot = True
         views = set(self.storages[where].values)
         views &= self.values.keys() - self.tile.operands
         if node.target in (ops.ahead, ops.room) and views:
@@ -416,8 +418,8 @@ class _Replay:
     def _write(self, node: fx.Node, key: int) -> None:
         """Notes which interval of which operand a tile writes."""
         assert self.tile is not None
-        if key not in self.tile.before:
-            return  # its own
+        if key not in self.tile.before or self.storages[key].slot:
+            return  # its own, or a band on its way to the host
         target = self.values[node.all_input_nodes[0].name][0]
         whole = next(v[0] for v in self.values.values() if v and v[0] is not None and v[0][1] == key)
         if target is None or whole is None or key in self.tile.written:
