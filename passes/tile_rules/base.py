@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -59,7 +60,7 @@ class TileCall:
     kwargs: Mapping[str, Any]
     outputs: tuple[TensorSpec, ...]
 
-    @property
+    @cached_property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """The tensor arguments, those in lists included, in the order of (args, kwargs)."""
         return tuple(leaf for leaf in tree_flatten((self.args, dict(self.kwargs)))[0] if isinstance(leaf, TensorSpec))

@@ -26,6 +26,8 @@ _LONGEST = 96
 _MOST_CUTS = 12
 # How far around the operators above the cap a region may begin and end, in operators.
 _MARGIN = 24
+# How many more counts are tried for bands.
+_FINER = 4
 # Bytes that nothing has.
 _ALL = 1e18
 
@@ -40,6 +42,15 @@ class _Choice:
     estimate: Estimate
 
 
+@dataclass(frozen=True)
+class Found:
+    """The regions for a cap, the bytes that are then needed, and the seconds that they add."""
+
+    tiles: tuple[Tile, ...]
+    peak_bytes: int
+    added_seconds: float
+
+
 # Bytes above the cap (summed over operators) and seconds up to some place; where the last region begins, if one ends there.
 _Best = tuple[tuple[float, float], tuple[int, _Choice | None]]
 
@@ -51,8 +62,8 @@ class TileSearch:
     costs: TileCosts
     forbidden: Callable[[fx.Node], bool] = lambda node: False
 
-    def tiles(self, cap_bytes: int) -> tuple[tuple[Tile, ...], int]:
-        """Regions that bring every operator to at most the cap, or as close to it as they can, and the bytes then needed."""
+    def tiles(self, cap_bytes: int) -> Found:
+        """Regions that bring every operator to at most the cap, or as close to it as they can."""
         chosen: list[_Choice] = []
         total = self.costs.total
         for first, last in self._hot(cap_bytes):
@@ -66,7 +77,8 @@ class TileSearch:
         left = [choice.estimate.peak_bytes for choice in chosen] + [int(total[~covered].max(initial=0))]
         if (self.costs.touching & ~covered).any():
             left.append(int(_ALL))
-        return tuple(choice.tile for choice in chosen), max(left)
+        added = sum(choice.estimate.inner.added_seconds for choice in chosen)
+        return Found(tuple(choice.tile for choice in chosen), max(left), added)
 
     def _hot(self, cap_bytes: int) -> list[tuple[int, int]]:
         """Runs of operators above the cap; those with few operators between them are one."""
@@ -175,4 +187,7 @@ class TileSearch:
             return _Choice(start, stop, Tile(*names, seed.name, dim, COUNTS[index], estimate.inner.grain), estimate)
 
         index = bisect_left(range(len(COUNTS)), True, key=lambda i: choice(i).estimate.peak_bytes <= cap_bytes)
-        return choice(min(index, len(COUNTS) - 1))
+        index = min(index, len(COUNTS) - 1)
+        # Of bands more may be better: the first one to come and the last one to go are copied while nothing else happens.
+        finer = range(index, min(index + _FINER, len(COUNTS))) if self.costs.touching[start:stop].any() else (index,)
+        return min((choice(i) for i in finer), key=lambda c: (max(c.estimate.peak_bytes, cap_bytes), c.estimate.inner.added_seconds))

@@ -27,8 +27,8 @@ _RATIO = 0.8
 _HOPELESS = 1.05
 # A step that takes no more than this beyond the untiled arithmetic is not improved.
 _PERFECT = 1.001
-# Values of more than this share of the cap live on the host, where no tiling without that keeps the cap.
-_HOSTED = 0.25
+# Values of more than some such share of the cap live on the host, where no tiling without that keeps the cap.
+_HOSTED = (0.5, 0.35, 0.25, 0.12)
 # Along which dimension they are cut: rows of an image, tokens; then columns, samples.
 _AXES = (-2, -1)
 
@@ -145,18 +145,17 @@ class Tilings:
 
     def _level(self, search: TileSearch, cap: int) -> tuple[int, Tiling]:
         """The tiling for a cap, with values on the host where it cannot be kept otherwise, and the bytes it needs."""
-        tiles, reached = search.tiles(cap)
-        best = reached, self._tiling(search.costs, tiles)
-        if reached <= cap or not self.hosting:
-            return best
-        for axis in _AXES:
-            costs = TileCosts(self._split, Hosting(int(cap * _HOSTED), axis), search.costs.calls)
-            tiles, reached = TileSearch(costs).tiles(cap)
-            if reached < best[0]:
-                best = reached, self._tiling(costs, tiles)
-            if reached <= cap:
-                break
-        return best
+        found = search.tiles(cap)
+        options = [(found, search.costs)]
+        if found.peak_bytes > cap and self.hosting:
+            for share in _HOSTED:
+                for axis in _AXES:
+                    costs = TileCosts(self._split, Hosting(int(cap * share), axis), search.costs.calls)
+                    options.append((TileSearch(costs).tiles(cap), costs))
+                    if options[-1][0].peak_bytes <= cap:
+                        break
+        best, costs = min(options, key=lambda option: (max(option[0].peak_bytes, cap), option[0].added_seconds))
+        return best.peak_bytes, self._tiling(costs, best.tiles)
 
     def _tiling(self, costs: TileCosts, tiles: tuple[Tile, ...]) -> Tiling:
         """With the norms that lie in a region's stretch, whole or in part, and the results that live on the host."""
