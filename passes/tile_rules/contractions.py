@@ -1,9 +1,9 @@
 """Sums of products: matrix products in all their forms, linear layers, einsum.
 
 A contraction labels every dimension of its operands and of its result. Dimensions with the same label run together; a label
-that the result lacks is summed over. Any label of the result may be cut (rows of the input, output features with their rows of the
-weight, batches): operands that have it give that part, the others are whole. A label that is summed over may be cut too, and
-partial sums are merged.
+that the result lacks is summed over. Any label of the result may be cut (rows of the input, output features with their rows of
+the weight, batches): operands that have it give that part, the others are whole. A label that is summed over may be cut too,
+and partial sums are merged.
 """
 
 from __future__ import annotations
