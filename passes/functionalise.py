@@ -82,7 +82,7 @@ class _Sweep:
             return
         if node.target is operator.getitem:
             source, index = node.args
-            node.meta["val"] = source.meta["val"][index]  # type: ignore[union-attr, index]
+            node.meta["val"] = source.meta["val"][index]  # type: ignore[union-attr]
         else:
             node.meta["val"] = value_of(node)
         self._moved.add(node)
