@@ -51,7 +51,7 @@ class RefreshValues:
             key = call_of(node).key
             if not touched and agrees.get(key):
                 continue
-            fresh = _run(node)
+            fresh = value_of(node)
             if not touched:
                 agrees[key] = _pattern(node, fresh) == _pattern(node, node.meta.get("val"))
             if touched or not agrees[key]:
@@ -75,7 +75,7 @@ def _refresh_symbolic(node: fx.Node, traced: dict[fx.Node, Any]) -> bool:
     if not moved & {storage_id(t) for t in tensors_of(node)}:
         return False
     with enable_python_dispatcher():
-        node.meta["val"] = _run(node)
+        node.meta["val"] = value_of(node)
     return True
 
 
@@ -83,15 +83,18 @@ def _tensors(val: Any) -> list[torch.Tensor]:
     return [v for v in (val if isinstance(val, (tuple, list)) else [val]) if isinstance(v, torch.Tensor)]
 
 
-def _run(node: fx.Node) -> Any:
-    """The operator on the recorded values of its arguments; a failure leaves what was recorded."""
+def value_of(node: fx.Node, target: Any = None) -> Any:
+    """What the operator (or `target` instead of it) gives on the recorded values of its arguments, as a fake.
+
+    Without fakes among the arguments: what is recorded.
+    """
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     modes = [t.fake_mode for n in node.all_input_nodes for t in tensors_of(n) if hasattr(t, "fake_mode")]
-    target: Any = node.target
     if not modes:
         return node.meta.get("val")
+    function: Any = node.target if target is None else target
     with modes[0], FaithfulFakes(), torch.no_grad():
-        return target(*args, **kwargs)
+        return function(*args, **kwargs)
 
 
 def _pattern(node: fx.Node, val: Any) -> list[Any]:

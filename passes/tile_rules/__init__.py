@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from passes.tile_rules import pointwise
+from passes.tile_rules import attention, contractions, pointwise
 from passes.tile_rules.base import Part, Reduced, Run, TileCall, Tiled, Untileable, reduce_parts, tile
 
-__all__ = ["Part", "Reduced", "Run", "TileCall", "Tiled", "Untileable", "pointwise", "reduce_parts", "tile"]
+__all__ = [
+    "Part",
+    "Reduced",
+    "Run",
+    "TileCall",
+    "Tiled",
+    "Untileable",
+    "attention",
+    "contractions",
+    "pointwise",
+    "reduce_parts",
+    "tile",
+]
