@@ -127,7 +127,7 @@ def carry_on(graph: fx.Graph, changed: dict[fx.Node, Any]) -> None:
         if not views and all(_same_geometry(n.meta["val"], before[n]) for n in inputs):
             continue
         if isinstance(node.target, torch._ops.OpOverload):
-            node.meta["val"] = _run(node)
+            node.meta["val"] = value_of(node)
         else:
             node.meta["val"] = node.args[0].meta["val"][node.args[1]]
         before[node] = old
