@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from passes.tile_rules import pointwise
+from passes.tile_rules import pointwise, resampling
 from passes.tile_rules.base import Part, Reduced, Run, TileCall, Tiled, Untileable, reduce_parts, tile
 
-__all__ = ["Part", "Reduced", "Run", "TileCall", "Tiled", "Untileable", "pointwise", "reduce_parts", "tile"]
+__all__ = ["Part", "Reduced", "Run", "TileCall", "Tiled", "Untileable", "pointwise", "reduce_parts", "resampling", "tile"]
