@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 SLOPE = 0.2  # of the leaky rectifiers
 RESIDUAL = 0.2  # how much of a block's result is added to its input
+FACE = (250, 200)  # column and row of the photograph around which it is cut
 TOLERANCE = 1e-5  # float32; pixels are from 0 to 1
 
 console = Console(width=120, highlight=False)
@@ -191,7 +192,7 @@ def photograph(size: int) -> torch.Tensor:
     """A square of a portrait, [1, 3, size, size] from 0 to 1."""
     with get_sample_data("grace_hopper.jpg") as file:
         image = Image.open(file).convert("RGB")
-    left, top = (image.width - size) // 2, min(60, image.height - size)
+    left, top = (min(max(0, middle - size // 2), most - size) for middle, most in zip(FACE, image.size, strict=True))
     pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
 

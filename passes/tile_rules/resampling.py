@@ -66,7 +66,8 @@ def _axes(call: TileCall) -> list[Axis]:
     sizes, outs = source.shape[2:], call.output.shape[2:]
     if mode.endswith("-aa") and (align or 1 in outs):
         raise Untileable("is antialiased " + ("with align_corners=True" if align else "to a size of 1"))
-    axes = [Axis(size, out, factor, mode, align) for size, out, factor in zip(sizes, outs, _factors(call, names), strict=True)]
+    geometry = zip(sizes, outs, _factors(call, names), strict=True)
+    axes = [Axis(size, out, factor, mode, align, source.dtype == torch.float64) for size, out, factor in geometry]
     if mode.startswith("nearest"):
         for axis in axes:
             nearest_table(axis)  # refuses what depends on the kernel

@@ -12,7 +12,7 @@ where the call gives one, else `in / out`. Result element d lies at source posit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from math import ceil, floor
@@ -38,6 +38,7 @@ class Axis:
         factor: the scale factor that the call gives for this dimension; None: it follows from the sizes.
         mode: "nearest", "nearest-exact", "linear", "cubic", or one of the last two with "-aa" (antialiased).
         align_corners: as in `torch.nn.functional.interpolate`.
+        double: whether the tensor is float64.
     """
 
     size: int
@@ -45,6 +46,7 @@ class Axis:
     factor: float | None
     mode: str
     align_corners: bool = False
+    double: bool = False
 
     @property
     def nearest(self) -> bool:
@@ -99,7 +101,7 @@ def float32_step(axis: Axis) -> np.float32:
 def nearest_table(axis: Axis) -> Table:
     """The source index of every result element in a nearest mode.
 
-    All kernels must agree on it: those of float64 contiguous tensors on the CPU count in float64, the others in float32, and
+    All kernels must agree on it: that of contiguous float64 tensors on the CPU counts in float64, the others in float32, and
     some take `out == in` and `out == 2 * in` as a copy and a doubling whatever the scale factor is.
 
     Raises:
@@ -107,12 +109,11 @@ def nearest_table(axis: Axis) -> Table:
     """
     shift = 0.5 if axis.mode == "nearest-exact" else 0.0
     index = np.arange(axis.out)
-    rounded = (index.astype(np.float32) + np.float32(shift)) * float32_step(axis)
-    double = (index + shift) * (1 / axis.factor if axis.factor is not None else axis.size / axis.out)
-    centred = (index + 0.5) * float(float32_step(axis)) - 0.5
-    candidates = [rounded, double, double.astype(np.float32)]
-    if axis.mode == "nearest-exact":
-        candidates.append(np.maximum(centred, 0) + 0.5)
+    candidates: list[npt.NDArray[np.floating]] = [(index.astype(np.float32) + np.float32(shift)) * float32_step(axis)]
+    if axis.double:
+        positions = (index + shift) * (1 / axis.factor if axis.factor is not None else axis.size / axis.out)
+        centred = np.maximum(positions - shift, 0) + shift
+        candidates += [positions, positions.astype(np.float32), centred, centred.astype(np.float32)]
     tables = [np.minimum(np.floor(candidate).astype(np.int64), axis.size - 1) for candidate in candidates]
     if axis.mode == "nearest" and axis.out in (axis.size, 2 * axis.size):
         tables.append(index // (axis.out // axis.size))
@@ -177,7 +178,7 @@ def _same_elements(axis: Axis, start: int, stop: int, found: Window) -> bool:
     if not axis.nearest:
         return True
     try:
-        table = nearest_table(Axis(found.stop - found.start, found.out, found.factor, axis.mode))
+        table = nearest_table(replace(axis, size=found.stop - found.start, out=found.out, factor=found.factor))
     except Untileable:
         return False
     wanted = nearest_table(axis)[start:stop] - found.start
