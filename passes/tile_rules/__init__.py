@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 from passes.tile_rules import attention, contractions, pointwise
 from passes.tile_rules.base import Part, Reduced, Run, TileCall, Tiled, Untileable, reduce_parts, tile
 
@@ -18,3 +19,9 @@ __all__ = [
     "reduce_parts",
     "tile",
 ]
+=======
+from passes.tile_rules import pointwise, resampling
+from passes.tile_rules.base import Part, Reduced, Run, TileCall, Tiled, Untileable, reduce_parts, tile
+
+__all__ = ["Part", "Reduced", "Run", "TileCall", "Tiled", "Untileable", "pointwise", "reduce_parts", "resampling", "tile"]
+>>>>>>> samplerules

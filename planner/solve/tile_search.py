@@ -23,11 +23,11 @@ from planner.solve.tile_cost import Estimate, TileCosts
 COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # A region has at most so many operators, and spans at most so many places where it could have been cut.
 _LONGEST = 96
-_MOST_CUTS = 12
+_MOST_CUTS = 8
 # How far around the operators above the cap a region may begin and end, in operators.
 _MARGIN = 24
 # How many more counts are tried for bands.
-_FINER = 4
+_FINER = 3
 # Bytes that nothing has.
 _ALL = 1e18
 

@@ -6,6 +6,7 @@ do not depend on the budget: a larger budget has all the tilings of a smaller on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,12 +24,14 @@ from planner.solve.tile_search import TileSearch
 
 # Caps fall by this share; they stop falling where the peak no longer does.
 _RATIO = 0.8
+# What a tiling needs in the end may be less than its cap by this share.
+_BELOW = 0.75
 # A tiling whose arithmetic alone takes so many times the best step found ends the search: lower caps only add to it.
 _HOPELESS = 1.05
 # A step that takes no more than this beyond the untiled arithmetic is not improved.
 _PERFECT = 1.001
 # Values of more than some such share of the cap live on the host, where no tiling without that keeps the cap.
-_HOSTED = (0.5, 0.35, 0.25, 0.12)
+_HOSTED = (0.5, 0.3, 0.12)
 # Along which dimension they are cut: rows of an image, tokens; then columns, samples.
 _AXES = (-2, -1)
 
@@ -102,7 +105,7 @@ class Tilings:
         if self.build is None:
             return
         for cap, tiling in self._levels:
-            if cap <= budget_bytes and tiling:
+            if cap * _BELOW <= budget_bytes and tiling:
                 yield self._solver(tiling)
 
     def _solver(self, tiling: Tiling) -> Solver:
@@ -148,12 +151,11 @@ class Tilings:
         found = search.tiles(cap)
         options = [(found, search.costs)]
         if found.peak_bytes > cap and self.hosting:
-            for share in _HOSTED:
-                for axis in _AXES:
-                    costs = TileCosts(self._split, Hosting(int(cap * share), axis), search.costs.calls)
-                    options.append((TileSearch(costs).tiles(cap), costs))
-                    if options[-1][0].peak_bytes <= cap:
-                        break
+            for axis, share in itertools.product(_AXES, _HOSTED):
+                costs = TileCosts(self._split, Hosting(int(cap * share), axis), search.costs.calls)
+                options.append((TileSearch(costs).tiles(cap), costs))
+                if options[-1][0].peak_bytes <= cap:
+                    break
         best, costs = min(options, key=lambda option: (max(option[0].peak_bytes, cap), option[0].added_seconds))
         return best.peak_bytes, self._tiling(costs, best.tiles)
 
