@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-from passes.tile_rules import attention, contractions, pointwise
+from passes.tile_rules import (
+    attention,
+    contractions,
+    pointwise,
+    resampling,
+)
 from passes.tile_rules.base import Part, Reduced, Run, TileCall, Tiled, Untileable, reduce_parts, tile
 
 __all__ = [
@@ -17,11 +21,6 @@ __all__ = [
     "contractions",
     "pointwise",
     "reduce_parts",
+    "resampling",
     "tile",
 ]
-=======
-from passes.tile_rules import pointwise, resampling
-from passes.tile_rules.base import Part, Reduced, Run, TileCall, Tiled, Untileable, reduce_parts, tile
-
-__all__ = ["Part", "Reduced", "Run", "TileCall", "Tiled", "Untileable", "pointwise", "reduce_parts", "resampling", "tile"]
->>>>>>> samplerules
