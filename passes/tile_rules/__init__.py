@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from passes.tile_rules import pointwise
+from passes.tile_rules import adaptive, convolutions, pointwise, pooling, transposed
 from passes.tile_rules.base import Part, Reduced, Run, TileCall, Tiled, Untileable, reduce_parts, tile
 
-__all__ = ["Part", "Reduced", "Run", "TileCall", "Tiled", "Untileable", "pointwise", "reduce_parts", "tile"]
+__all__ = [
+    "Part",
+    "Reduced",
+    "Run",
+    "TileCall",
+    "Tiled",
+    "Untileable",
+    "adaptive",
+    "convolutions",
+    "pointwise",
+    "pooling",
+    "reduce_parts",
+    "tile",
+    "transposed",
+]
