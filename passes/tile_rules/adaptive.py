@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from passes.tile_rules.base import Part, Reduced, Run, TileCall, Tiled, Untileable, reduction_rule, tile_rule
+from passes.tile_rules.pooling import with_indices
 from passes.tile_rules.windows import ceil_div, per_axis, replaced, sliced
 
 aten = torch.ops.aten
@@ -37,9 +38,9 @@ def _window(index: int, size: int, results: int) -> tuple[int, int]:
 @tile_rule(*_AVERAGES, *_MAXIMA)
 def adaptive_pool(call: TileCall, part: Part | None, indices: Part | None = None) -> Tiled:
     """`y[a:b] = pool(x[floor(a*n/m) : ceil(b*n/m)], b - a)` where that has the same windows, else row by row."""
-    if indices is not None or part is None:
-        raise Untileable("gives indices that count from the beginning of the whole image")
     rank = {**_AVERAGES, **_MAXIMA}[call.target]
+    if indices is not None or part is None:
+        return with_indices(call, rank, part, indices)
     axis = part.dim - (len(call.outputs[0].shape) - rank)
     if axis < 0:
         return Tiled((part,), lambda run, values: _wrapped(call, _pooled(call, run, values[0])))

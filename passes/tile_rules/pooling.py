@@ -14,12 +14,15 @@ from passes.tile_rules.windows import Windows, padded, per_axis, replaced, slice
 
 aten = torch.ops.aten
 
+_AVERAGES = {aten.avg_pool1d.default: 1, aten.avg_pool2d.default: 2, aten.avg_pool3d.default: 3}
+_MAXIMA = {aten.max_pool1d.default: 1, aten.max_pool2d.default: 2, aten.max_pool3d.default: 3}
 # The same without the positions of the maxima.
 _VALUES = {
     aten.max_pool1d_with_indices.default: aten.max_pool1d.default,
     aten.max_pool2d_with_indices.default: aten.max_pool2d.default,
     aten.max_pool3d_with_indices.default: aten.max_pool3d.default,
 }
+_RANKS = {**_AVERAGES, **_MAXIMA, **{target: _MAXIMA[values] for target, values in _VALUES.items()}}
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class _Pool:
 
     @property
     def _maximum(self) -> bool:
-        return "max" in str(self.call.target)
+        return self.call.target not in _AVERAGES
 
     def spatial(self, part: Part) -> tuple[Part, int, _Way]:
         """The rows that the part needs, which of the pooled dimensions it is of, and how they are pooled."""
@@ -161,20 +164,7 @@ def _results(windows: Windows, size: int, padding: int, ceil: bool) -> int:
     return count
 
 
-_RANKS = {
-    aten.avg_pool1d.default: 1,
-    aten.avg_pool2d.default: 2,
-    aten.avg_pool3d.default: 3,
-    aten.max_pool1d.default: 1,
-    aten.max_pool2d.default: 2,
-    aten.max_pool3d.default: 3,
-    aten.max_pool1d_with_indices.default: 1,
-    aten.max_pool2d_with_indices.default: 2,
-    aten.max_pool3d_with_indices.default: 3,
-}
-
-
-@tile_rule(*(target for target in _RANKS if target not in _VALUES))
+@tile_rule(*_AVERAGES, *_MAXIMA)
 def pool(call: TileCall, part: Part | None) -> Tiled:
     """`y[a:b] = pool(x[a*s - p : (b-1)*s - p + d*(k-1) + 1])`, padded and divided by as in the whole; else `pool(x[a:b])`."""
     assert part is not None
@@ -191,14 +181,14 @@ def pool_with_indices(call: TileCall, part: Part | None, indices: Part | None) -
     """The values as `pool`; the indices, which count from the beginning of the pooled dimensions, of whole ones only."""
     rank = _RANKS[call.target]
     if indices is not None or (part is not None and part.dim < len(call.outputs[0].shape) - rank):
-        return _with_indices(call, rank, part, indices)
+        return with_indices(call, rank, part, indices)
     assert part is not None
     of = _Pool.of(call, rank)
     need, axis, way = of.spatial(part)
     return Tiled((need,), lambda run, values: [of.run(run, values[0], axis, way, part), None])
 
 
-def _with_indices(call: TileCall, rank: int, *parts: Part | None) -> Tiled:
+def with_indices(call: TileCall, rank: int, *parts: Part | None) -> Tiled:
     """Values and indices of images or channels: `y[a:b], i[a:b] = pool(x[a:b])`."""
     wanted = [part for part in parts if part is not None]
     if any(part != wanted[0] for part in wanted):

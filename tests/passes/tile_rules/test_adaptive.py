@@ -47,6 +47,9 @@ def test_many_rows_of_different_sizes() -> None:
 
 
 def test_indices() -> None:
+    """Of images and channels alone."""
+    for output in (0, 1):
+        check_tiles(aten.adaptive_max_pool1d.default, (torch.randn(4, 3, 9), [3]), 0, [0, 1, 4], output=output)
     call, _, _ = call_on(aten.adaptive_max_pool1d.default, (torch.randn(1, 1, 9), [3]))
     with pytest.raises(Untileable, match="indices"):
         tile(call, Part(2, 0, 1), Part(2, 0, 1))
