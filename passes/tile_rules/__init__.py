@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from passes.tile_rules import (
+    adaptive,
     attention,
     contractions,
+    convolutions,
     pointwise,
+    pooling,
     resampling,
+    transposed,
 )
 from passes.tile_rules.base import Part, Reduced, Run, TileCall, Tiled, Untileable, reduce_parts, tile
 
@@ -17,10 +21,14 @@ __all__ = [
     "TileCall",
     "Tiled",
     "Untileable",
+    "adaptive",
     "attention",
     "contractions",
+    "convolutions",
     "pointwise",
+    "pooling",
     "reduce_parts",
     "resampling",
     "tile",
+    "transposed",
 ]
