@@ -20,7 +20,6 @@ from passes.drop_noops import same_by_rule
 from passes.fakes import FaithfulFakes
 from passes.probe import call_of
 from passes.program import Program, geometry, is_symbolic, storage_id, tensors_of
-
 from runtime import ops
 
 

@@ -214,9 +214,7 @@ class TileNeeds:
     written: Mapping[fx.Node, Part]
 
 
-def find_region(
-    stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Calls, hosted: Collection[fx.Node] = ()
-) -> Region:
+def find_region(stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Calls, hosted: Collection[fx.Node] = ()) -> Region:
     """The region of a stretch of operators in program order, cut along dimension `dim` of `seed`, which comes from before it.
 
     `hosted` values live on the host and are never read whole.
@@ -253,7 +251,13 @@ class _Spread:
     """One pass over the stretch: dimensions by value, and the values that something reads whole."""
 
     def __init__(
-        self, stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Calls, forced: set[fx.Node], hosted: Collection[fx.Node]
+        self,
+        stretch: Sequence[fx.Node],
+        seed: fx.Node,
+        dim: int,
+        calls: Calls,
+        forced: set[fx.Node],
+        hosted: Collection[fx.Node],
     ) -> None:
         self.dims: dict[fx.Node, int] = {}
         self.merged: dict[fx.Node, int] = {}

@@ -157,9 +157,7 @@ def note_tile(
         """A band from the host, laid out as the value would be; the slot is free for the next one then."""
         place = operand(node), operand(buffers.slots[node]), band.dim
         arrived = sheet.note(f"{node.name}_band", ops.fetch, (*place, *sheet.columns(band.start, band.stop)), {})
-        part = sheet.note(
-            f"{node.name}_band", aten.clone.default, (arrived,), {"memory_format": torch.contiguous_format}
-        )
+        part = sheet.note(f"{node.name}_band", aten.clone.default, (arrived,), {"memory_format": torch.contiguous_format})
         following = coming.get(node, Part(band.dim, 0, 0))
         sheet.note(f"{node.name}_ahead", ops.ahead, (*place, *sheet.columns(following.start, following.stop, sized=False)), {})
         return part

@@ -27,10 +27,10 @@ from planner.profile_ops import counts_of
 from planner.progress import working
 from planner.sizes import format_bytes
 from planner.solve.decide import Solver
-from planner.solve.tilings import Tilings
 from planner.solve.problem import Problem, build_problem
 from planner.solve.share import Share
 from planner.solve.simulate import StepTime
+from planner.solve.tilings import Tilings
 from planner.weights import Lookup
 from runtime.devices import open_device
 from runtime.errors import CaptureError, InfeasibleBudget, InputError, InvalidCall, PlanFileError, PlannerError, UnknownSize

@@ -142,7 +142,9 @@ class Solver:
 
     def seconds(self, placements: Sequence[Placement]) -> StepTime:
         """What the simulator says."""
-        return step_time(EngineProgram.placed(self.problem.seconds, placements, self.problem.banded), self.problem.machine, self.repeats)
+        return step_time(
+            EngineProgram.placed(self.problem.seconds, placements, self.problem.banded), self.problem.machine, self.repeats
+        )
 
     def resident_bytes(self, spans: Sequence[BundleSpan]) -> int:
         """Of the weights that these spans leave on the device."""

@@ -9,8 +9,8 @@ from functools import cached_property
 import numpy as np
 
 from passes.calibrate import calibrating
-from passes.loop import Loop
 from passes.liveness import Liveness, analyse_liveness, is_view
+from passes.loop import Loop
 from passes.probe import OpCost, Prober
 from passes.program import Program
 from passes.visits import Visit, weight_visits

@@ -123,7 +123,9 @@ class TileCosts:
         values.sort(key=lambda n: -n.meta["val"].numel())
         if self.hosting is not None and any(self.touching[start:stop]):
             at = self.hosting.axis
-            return [(n, n.meta["val"].dim() + at) for n in values[:2] if n.meta["val"].dim() >= -at and n.meta["val"].shape[at] > 1]
+            return [
+                (n, n.meta["val"].dim() + at) for n in values[:2] if n.meta["val"].dim() >= -at and n.meta["val"].shape[at] > 1
+            ]
         return [(n, d) for n in values[:2] for d in range(n.meta["val"].dim()) if n.meta["val"].shape[d] > 1]
 
     def region(self, start: int, stop: int, seed: fx.Node, dim: int) -> Region | None:

@@ -190,4 +190,6 @@ class TileSearch:
         index = min(index, len(COUNTS) - 1)
         # Of bands more may be better: the first one to come and the last one to go are copied while nothing else happens.
         finer = range(index, min(index + _FINER, len(COUNTS))) if self.costs.touching[start:stop].any() else (index,)
-        return min((choice(i) for i in finer), key=lambda c: (max(c.estimate.peak_bytes, cap_bytes), c.estimate.inner.added_seconds))
+        return min(
+            (choice(i) for i in finer), key=lambda c: (max(c.estimate.peak_bytes, cap_bytes), c.estimate.inner.added_seconds)
+        )
