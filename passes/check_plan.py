@@ -36,7 +36,8 @@ class Proof:
 @dataclass
 class _Storage:
     """`bundle` is set for staged weights, `weight` for those and residents, `host` for what lives on the host, which is
-    `complete` once a loop has written all of it, `slot` for what bands come and go through; `values` are those that refer to it."""
+    `complete` once a loop has written all of it, `slot` for what bands come and go through; `values` are those that refer to
+    it."""
 
     nbytes: int
     weight: str | None = None
@@ -368,9 +369,8 @@ class _Replay:
             raise self._error("I2", f"{node.name} does not fit its place on the host")
         for storage in self.storages.values():
             other = storage.host
-            if other is not None and storage.values and other.offset < place.offset + place.nbytes:
-                if place.offset < other.offset + other.nbytes:
-                    raise self._error("I2", f"{node.name} is on the host where {min(storage.values)} still is")
+            if other is not None and storage.values and _share_bytes(place, other):
+                raise self._error("I2", f"{node.name} is on the host where {min(storage.values)} still is")
         key = self._new_storage(_Storage(0, host=place))
         self._name(node, [(TensorSpec.of(value), key)])
 
@@ -490,6 +490,10 @@ class _Replay:
         low, high = max(0, self.position - 5), self.position + 6
         lines = (f"  {'>' if i == self.position else ' '} {n.format_node()}" for i, n in enumerate(self.nodes[low:high], low))
         return CheckError(f"{invariant}: {message}\n" + "\n".join(lines))
+
+
+def _share_bytes(a: HostPlace, b: HostPlace) -> bool:
+    return a.offset < b.offset + b.nbytes and b.offset < a.offset + a.nbytes
 
 
 def _overlap(a: Bundle, b: Bundle) -> bool:

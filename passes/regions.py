@@ -169,9 +169,14 @@ class Region:
         parts: dict[fx.Node, list[Part | None]] = {}
         steps: dict[fx.Node, Tiled | Reduced | None] = {}
         written: dict[fx.Node, Part] = {}
+        unread: dict[fx.Node, Part] = {}
 
         def want(node: fx.Node, part: Part | None, index: int = 0) -> None:
             if part is None or node not in self.dims:
+                return
+            if part.size == 0:  # an argument of which this tile reads nothing: some element has to be there
+                at = min(part.start, int(node.meta["val"].shape[self.dims[node]]) - 1)
+                unread.setdefault(node, Part(self.dims[node], at, at + 1))
                 return
             held = parts.setdefault(node, [None] * _members(node))
             before = held[index]
@@ -181,6 +186,8 @@ class Region:
             written[node] = Part(self.dims[node], *wanted[node])
             want(node, written[node])
         for node in reversed(self.ordered):
+            if node in unread and node not in parts:
+                parts[node] = [unread[node]]
             if node in self.merged:
                 steps[node] = step = reduce_parts(self.calls.call(node), Part(self.merged[node], *wanted[node]))
                 for argument, need in zip(self.calls.arguments(node), step.needs, strict=True):

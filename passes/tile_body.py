@@ -113,7 +113,7 @@ def bands_of(region: Region, tile: TileNeeds) -> dict[fx.Node, Part]:
     for node in region.ordered:
         step = tile.steps[node]
         for argument, need in () if step is None else _needs(region, node, step):
-            if argument.target is not ops.host:
+            if argument.target is not ops.host or (need is not None and need.size == 0):
                 continue
             if need is None or need.dim != argument.args[2]:
                 raise Untileable(f"{node.name} reads {argument.name}, which lives on the host, along another dimension")
@@ -139,6 +139,10 @@ def note_tile(
         return _Token(sheet, _Ref(-1 - operands[node]))
 
     def value(node: fx.Node, need: Part | None, member: int = 0) -> _Token:
+        if need is not None and need.size == 0:
+            whole = known[node][member] if node in known else operand(node)
+            assert whole is not None
+            return sheet.note(f"{node.name}_none", aten.slice.Tensor, (whole, need.dim, 0, 0), {})
         if node in bands:
             if node not in here:
                 here[node] = fetch(node, bands[node])

@@ -13,6 +13,7 @@ from planner.dynamic import DynamicShapes
 from planner.machine import Machine
 from planner.profile_ops import Profiler, refuse_profile
 from planner.sizes import parse_size
+from planner.solve.constraints import FREE, TileConstraint
 from runtime.errors import PlannerError
 
 TRANSFORMS = ("offload", "tile", "cast", "layout")
@@ -49,6 +50,16 @@ class Options:
         """What measures the seconds of operators, if that was asked for."""
         return Profiler(self.device, self.budget.device_bytes) if self.profile else None
 
+    def tile_of(self, path: str) -> TileConstraint:
+        """What is said of tiling the operators of the module at a path; the last pattern that fits counts."""
+        said = [rule["tile"] for pattern, rule in self.keep.items() if "tile" in rule and fnmatch.fnmatchcase(path, pattern)]
+        if not said or said[-1] is True:
+            return FREE
+        if said[-1] is False:
+            return TileConstraint(allowed=False)
+        given = {"count": said[-1]} if isinstance(said[-1], int) else said[-1]
+        return TileConstraint(count=given.get("count"), dim=given.get("dim"))
+
     def keeps_resident(self, name: str) -> bool:
         """Whether a weight may not leave the device."""
         if not self.offload:
@@ -59,15 +70,35 @@ class Options:
 def check_keep(keep: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]]:
     """Raises PlannerError for a rule that pins something we do not know."""
     for pattern, rule in (keep or {}).items():
-        if not isinstance(rule, Mapping) or set(rule) - {"resident"}:
-            raise PlannerError(f"keep={{{pattern!r}: {rule!r}}}: write what is pinned as {{{pattern!r}: {{'resident': True}}}}")
+        if not isinstance(rule, Mapping) or not rule or set(rule) - {"resident", "tile"}:
+            raise PlannerError(
+                f"keep={{{pattern!r}: {rule!r}}}: write what is pinned as {{{pattern!r}: {{'resident': True}}}}, or what is not "
+                f"to be tiled as {{{pattern!r}: {{'tile': False}}}}"
+            )
+        if "tile" in rule and not _is_tile_rule(rule["tile"]):
+            raise PlannerError(
+                f"keep={{{pattern!r}: {{'tile': {rule['tile']!r}}}}}: write False, a number of tiles such as 4, or "
+                "{'dim': 2, 'count': 4}, where either may be left out"
+            )
     return dict(keep or {})
 
 
+def _is_tile_rule(said: Any) -> bool:
+    if isinstance(said, Mapping):
+        dim, count = said.get("dim"), said.get("count")
+        known = bool(said) and not set(said) - {"dim", "count"}
+        return known and (dim is None or _is_whole(dim)) and (count is None or (_is_whole(count) and count >= 1))
+    return isinstance(said, bool) or (_is_whole(said) and said >= 1)
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
 def check_patterns(keep: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Raises PlannerError for a pattern that no weight's name fits: it would pin nothing."""
-    for pattern in keep:
-        if not fnmatch.filter(names, pattern):
+    """Raises PlannerError for a pattern of `resident` that no weight's name fits: it would pin nothing."""
+    for pattern, rule in keep.items():
+        if "resident" in rule and not fnmatch.filter(names, pattern):
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3) or list(names[:1])
             hint = f"; names are like {close[0]!r}: write keep={{{close[0]!r}: {{'resident': True}}}}" if close else ""
             raise PlannerError(f"keep={{{pattern!r}: ...}} fits no weight of the program{hint}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import fx, nn
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
@@ -17,6 +17,7 @@ from planner.progress import working
 from planner.refuse import refuse_shared_state
 from planner.show import module_path
 from planner.sizes import format_bytes
+from planner.solve.constraints import TileConstraint
 from planner.solve.decide import Solver
 from planner.solve.decisions import Tiling
 from planner.solve.problem import Problem, build_problem
@@ -49,7 +50,12 @@ def tilings_of(program: Program, options: Options) -> Tilings:
 
     base = Solver(build(program, Tiling()), options.repeats)
     hosting = options.offload and memory.device != "cpu"  # where the device is not the host itself
-    return Tilings(base, build if options.tile and program.origin is None else None, hosting)
+    tiles = options.tile and program.origin is None
+
+    def constraint(node: fx.Node) -> TileConstraint:
+        return options.tile_of(module_path(node))
+
+    return Tilings(base, build if tiles else None, hosting, constraint)
 
 
 def infeasible(solver: Solver, budget_bytes: int) -> InfeasibleBudget:

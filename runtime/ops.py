@@ -56,7 +56,7 @@ def loop(operands: tuple[Any, ...]) -> None:
 
 
 def host(index: int, shape: Sequence[int], dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """A value that lives in page-locked host memory, in the layout's place `index`; bands along `dim` lie in one piece there."""
+    """A value in page-locked host memory, at the layout's place `index`; bands along `dim` lie in one piece there."""
     order = [dim, *(d for d in range(len(shape)) if d != dim)]
     return torch.empty([shape[d] for d in order], dtype=dtype).permute([order.index(d) for d in range(len(shape))])
 

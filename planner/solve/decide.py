@@ -142,9 +142,8 @@ class Solver:
 
     def seconds(self, placements: Sequence[Placement]) -> StepTime:
         """What the simulator says."""
-        return step_time(
-            EngineProgram.placed(self.problem.seconds, placements, self.problem.banded), self.problem.machine, self.repeats
-        )
+        program = EngineProgram.placed(self.problem.seconds, placements, self.problem.banded)
+        return step_time(program, self.problem.machine, self.repeats)
 
     def resident_bytes(self, spans: Sequence[BundleSpan]) -> int:
         """Of the weights that these spans leave on the device."""
@@ -264,7 +263,7 @@ def _events(live: Liveness, fresh: Iterator[int]) -> list[list[AllocationEvent]]
 
 
 def _tile_events(live: Liveness, index: int, fresh: Iterator[int]) -> Iterator[AllocationEvent]:
-    """Of a loop: its tiles one after the other, of many that are alike only the first ones, which leave the state of the rest."""
+    """Of a loop: its tiles one after the other, of many that are alike the first ones, which leave the state of the rest."""
     for run, body in zip(live.nodes[index].meta["loop"].runs, live.bodies[index], strict=True):
         for _ in run.table[:_ALIKE]:
             yield from itertools.chain.from_iterable(_events(body, fresh))

@@ -27,6 +27,9 @@ class Tiling:
         return bool(self.norms or self.tiles)
 
 
+UNTILED = Tiling()
+
+
 @dataclass(frozen=True)
 class Decisions:
     """All that was decided for one program.
@@ -37,7 +40,7 @@ class Decisions:
 
     streams: tuple[Stream, ...] = ()
     staging: StagingMode = "arena"
-    tiling: Tiling = Tiling()
+    tiling: Tiling = UNTILED
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {"staging": self.staging, "streams": [asdict(s) for s in self.streams]}

@@ -22,7 +22,7 @@ from planner.memory import MemoryModel
 from planner.profile_ops import Profiled, Profiler
 from planner.progress import working
 from planner.solve.bands import banded_seconds, host_places
-from planner.solve.decisions import Tiling
+from planner.solve.decisions import UNTILED, Tiling
 from runtime.errors import InvalidCall
 from runtime.layout import HostPlace, align
 
@@ -44,7 +44,7 @@ class Problem:
     pinned: frozenset[str]
     visits: tuple[Visit, ...]
     profiled: Profiled | None = None
-    tiling: Tiling = Tiling()
+    tiling: Tiling = UNTILED
 
     @cached_property
     def activation_bytes(self) -> np.ndarray:
@@ -88,7 +88,7 @@ def build_problem(
     memory: MemoryModel,
     keep: Callable[[str], bool] = lambda name: False,
     profiler: Profiler | None = None,
-    tiling: Tiling = Tiling(),
+    tiling: Tiling = UNTILED,
 ) -> Problem:
     """Analyses a canonical program. Weights for which `keep(module name)` holds are pinned on the device, as is state.
 

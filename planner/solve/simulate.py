@@ -29,7 +29,7 @@ _MAX_CALLS = 24
 
 
 class Kind(IntEnum):
-    """What a program does with a bundle; at one position in this order. Between the two others a loop has the link to itself."""
+    """What a program does with a bundle; at one position in this order. Between the other two a loop has the link alone."""
 
     BANDS_END = -1
     EVICT = 0

@@ -159,7 +159,7 @@ class TileCosts:
             if step is None:
                 continue
             for argument, need in zip(region.calls.arguments(node), step.needs, strict=True):
-                if argument not in self.hosted or argument in region.dims:
+                if argument not in self.hosted or argument in region.dims or (need is not None and need.size == 0):
                     continue
                 if need is None or need.dim != argument.meta["val"].dim() + self.hosting.axis:
                     return None
@@ -177,7 +177,7 @@ class TileCosts:
         inner = self._inner[key]
         before = int(self.live_before[start])
         weights = self._weights(start, stop)
-        whole = sum(nbytes for node in region.whole for nbytes in self._born(node))
+        whole = sum(nbytes for node in region.whole for nbytes in self.born(node))
         peak = before + whole + inner.result_bytes + inner.tile_bytes
         workspace = max((self._workspace(node) for node in region.whole), default=0)
         return Estimate(inner, weights + max(peak, before + whole + workspace))
@@ -210,7 +210,8 @@ class TileCosts:
         names = {v.weight for v in self.problem.visits if v.first < stop and v.last >= start} | self.problem.pinned
         return self.problem.arena_bytes(names)
 
-    def _born(self, node: fx.Node) -> list[int]:
+    def born(self, node: fx.Node) -> list[int]:
+        """Bytes of the storages that an operator makes."""
         return [nbytes for _, nbytes in self.problem.liveness.born[self.position[node]]]
 
     def _workspace(self, node: fx.Node) -> int:

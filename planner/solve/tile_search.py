@@ -1,8 +1,8 @@
 """Which regions run in tiles, so that no operator needs more than a cap: the fewest added seconds, by dynamic programming.
 
-The operators above the cap are covered by regions whose tiles stay below it. Regions begin and end where few bytes are live, and
-at norms whose statistics are merged; of every stretch between two such places the dimension and number of tiles are chosen that
-add the fewest seconds.
+The operators above the cap are covered by regions whose tiles stay below it. Regions begin and end where few bytes are live,
+and at norms whose statistics are merged; of every stretch between two such places the dimension and number of tiles are chosen
+that add the fewest seconds.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import fx
 
 from passes.regions import Tile
 from passes.tile_rules.base import REDUCTIONS
+from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.tile_cost import Estimate, TileCosts
 
 # Numbers of tiles that are tried, rising.
@@ -34,12 +35,13 @@ _ALL = 1e18
 
 @dataclass(frozen=True)
 class _Choice:
-    """The cheapest way to run operators [start, stop) in tiles."""
+    """The cheapest way to run operators [start, stop) in tiles; `missed` of those that have to be tiled are not."""
 
     start: int
     stop: int
     tile: Tile
     estimate: Estimate
+    missed: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,20 @@ _Best = tuple[tuple[float, float], tuple[int, _Choice | None]]
 
 @dataclass
 class TileSearch:
-    """Chooses regions for any cap on one problem. `forbidden` operators are never tiled."""
+    """Chooses regions for any cap on one problem, as far as `constraint` lets it."""
 
     costs: TileCosts
-    forbidden: Callable[[fx.Node], bool] = lambda node: False
+    constraint: Callable[[fx.Node], TileConstraint] = lambda node: FREE
+
+    @cached_property
+    def constraints(self) -> list[TileConstraint]:
+        """By operator."""
+        return [self.constraint(node) for node in self.costs.nodes]
+
+    @cached_property
+    def forced(self) -> np.ndarray:
+        """The operators that have to be tiled wherever that is possible; bool[n]."""
+        return np.array([constraint.forced for constraint in self.constraints])
 
     def tiles(self, cap_bytes: int) -> Found:
         """Regions that bring every operator to at most the cap, or as close to it as they can."""
@@ -82,7 +94,7 @@ class TileSearch:
 
     def _hot(self, cap_bytes: int) -> list[tuple[int, int]]:
         """Runs of operators above the cap; those with few operators between them are one."""
-        hot = [int(i) for i in np.flatnonzero((self.costs.total > cap_bytes) | self.costs.touching)]
+        hot = [int(i) for i in np.flatnonzero((self.costs.total > cap_bytes) | self.costs.touching | self.forced)]
         runs: list[list[int]] = []
         for i in hot:
             if runs and i - runs[-1][1] <= 4:
@@ -97,7 +109,6 @@ class TileSearch:
         best[j]: the best for all operators before the j-th place.
         """
         places = self._places(first, stop, begin, end)
-        total = self.costs.total
         best: list[_Best] = [((0.0, 0.0), (-1, None))]
         for j in range(1, len(places)):
             left = [self._excess(i, cap_bytes) for i in range(places[j - 1], places[j])]
@@ -111,7 +122,7 @@ class TileSearch:
                 choice = self._choose(places[i], places[j], cap_bytes)
                 if choice is None:
                     continue
-                over = float(max(0, choice.estimate.peak_bytes - cap_bytes)) * (places[j] - places[i])
+                over = float(max(0, choice.estimate.peak_bytes - cap_bytes)) * (places[j] - places[i]) + choice.missed
                 rank = best[i][0][0] + over, best[i][0][1] + choice.estimate.inner.added_seconds
                 if rank < found[0]:
                     found = rank, (i, choice)
@@ -125,7 +136,9 @@ class TileSearch:
 
     def _excess(self, i: int, cap_bytes: int) -> float:
         """Bytes by which an untiled operator is over the cap; more than anything where it has to be tiled."""
-        return _ALL if self.costs.touching[i] else float(max(0, self.costs.total[i] - cap_bytes))
+        if self.costs.touching[i]:
+            return _ALL
+        return float(max(0, self.costs.total[i] - cap_bytes)) + bool(self.forced[i])
 
     def _places(self, first: int, stop: int, begin: int, end: int) -> list[int]:
         """Where regions may begin and end: at both ends, where live bytes are least, behind merged results."""
@@ -156,16 +169,19 @@ class TileSearch:
     def _blocked(self, start: int, stop: int) -> bool:
         """Whether the stretch holds a norm's statistics together with what reads them, or what must not be tiled."""
         nodes = self.costs.nodes[start:stop]
-        if any(self.forbidden(node) for node in nodes):
+        if not all(constraint.allowed for constraint in self.constraints[start:stop]):
             return True
         made = {node for node in nodes if str(node.target).startswith("vramplan.group_statistics")}
         return bool(made) and any(n in made for node in nodes for n in node.all_input_nodes)
 
     def _choose(self, start: int, stop: int, cap_bytes: int) -> _Choice | None:
-        """The fewest tiles along the first dimension with which the stretch is under the cap; else what needs the least bytes."""
+        """The fewest tiles along the first dimension that keep the stretch under the cap; else what needs the least bytes."""
         best: _Choice | None = None
         seen: list[object] = []
+        dims = {constraint.dim for constraint in self.constraints[start:stop] if constraint.dim is not None}
         for seed, dim in self.costs.seeds(start, stop):
+            if dims and dim not in dims and dim - seed.meta["val"].dim() not in dims:
+                continue
             region = self.costs.region(start, stop, seed, dim)
             if region is None or (shape := [(n, region.dims[n]) for n in region.nodes]) in seen:
                 continue
@@ -180,16 +196,28 @@ class TileSearch:
     def _fewest(self, start: int, stop: int, seed: fx.Node, dim: int, cap_bytes: int) -> _Choice:
         """The least number of tiles that is under the cap; the largest where none is."""
 
+        fixed = [constraint.count for constraint in self.constraints[start:stop] if constraint.count is not None]
+        counts = (max(fixed),) if fixed else COUNTS
+
         def choice(index: int) -> _Choice:
-            estimate = self.costs.estimate(start, stop, seed, dim, COUNTS[index])
+            estimate = self.costs.estimate(start, stop, seed, dim, counts[index])
             assert estimate is not None
             names = self.costs.nodes[start].name, self.costs.nodes[stop - 1].name
-            return _Choice(start, stop, Tile(*names, seed.name, dim, COUNTS[index], estimate.inner.grain), estimate)
+            tile = Tile(*names, seed.name, dim, counts[index], 1 if fixed else estimate.inner.grain)
+            return _Choice(start, stop, tile, estimate, self._missed(start, stop, seed, dim))
 
-        index = bisect_left(range(len(COUNTS)), True, key=lambda i: choice(i).estimate.peak_bytes <= cap_bytes)
-        index = min(index, len(COUNTS) - 1)
+        index = bisect_left(range(len(counts)), True, key=lambda i: choice(i).estimate.peak_bytes <= cap_bytes)
+        index = min(index, len(counts) - 1)
         # Of bands more may be better: the first one to come and the last one to go are copied while nothing else happens.
-        finer = range(index, min(index + _FINER, len(COUNTS))) if self.costs.touching[start:stop].any() else (index,)
+        finer = range(index, min(index + _FINER, len(counts))) if self.costs.touching[start:stop].any() else (index,)
         return min(
             (choice(i) for i in finer), key=lambda c: (max(c.estimate.peak_bytes, cap_bytes), c.estimate.inner.added_seconds)
         )
+
+    def _missed(self, start: int, stop: int, seed: fx.Node, dim: int) -> int:
+        """How many operators that have to be tiled run whole."""
+        if not self.forced[start:stop].any():
+            return 0
+        region = self.costs.region(start, stop, seed, dim)
+        assert region is not None
+        return sum(1 for node in region.whole if self.costs.born(node))

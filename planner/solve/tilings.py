@@ -11,11 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch import fx
+
 from passes.base import Pass, run_passes
 from passes.program import Program
 from passes.regions import Tile, find_region
 from passes.split_norms import SplitNorms, splittable_norms
 from passes.tile_regions import TileRegions, stretch_of
+from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.decide import Schedule, Solver
 from planner.solve.decisions import Tiling
 from planner.solve.problem import Problem
@@ -62,16 +65,21 @@ class Tilings:
     base: Solver
     build: Callable[[Program, Tiling], Problem] | None = None
     hosting: bool = False
+    constraint: Callable[[fx.Node], TileConstraint] = lambda node: FREE
 
     @cached_property
     def minimum(self) -> Solver:
         """The solver with the schedule of least memory."""
-        return min((self.base, self._solver(self._levels[-1][1])), key=lambda solver: solver.minimum.peak_bytes)
+        least = self._solver(self._levels[-1][1])
+        if self.build is not None and self._search.forced.any():
+            return least
+        return min((self.base, least), key=lambda solver: solver.minimum.peak_bytes)
 
     def least_bytes(self, budget_bytes: int) -> int:
         """The least feasible budget where it is above `budget_bytes`; else some feasible one, without looking further."""
         base = self.base.minimum.peak_bytes
-        return base if base <= budget_bytes else self.minimum.minimum.peak_bytes
+        forced = self.build is not None and self._search.forced.any()
+        return base if base <= budget_bytes and not forced else self.minimum.minimum.peak_bytes
 
     def solve(self, budget_bytes: int, host_bytes: int | None = None) -> tuple[Solver, Schedule]:
         """The fastest schedule of all tilings; requires `budget_bytes >= minimum.minimum.peak_bytes`."""
@@ -101,9 +109,11 @@ class Tilings:
 
     def _candidates(self, budget_bytes: int) -> Iterator[Solver]:
         """Untiled, then finer and finer."""
-        yield self.base
         if self.build is None:
+            yield self.base
             return
+        if not self._search.forced.any():
+            yield self.base
         for cap, tiling in self._levels:
             if cap * _BELOW <= budget_bytes and tiling:
                 yield self._solver(tiling)
@@ -134,9 +144,12 @@ class Tilings:
         """Caps, falling, with the tiling of each; the last one needs the least memory."""
         if self.build is None:
             return [(0, Tiling())]
-        search = TileSearch(TileCosts(self._split))
+        search = self._search
         levels: list[tuple[int, Tiling]] = []
         peak = cap = int(search.costs.total.max())
+        if search.forced.any():
+            peak, tiling = self._level(search, cap)
+            levels.append((0, tiling))
         while True:
             cap = int(cap * _RATIO)
             reached, tiling = self._level(search, cap)
@@ -146,6 +159,10 @@ class Tilings:
             levels.append((cap, tiling))
         return levels or [(0, Tiling())]
 
+    @cached_property
+    def _search(self) -> TileSearch:
+        return TileSearch(TileCosts(self._split), self.constraint)
+
     def _level(self, search: TileSearch, cap: int) -> tuple[int, Tiling]:
         """The tiling for a cap, with values on the host where it cannot be kept otherwise, and the bytes it needs."""
         found = search.tiles(cap)
@@ -153,7 +170,7 @@ class Tilings:
         if found.peak_bytes > cap and self.hosting:
             for axis, share in itertools.product(_AXES, _HOSTED):
                 costs = TileCosts(self._split, Hosting(int(cap * share), axis), search.costs.calls)
-                options.append((TileSearch(costs).tiles(cap), costs))
+                options.append((TileSearch(costs, self.constraint).tiles(cap), costs))
                 if options[-1][0].peak_bytes <= cap:
                     break
         best, costs = min(options, key=lambda option: (max(option[0].peak_bytes, cap), option[0].added_seconds))
