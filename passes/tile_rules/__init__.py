@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
-from passes.tile_rules import pointwise
+from passes.tile_rules import dims, joins, pads, pointwise, reshapes, shuffles, slices
 from passes.tile_rules.base import Part, Reduced, Run, TileCall, Tiled, Untileable, reduce_parts, tile
 
-__all__ = ["Part", "Reduced", "Run", "TileCall", "Tiled", "Untileable", "pointwise", "reduce_parts", "tile"]
+__all__ = [
+    "Part",
+    "Reduced",
+    "Run",
+    "TileCall",
+    "Tiled",
+    "Untileable",
+    "dims",
+    "joins",
+    "pads",
+    "pointwise",
+    "reduce_parts",
+    "reshapes",
+    "shuffles",
+    "slices",
+    "tile",
+]
