@@ -132,3 +132,39 @@ def test_a_complex_view_of_values_whose_strides_do_not_suit() -> None:
 def test_memory_is_not_read_by_strides() -> None:
     with pytest.raises(Untileable, match="reads its input's memory"):
         check_tiles(aten.as_strided.default, (torch.zeros(4), [2, 2], [1, 1]), 0, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("target", "args"),
+    [
+        (aten.permute.default, ([2, 1, 0, 3],)),
+        (aten.squeeze.default, ()),
+        (aten.unsqueeze.default, (1,)),
+        (aten.expand.default, ([3, 0, 4, 6],)),
+        (aten.repeat.default, ([1, 2, 2, 0],)),
+        (aten.slice.Tensor, (2, 0, 0)),
+        (aten.split.Tensor, (2, 2)),
+        (aten.unbind.int, (3,)),
+        (aten.pad.default, ([1, 1, 2, 0])),
+        (aten.unfold.default, (2, 2, 1)),
+        (aten.pixel_unshuffle.default, (1,)),
+    ],
+    ids=str,
+)
+def test_tensors_without_elements(target: Any, args: tuple[Any, ...]) -> None:
+    x = torch.zeros(3, 0, 4, 1, dtype=torch.float64)
+    args = (x, list(args)) if target is aten.pad.default else (x, *args)
+    results = target(*args)
+    shape = (results[0] if isinstance(results, (tuple, list)) else results).shape
+    for dim, size in enumerate(shape):
+        if size:
+            check_tiles(target, args, dim, [0, 1, size] if size > 1 else [0, 1])
+
+
+@pytest.mark.parametrize("target", [aten.cat.default, aten.stack.default])
+@pytest.mark.parametrize("joined", [0, 1, 2])
+def test_joined_tensors_without_elements(target: Any, joined: int) -> None:
+    x = torch.zeros(3, 0, 4, dtype=torch.float64)
+    for dim, size in enumerate(target([x, x], joined).shape):
+        if size:
+            check_tiles(target, ([x, x], joined), dim, [0, 1, size])
