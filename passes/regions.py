@@ -195,6 +195,7 @@ class Region:
             elif node not in parts:
                 steps[node] = None  # nobody reads this part
             elif node.target is operator.getitem:
+                steps[node] = None  # it computes nothing
                 want(node.args[0], parts[node][0], node.args[1])  # type: ignore[arg-type]
             else:
                 steps[node] = tiled = tile(self.calls.call(node), *parts[node])

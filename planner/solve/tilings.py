@@ -20,7 +20,7 @@ from passes.split_norms import SplitNorms, splittable_norms
 from passes.tile_regions import TileRegions, stretch_of
 from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.decide import Schedule, Solver
-from planner.solve.decisions import Tiling
+from planner.solve.decisions import UNTILED, Tiling
 from planner.solve.problem import Problem
 from planner.solve.tile_cost import Hosting, TileCosts
 from planner.solve.tile_search import TileSearch
@@ -70,16 +70,20 @@ class Tilings:
     @cached_property
     def minimum(self) -> Solver:
         """The solver with the schedule of least memory."""
-        least = self._solver(self._levels[-1][1])
-        if self.build is not None and self._search.forced.any():
+        if self.build is None:
+            return self.base
+        *_, (_, tiling) = (0, UNTILED), *self._levels()
+        least = self._solver(tiling)
+        if self._forced:
             return least
         return min((self.base, least), key=lambda solver: solver.minimum.peak_bytes)
 
     def least_bytes(self, budget_bytes: int) -> int:
         """The least feasible budget where it is above `budget_bytes`; else some feasible one, without looking further."""
-        base = self.base.minimum.peak_bytes
-        forced = self.build is not None and self._search.forced.any()
-        return base if base <= budget_bytes and not forced else self.minimum.minimum.peak_bytes
+        first = next(self._candidates(budget_bytes), None)
+        if first is not None and first.minimum.peak_bytes <= budget_bytes:
+            return first.minimum.peak_bytes
+        return self.minimum.minimum.peak_bytes
 
     def solve(self, budget_bytes: int, host_bytes: int | None = None) -> tuple[Solver, Schedule]:
         """The fastest schedule of all tilings; requires `budget_bytes >= minimum.minimum.peak_bytes`."""
@@ -109,14 +113,16 @@ class Tilings:
 
     def _candidates(self, budget_bytes: int) -> Iterator[Solver]:
         """Untiled, then finer and finer."""
-        if self.build is None:
+        if not self._forced:
             yield self.base
-            return
-        if not self._search.forced.any():
-            yield self.base
-        for cap, tiling in self._levels:
+        for cap, tiling in () if self.build is None else self._levels():
             if cap * _BELOW <= budget_bytes and tiling:
                 yield self._solver(tiling)
+
+    @cached_property
+    def _forced(self) -> bool:
+        """Whether something has to be tiled."""
+        return self.build is not None and any(self.constraint(node).forced for node in self.base.problem.liveness.nodes)
 
     def _solver(self, tiling: Tiling) -> Solver:
         if not tiling:
@@ -139,25 +145,34 @@ class Tilings:
         tiling = Tiling(splittable_norms(program))
         return self.build(tile_program(program, tiling), tiling) if tiling else self.base.problem
 
+    def _levels(self) -> Iterator[tuple[int, Tiling]]:
+        """Caps, falling, with the tiling of each; the last one needs the least memory. Each is looked for when it is asked for."""
+        yield from self._known
+        for level in self._further:
+            self._known.append(level)
+            yield level
+
     @cached_property
-    def _levels(self) -> list[tuple[int, Tiling]]:
-        """Caps, falling, with the tiling of each; the last one needs the least memory."""
-        if self.build is None:
-            return [(0, Tiling())]
+    def _known(self) -> list[tuple[int, Tiling]]:
+        return []
+
+    @cached_property
+    def _further(self) -> Iterator[tuple[int, Tiling]]:
+        return self._find_levels()
+
+    def _find_levels(self) -> Iterator[tuple[int, Tiling]]:
         search = self._search
-        levels: list[tuple[int, Tiling]] = []
         peak = cap = int(search.costs.total.max())
         if search.forced.any():
             peak, tiling = self._level(search, cap)
-            levels.append((0, tiling))
+            yield cap, tiling
         while True:
             cap = int(cap * _RATIO)
             reached, tiling = self._level(search, cap)
             if reached >= peak:
-                break
+                return
             peak = reached
-            levels.append((cap, tiling))
-        return levels or [(0, Tiling())]
+            yield cap, tiling
 
     @cached_property
     def _search(self) -> TileSearch:
