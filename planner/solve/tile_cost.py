@@ -56,7 +56,7 @@ class TileCosts:
     hosting: Hosting | None = None
     calls: Calls = field(default_factory=Calls)
     _regions: dict[object, Region | None] = field(default_factory=dict)
-    _inner: dict[object, Inner] = field(default_factory=dict)
+    _inner: dict[object, Inner | None] = field(default_factory=dict)
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -173,14 +173,31 @@ class TileCosts:
             return None
         key = self._key(start, stop, seed, dim), count
         if key not in self._inner:
-            self._inner[key] = self._measure(region, count)
+            try:
+                self._inner[key] = self._measure(region, count)
+            except Untileable:
+                self._inner[key] = None
         inner = self._inner[key]
+        if inner is None:
+            return None
         before = int(self.live_before[start])
         weights = self._weights(start, stop)
         whole = sum(nbytes for node in region.whole for nbytes in self.born(node))
         peak = before + whole + inner.result_bytes + inner.tile_bytes
         workspace = max((self._workspace(node) for node in region.whole), default=0)
         return Estimate(inner, weights + max(peak, before + whole + workspace))
+
+    def holds(self, start: int, stop: int, seed: fx.Node, dim: int, count: int) -> bool:
+        """Whether every tile can be computed, not only the usual one; where not, no estimate is given from now on."""
+        region, key = self.region(start, stop, seed, dim), (self._key(start, stop, seed, dim), count)
+        inner = self._inner[key]
+        assert region is not None
+        assert inner is not None
+        try:
+            region.tiles(count, inner.grain)
+        except Untileable:
+            self._inner[key] = None
+        return self._inner[key] is not None
 
     def _key(self, start: int, stop: int, seed: fx.Node, dim: int) -> object:
         """What makes two stretches equal: the same calls on each other's results, with the same ones read afterwards."""

@@ -39,6 +39,7 @@ class _Choice:
 
     start: int
     stop: int
+    seed: fx.Node
     tile: Tile
     estimate: Estimate
     missed: int = 0
@@ -76,13 +77,11 @@ class TileSearch:
 
     def tiles(self, cap_bytes: int) -> Found:
         """Regions that bring every operator to at most the cap, or as close to it as they can."""
-        chosen: list[_Choice] = []
+        while True:
+            chosen = self._cover_all(cap_bytes)
+            if all(self.costs.holds(c.start, c.stop, c.seed, c.tile.dim, c.tile.count) for c in chosen):
+                break
         total = self.costs.total
-        for first, last in self._hot(cap_bytes):
-            free = chosen[-1].stop if chosen else 0
-            if last >= free:
-                begin, end = max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(total))
-                chosen += self._cover(max(first, free), last + 1, begin, end, cap_bytes)
         covered = np.zeros(len(total), dtype=bool)
         for choice in chosen:
             covered[choice.start : choice.stop] = True
@@ -91,6 +90,17 @@ class TileSearch:
             left.append(int(_ALL))
         added = sum(choice.estimate.inner.added_seconds for choice in chosen)
         return Found(tuple(choice.tile for choice in chosen), max(left), added)
+
+    def _cover_all(self, cap_bytes: int) -> list[_Choice]:
+        """Regions for every run of operators above the cap."""
+        chosen: list[_Choice] = []
+        total = self.costs.total
+        for first, last in self._hot(cap_bytes):
+            free = chosen[-1].stop if chosen else 0
+            if last >= free:
+                begin, end = max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(total))
+                chosen += self._cover(max(first, free), last + 1, begin, end, cap_bytes)
+        return chosen
 
     def _hot(self, cap_bytes: int) -> list[tuple[int, int]]:
         """Runs of operators above the cap; those with few operators between them are one."""
@@ -187,32 +197,44 @@ class TileSearch:
                 continue
             seen.append(shape)
             choice = self._fewest(start, stop, seed, dim, cap_bytes)
+            if choice is None:
+                continue
             if choice.estimate.peak_bytes <= cap_bytes:
                 return choice
             if best is None or choice.estimate.peak_bytes < best.estimate.peak_bytes:
                 best = choice
         return best
 
-    def _fewest(self, start: int, stop: int, seed: fx.Node, dim: int, cap_bytes: int) -> _Choice:
-        """The least number of tiles that is under the cap; the largest where none is."""
+    def _fewest(self, start: int, stop: int, seed: fx.Node, dim: int, cap_bytes: int) -> _Choice | None:
+        """The least number of tiles that is under the cap; the largest where none is; None where no number is possible."""
 
         fixed = [constraint.count for constraint in self.constraints[start:stop] if constraint.count is not None]
         counts = (max(fixed),) if fixed else COUNTS
 
-        def choice(index: int) -> _Choice:
+        def choice(index: int) -> _Choice | None:
             estimate = self.costs.estimate(start, stop, seed, dim, counts[index])
-            assert estimate is not None
+            if estimate is None:
+                return None
             names = self.costs.nodes[start].name, self.costs.nodes[stop - 1].name
             tile = Tile(*names, seed.name, dim, counts[index], 1 if fixed else estimate.inner.grain)
-            return _Choice(start, stop, tile, estimate, self._missed(start, stop, seed, dim))
+            return _Choice(start, stop, seed, tile, estimate, self._missed(start, stop, seed, dim))
 
-        index = bisect_left(range(len(counts)), True, key=lambda i: choice(i).estimate.peak_bytes <= cap_bytes)
+        def fits(index: int) -> bool:
+            found = choice(index)
+            return found is not None and found.estimate.peak_bytes <= cap_bytes
+
+        index = bisect_left(range(len(counts)), True, key=fits)
         index = min(index, len(counts) - 1)
         # Of bands more may be better: the first one to come and the last one to go are copied while nothing else happens.
         finer = range(index, min(index + _FINER, len(counts))) if self.costs.touching[start:stop].any() else (index,)
-        return min(
-            (choice(i) for i in finer), key=lambda c: (max(c.estimate.peak_bytes, cap_bytes), c.estimate.inner.added_seconds)
-        )
+        choices = [found for i in finer if (found := choice(i)) is not None]
+        if not choices:  # some numbers of tiles are not possible: of the others whatever there is
+            choices = [found for i in range(len(counts)) if (found := choice(i)) is not None]
+
+        def rank(found: _Choice) -> tuple[int, float]:
+            return max(found.estimate.peak_bytes, cap_bytes), found.estimate.inner.added_seconds
+
+        return min(choices, key=rank, default=None)
 
     def _missed(self, start: int, stop: int, seed: fx.Node, dim: int) -> int:
         """How many operators that have to be tiled run whole."""
