@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-from passes.tile_rules import pointwise
+from passes.tile_rules import factories, group_norms, indexing, pointwise, reductions, row_norms
 from passes.tile_rules.base import Part, Reduced, Run, TileCall, Tiled, Untileable, reduce_parts, tile
 
-__all__ = ["Part", "Reduced", "Run", "TileCall", "Tiled", "Untileable", "pointwise", "reduce_parts", "tile"]
+__all__ = [
+    "Part",
+    "Reduced",
+    "Run",
+    "TileCall",
+    "Tiled",
+    "Untileable",
+    "factories",
+    "group_norms",
+    "indexing",
+    "pointwise",
+    "reduce_parts",
+    "reductions",
+    "row_norms",
+    "tile",
+]
