@@ -163,6 +163,20 @@ def roll(call: TileCall, part: Part | None) -> Tiled:
     return Tiled((part,), call.again)
 
 
+@tile_rule(aten.diff.default)
+def diff(call: TileCall, part: Part | None) -> Tiled:
+    """`y[a:b] = diff(x[a : b + n])` for the n-th differences; along another dimension `diff(x[a:b])`, and that of its ends."""
+    assert part is not None
+    (dim,) = dims_of(call.arg("dim"), len(call.output.shape))
+    if part.dim != dim:
+        return Tiled(tuple(part for _ in call.tensors), call.again)
+    if len(call.tensors) > 1:
+        raise Untileable(f"puts something to the ends of dimension {dim}")
+    if part.stop + call.arg("n") > call.tensors[0].shape[dim]:
+        raise Untileable("takes more differences than there are")
+    return Tiled((Part(dim, part.start, part.stop + call.arg("n")),), call.again)
+
+
 @tile_rule(aten.repeat_interleave.self_int)
 def repeat_interleave(call: TileCall, part: Part | None) -> Tiled:
     """`y[a:b] = repeat(x[a // r : ceil(b / r)], r)[a % r :][: b - a]`; along the other dimensions `repeat(x[a:b])`."""

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from passes.tile_rules import Part, Untileable, tile
+from planner import plan
 from tests.passes.tile_rules.drawing import values
 from tests.passes.tile_rules.harness import call_on, check_reduction, check_tiles, cuts_of
 
@@ -81,6 +82,41 @@ def test_whole_groups_need_their_own_channels_only() -> None:
     call, _, _ = call_on(aten.group_norm.default, (torch.randn(2, 12, 3), 4, torch.ones(12)))
     assert tile(call, Part(1, 3, 9)).needs == (Part(1, 3, 9), Part(0, 3, 9))
     assert tile(call, Part(1, 4, 5)).needs == (Part(1, 3, 6), Part(0, 3, 6))
+
+
+class _InTwoSteps(torch.nn.Module):
+    """Group norm of the rows above and below a cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(4, 16, 3, padding=1), torch.nn.GroupNorm(4, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv(x)
+        statistics = own.merge_statistics(torch.stack([own.group_statistics(part, 4) for part in h.split([5, 11], 2)]))
+        return own.group_normalise(h, statistics, self.norm.weight, self.norm.bias, self.norm.eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["accounting", "cpu"])
+def test_a_plan_holds_them(device: str, dtype: torch.dtype) -> None:
+    """They are sized, checked, printed and run, and take what was predicted."""
+    model = _InTwoSteps().eval().to(dtype)
+    x = torch.randn(2, 4, 16, 16).to(dtype)
+    planned = plan(model, "100MB", inputs=(x,), device=device)
+    assert (
+        "torch.ops.vramplan.group_normalise.default(conv2d, merge_statistics, w.norm_weight, w.norm_bias, 1e-05)"
+        in planned.code
+    )
+    with torch.no_grad():
+        wanted = model.norm(model.conv(x)).double()
+        found = planned.build()(x).double()
+    spacing = torch.finfo(dtype).eps * wanted.abs() + 2e-6
+    assert ((found - wanted).abs() <= spacing).all()
+    if device == "accounting":
+        assert planned.report().peak_bytes == planned.peak_bytes
+    else:
+        assert planned.report().peak_bytes <= planned.peak_bytes
 
 
 def test_refused() -> None:

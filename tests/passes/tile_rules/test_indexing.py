@@ -125,6 +125,21 @@ def test_reversed_rolled_and_repeated(data: st.DataObject) -> None:
     check_tiles(aten.repeat_interleave.self_int, (x, times, along), dim, data.draw(cuts_of(size)), {"output_size": total})
 
 
+@given(st.data())
+def test_differences(data: st.DataObject) -> None:
+    shape = [n + 2 for n in data.draw(shapes())]
+    x, rank, order = data.draw(values(shape)), len(shape), data.draw(st.integers(0, 2))
+    along, dim = data.draw(st.integers(-rank, rank - 1)), data.draw(st.integers(0, rank - 1))
+    size = shape[dim] - (order if along % rank == dim else 0)
+    check_tiles(aten.diff.default, (x, order, along), dim, data.draw(cuts_of(size)))
+    ends = (aten.diff.default, (x, 1, along, x.narrow(along, 0, 1), x.narrow(along, 0, 2)))
+    if along % rank != dim:
+        check_tiles(*ends, dim, data.draw(cuts_of(shape[dim])))
+    else:
+        with pytest.raises(Untileable, match=f"puts something to the ends of dimension {dim}"):
+            check_tiles(*ends, dim, [0, shape[dim]])
+
+
 @pytest.mark.parametrize(
     ("operator", "args", "reason"),
     [
