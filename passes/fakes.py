@@ -52,6 +52,8 @@ class FaithfulFakes(TorchDispatchMode):
         if func is aten.native_group_norm.default:
             # ATen/native/group_norm.cpp: empty_like of input.contiguous(suggested format)
             return (_restride(result[0], _suggested_format(args[0])), *result[1:])
+        if func is aten.native_batch_norm.default:
+            return (_restride(result[0], _batch_norm_format(args)), *result[1:])
         if func is aten.native_layer_norm.default:
             # ATen/native/layer_norm.cpp: the output is made contiguous
             return (_restride(result[0], torch.contiguous_format), *result[1:])
@@ -181,6 +183,17 @@ def _suggested_format(tensor: torch.Tensor) -> torch.memory_format:
         if tensor.dim() == rank and _channels_last(tensor, order):
             return layout
     return torch.contiguous_format
+
+
+def _batch_norm_format(args: Any) -> torch.memory_format:
+    """ATen/native/Normalization.cpp, batch_norm_cpu: the suggested format, or that in which all arguments are contiguous."""
+    x, others = args[0], [t for t in args[1:5] if t is not None]
+    if all(t.is_contiguous() for t in others):
+        formats = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}.get(x.dim(), ())
+        for layout in (torch.contiguous_format, *formats):
+            if x.is_contiguous(memory_format=layout):
+                return layout
+    return _suggested_format(x)
 
 
 def _channels_last(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:

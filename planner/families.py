@@ -13,6 +13,8 @@ import torch
 
 _PATH = Path(__file__).with_name("families.toml")
 ELEMENTWISE, OTHER = "elementwise", "other"
+# This project's own operators (`runtime.statistics`): the table's patterns name PyTorch's.
+_OWN = {"group_statistics": "norm", "merge_statistics": "norm", "group_normalise": "norm"}
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,11 @@ def family_of(target: Any) -> Family:
     """The family of an operator overload. What the table does not name is `elementwise` if tagged pointwise, else `other`."""
     if not isinstance(target, torch._ops.OpOverload):
         return families()[OTHER]
+    name = target._schema.name.partition("::")[2]
+    if target.namespace == "vramplan" and name in _OWN:
+        return families()[_OWN[name]]
     if target.namespace in ("aten", "prims"):
-        found = matching(target._schema.name.partition("::")[2])
+        found = matching(name)
         if found:
             return found[0]
     return families()[ELEMENTWISE if _is_pointwise(target) else OTHER]

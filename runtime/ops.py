@@ -1,4 +1,4 @@
-"""The operators that emitted programs contain besides PyTorch's own.
+"""The operators that emitted programs contain besides PyTorch's own; importing this makes those of `runtime.statistics` too.
 
 They mark positions in an fx graph; `runtime.emit` prints each as a call on the running executor. All of them act in program
 order on the caller's stream, except that the copy a `prefetch` starts runs on the copy engine.
@@ -18,6 +18,8 @@ class Shaped(Protocol):
 
     @property
     def shape(self) -> torch.Size: ...
+
+from runtime import statistics  # noqa: F401  # makes the operators `vramplan::...`
 
 
 def prefetch(bundle: int) -> None:

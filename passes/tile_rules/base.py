@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from passes.spec import TensorSpec
@@ -37,7 +38,8 @@ class Part:
 
     def within(self, outer: Part) -> Part:
         """The same elements, counted from the beginning of `outer`, which contains them."""
-        assert self.dim == outer.dim and outer.start <= self.start <= self.stop <= outer.stop, f"{self} is not in {outer}"
+        assert self.dim == outer.dim, f"{self} and {outer} are of different dimensions"
+        assert outer.start <= self.start <= self.stop <= outer.stop, f"{self} is not in {outer}"
         return Part(self.dim, self.start - outer.start, self.stop - outer.start)
 
 
@@ -82,14 +84,15 @@ class TileCall:
 
     def index_of(self, name: str) -> int | None:
         """Which of `tensors` an argument is (the first of a list); None for one that is no tensor."""
+        names = [argument.name for argument in self.target._schema.arguments]
+        assert name in names, f"{self.target} has no argument {name!r}"
         index = 0
-        for position, argument in enumerate(self.target._schema.arguments):
-            value = self.args[position] if position < len(self.args) else self.kwargs.get(argument.name)
+        for given, value in (*zip(names, self.args, strict=False), *self.kwargs.items()):
             here = [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, TensorSpec)]
-            if argument.name == name:
+            if given == name:
                 return index if here else None
             index += len(here)
-        raise AssertionError(f"{self.target} has no argument {name!r}")
+        return None
 
     def again(self, run: Run, values: Sequence[Any], **changes: Any) -> Any:
         """The same call on other values for its tensors, with some other arguments (by name) changed."""
@@ -135,8 +138,8 @@ class Reduced:
 # `rule(call, *parts)`: of each result the part that is wanted, None where nobody reads that result; raises Untileable where the
 # part cannot be had from parts of the arguments.
 Rule = Callable[..., Tiled]
-# `rule(call, part)`: what is there of the first tensor argument, of a dimension that the operator reduces; the other needs follow
-# from it. Raises Untileable where partial results of such parts cannot be merged.
+# `rule(call, part)`: what is there of the first tensor argument, of a dimension that the operator reduces; the other needs
+# follow from it. Raises Untileable where partial results of such parts cannot be merged.
 ReductionRule = Callable[[TileCall, Part], Reduced]
 
 _R = TypeVar("_R", bound=Rule)
@@ -144,6 +147,8 @@ _M = TypeVar("_M", bound=ReductionRule)
 
 RULES: dict[Any, Rule] = {}
 """The rules by operator overload."""
+TAGGED: dict[torch.Tag, Rule] = {}
+"""Rules for operators that have a tag, write nothing, draw no random numbers and have no rule of their own."""
 REDUCTIONS: dict[Any, ReductionRule] = {}
 """The reduction rules by operator overload."""
 
@@ -158,6 +163,28 @@ def tile_rule(*operators: Any) -> Callable[[_R], _R]:
         return rule
 
     return register
+
+
+def tag_rule(tag: torch.Tag) -> Callable[[_R], _R]:
+    """Registers the decorated function as the rule of all operators with a tag that have none of their own."""
+
+    def register(rule: _R) -> _R:
+        assert tag not in TAGGED, f"two tile rules for {tag}"
+        TAGGED[tag] = rule
+        return rule
+
+    return register
+
+
+def rule_of(target: Any) -> Rule | None:
+    """An operator overload's rule: its own, else that of a tag."""
+    if target in RULES:
+        return RULES[target]
+    if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
+        return None
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return None
+    return next((rule for tag, rule in TAGGED.items() if tag in target.tags), None)
 
 
 def reduction_rule(*operators: Any) -> Callable[[_M], _M]:
@@ -178,7 +205,7 @@ def tile(call: TileCall, *parts: Part | None) -> Tiled:
     Raises:
         Untileable: there is no rule, or it declines.
     """
-    rule = RULES.get(call.target)
+    rule = rule_of(call.target)
     if rule is None:
         raise Untileable("has no tile rule")
     return rule(call, *parts)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes.fakes import FaithfulFakes
+from runtime import ops  # noqa: F401  # makes the operators `vramplan::...`
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...]]
 Operator = Callable[[Tensor], Any]
@@ -65,6 +66,13 @@ def _heads(x: Tensor) -> Tensor:
 ANY_RANK: dict[str, Operator] = {
     "group_norm": lambda x: torch.group_norm(x, 1),
     "group_norm_affine": lambda x: torch.group_norm(x, x.shape[1], torch.ones(x.shape[1]), torch.ones(x.shape[1])),
+    "batch_norm": lambda x: F.batch_norm(x, torch.zeros(x.shape[1]), torch.ones(x.shape[1])),
+    "batch_norm_over_its_own": lambda x: F.batch_norm(torch.cat([x, x]), None, None, training=True),
+    "group_statistics": lambda x: torch.ops.vramplan.group_statistics(x, 1),
+    "group_normalise": lambda x: torch.ops.vramplan.group_normalise(x, torch.ones(x.shape[0], 1, 3), None, None, 1e-5),
+    "group_normalise_rows": lambda x: torch.ops.vramplan.group_normalise(
+        torch.cat([x, x], 2)[:, :, : x.shape[2]], torch.ones(x.shape[0], 1, 3), None, None, 1e-5
+    ),
     "layer_norm": lambda x: F.layer_norm(x, x.shape[-1:]),
     "layer_norm_affine": lambda x: F.layer_norm(x, x.shape[-2:], torch.ones(x.shape[-2:]), torch.ones(x.shape[-2:])),
     "rms_norm": lambda x: F.rms_norm(x, x.shape[-1:]),

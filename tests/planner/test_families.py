@@ -78,4 +78,6 @@ def test_operators_of_others() -> None:
         return x * 2
 
     assert family_of(torch.ops.vramplan_test.twice.default).name == "other"
+    assert family_of(torch.ops.vramplan.group_normalise.default).name == "norm"
+    assert all(family_of(getattr(torch.ops.vramplan, name).default).name == family for name, family in module._OWN.items())
     assert family_of(len).name == "other"
