@@ -166,7 +166,7 @@ class TileCosts:
                 bands[argument] = bands[argument].hull(need) if argument in bands else need
         return bands
 
-    def estimate(self, start: int, stop: int, seed: fx.Node, dim: int, count: int) -> Estimate | None:
+    def estimate(self, start: int, stop: int, seed: fx.Node, dim: int, count: int, grain: int | None = None) -> Estimate | None:
         """The stretch in at most `count` tiles along a dimension of the seed; None where it has no region."""
         region = self.region(start, stop, seed, dim)
         if region is None:
@@ -174,7 +174,7 @@ class TileCosts:
         key = self._key(start, stop, seed, dim), count
         if key not in self._inner:
             try:
-                self._inner[key] = self._measure(region, count)
+                self._inner[key] = self._measure(region, count, grain or _grain(region.extent, count))
             except Untileable:
                 self._inner[key] = None
         inner = self._inner[key]
@@ -234,9 +234,8 @@ class TileCosts:
     def _workspace(self, node: fx.Node) -> int:
         return int(self.problem.liveness.costs[self.position[node]].workspace_bytes)
 
-    def _measure(self, region: Region, count: int) -> Inner:
+    def _measure(self, region: Region, count: int, grain: int) -> Inner:
         """The tile from the middle, replayed: what it makes, until its last reader has run."""
-        grain = _grain(region.extent, count)
         tile, number = region.usual_tile(count, grain)
         ratios = {node: _ratio(node, tile) for node in region.nodes}
         live = most = 0

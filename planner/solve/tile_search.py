@@ -212,11 +212,11 @@ class TileSearch:
         counts = (max(fixed),) if fixed else COUNTS
 
         def choice(index: int) -> _Choice | None:
-            estimate = self.costs.estimate(start, stop, seed, dim, counts[index])
+            estimate = self.costs.estimate(start, stop, seed, dim, counts[index], 1 if fixed else None)
             if estimate is None:
                 return None
             names = self.costs.nodes[start].name, self.costs.nodes[stop - 1].name
-            tile = Tile(*names, seed.name, dim, counts[index], 1 if fixed else estimate.inner.grain)
+            tile = Tile(*names, seed.name, dim, counts[index], estimate.inner.grain)
             return _Choice(start, stop, seed, tile, estimate, self._missed(start, stop, seed, dim))
 
         def fits(index: int) -> bool:
