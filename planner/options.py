@@ -72,8 +72,8 @@ def check_keep(keep: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Mappin
     for pattern, rule in (keep or {}).items():
         if not isinstance(rule, Mapping) or not rule or set(rule) - {"resident", "tile"}:
             raise PlannerError(
-                f"keep={{{pattern!r}: {rule!r}}}: write what is pinned as {{{pattern!r}: {{'resident': True}}}}, or what is not "
-                f"to be tiled as {{{pattern!r}: {{'tile': False}}}}"
+                f"keep={{{pattern!r}: {rule!r}}}: write what is pinned as {{{pattern!r}: {{'resident': True}}}}, or what is "
+                f"not to be tiled as {{{pattern!r}: {{'tile': False}}}}"
             )
         if "tile" in rule and not _is_tile_rule(rule["tile"]):
             raise PlannerError(

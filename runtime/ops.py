@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 import torch
 
+from runtime import statistics  # noqa: F401  # makes the operators `vramplan::...`
+
 
 class Shaped(Protocol):
     """What has a shape."""
 
     @property
     def shape(self) -> torch.Size: ...
-
-from runtime import statistics  # noqa: F401  # makes the operators `vramplan::...`
 
 
 def prefetch(bundle: int) -> None:

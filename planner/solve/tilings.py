@@ -156,7 +156,7 @@ class Tilings:
         return self.base.problem if _same_operators(whole, program) else self.build(whole, tiling)
 
     def _levels(self) -> Iterator[tuple[int, Tiling]]:
-        """Caps, falling, with the tiling of each; the last one needs the least memory. Each is looked for when it is asked for."""
+        """Caps, falling, with the tiling of each, looked for when it is asked for; the last one needs the least memory."""
         yield from self._known
         for level in self._further:
             self._known.append(level)
