@@ -17,6 +17,7 @@ from runtime.leftovers import Key
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
 _SCALARS = (int, float, bool, str, complex, type(None), torch.dtype)
+_DEPTH = 8  # containers may hold themselves
 _KNOWN = (*_SCALARS, list, tuple, dict, set, frozenset, torch.Tensor)
 # Of every module; hooks, children and weights are looked at by themselves.
 _TABLES = frozenset(nn.Module().__dict__) - {"training"}
@@ -76,14 +77,16 @@ def _has_containers(child: nn.Module) -> bool:
     return any(isinstance(v, (list, dict, set)) for k, v in child.__dict__.items() if k not in _TABLES)
 
 
-def _value(value: Any) -> Any:
+def _value(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, _SCALARS) or depth > _DEPTH:
+        return value if isinstance(value, _SCALARS) else id(value)
     if isinstance(value, (list, tuple)):
-        return type(value), [_value(item) for item in value]
+        return type(value), [_value(item, depth + 1) for item in value]
     if isinstance(value, dict):
-        return type(value), [(_value(key), _value(item)) for key, item in value.items()]
+        return type(value), [(_value(key, depth + 1), _value(item, depth + 1)) for key, item in value.items()]
     if isinstance(value, (set, frozenset)):
         return type(value), {item if isinstance(item, _SCALARS) else id(item) for item in value}
-    return value if isinstance(value, _SCALARS) else id(value)
+    return id(value)
 
 
 def _tensors(child: nn.Module) -> list[Any]:

@@ -73,3 +73,12 @@ def test_what_may_change(name: str) -> None:
     fingerprint = Fingerprint(module)
     ALLOWED[name](module)
     assert fingerprint.changed() is None
+
+
+def test_containers_that_hold_themselves() -> None:
+    module = _Model().eval()
+    module.table["self"] = module.table  # type: ignore[assignment]
+    fingerprint = Fingerprint(module)
+    assert fingerprint.changed() is None
+    module.table["a"].append(2)
+    assert "an attribute of the module" in str(fingerprint.changed())
