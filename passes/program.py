@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec
 from passes.dims import Dims
 from passes.spec import TensorSpec
 from runtime.layout import Layout
+from runtime.leftovers import Leftovers
 
 WeightKind = Literal["parameter", "buffer", "constant"]
 
@@ -49,7 +50,7 @@ class Program:
     """A captured computation. `weights` and `constants` are keyed by placeholder name.
 
     `dims` says what varies, where sizes are symbols. A program with concrete sizes that was made from such a one has it as
-    `origin`.
+    `origin`. `leftovers` is what the call does to plain attributes of the module, where it does anything.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Program:
     header: tuple[str, ...] = field(default=(), compare=False)
     dims: Dims | None = field(default=None, compare=False)
     origin: Program | None = field(default=None, compare=False)
+    leftovers: Leftovers | None = field(default=None, compare=False)
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
         return replace(self, graph=graph, **changes)

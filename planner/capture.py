@@ -13,6 +13,7 @@ import logging
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from operator import is_
 from typing import Any
 
@@ -28,9 +29,13 @@ from passes.inline_regions import InlineRegions
 from passes.inline_vmap import InlineVmap
 from passes.program import NOT_THEIRS, Program, Weight, WeightKind, place_of, storage_id
 from passes.spec import TensorSpec
-from planner.isolate import PlainState, fake_weights, random_draws, refuse_effects, refuse_hooks
+from planner.isolate import fake_weights, random_draws, refuse_hooks
+from planner.plain_state import PlainState, Unrepeatable, as_left
+from planner.plan_file import fingerprint
 from planner.refuse import refuse_unplannable
 from runtime.errors import CaptureError, InvalidCall
+from runtime.leftovers import Leftovers
+from runtime.origins import equal_values
 from runtime.signature import bind_call
 
 _KINDS: dict[InputKind, WeightKind] = {
@@ -43,6 +48,13 @@ _PRODUCTS = {f"aten.{name}.default" for name in ("linear", "mm", "bmm", "addmm",
 }
 
 
+@dataclass(eq=False)
+class _Found:
+    """What a call did besides computing."""
+
+    leftovers: Leftovers | None = None
+
+
 class _Call(nn.Module):
     """Gives `torch.export` any method of a module as a `forward`, past the root's own hooks (they stay Python).
 
@@ -50,17 +62,20 @@ class _Call(nn.Module):
     what was assigned is written into the original buffer at the end.
     """
 
-    def __init__(self, module: nn.Module, method: str) -> None:
+    def __init__(self, module: nn.Module, method: str, found: _Found) -> None:
         super().__init__()
         self.target = module
-        self._method = method
+        self._method, self._found = method, found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         before = [(owner, name, buffer) for owner in self.target.modules() for name, buffer in owner._buffers.items()]
         held = PlainState(self.target)
         given, given_spec = tree_flatten((args, kwargs))
         result = getattr(self.target, self._method)(*args, **kwargs)
-        refuse_effects(self.target, self._method, held)
+        try:
+            self._found.leftovers = held.undo()  # so that another run of it begins as this one
+        except Unrepeatable as effect:
+            raise _effect_error(self.target, self._method, effect) from None
         left, left_spec = tree_flatten((args, kwargs))
         if left_spec != given_spec or not all(map(is_, left, given)):
             raise CaptureError(
@@ -100,23 +115,44 @@ def capture(
     Inputs may be real, fake or meta: only shapes, strides, dtypes and Python values are read. `dynamic_shapes` is as in
     `torch.export.export`, for the tuple of positional arguments and the dict of others; sizes are then sympy expressions.
 
+    A call that changes plain attributes is captured again from what it leaves: if that is the same program, which leaves the
+    same, they are its leftovers, and nothing that it depends on.
+
     Raises:
         PlannerError: the module is in training mode, compiled, hooked by accelerate or quantised.
         CaptureError: `torch.export` cannot follow it; names the operator and the line.
     """
     refuse_unplannable(module, method)
     args, kwargs = bind_call(getattr(module, method), args, dict(kwargs or {}))
+    program = _capture(module, args, kwargs, method, dynamic_shapes)
+    leftovers = program.leftovers
+    if leftovers is None:
+        return program
+    with as_left(module, leftovers):
+        again = _capture(module, args, kwargs, method, dynamic_shapes)
+    if again.leftovers is not None:
+        key = next(iter(again.leftovers.before))
+        raise _effect_error(module, method, Unrepeatable(*key), ", for every call leaves it otherwise")
+    if not _is_same(program, again):
+        key = next(iter(leftovers.before))
+        raise _effect_error(module, method, Unrepeatable(*key), ", for what it computes depends on what the last call left")
+    return program
+
+
+def _capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], method: str, dynamic_shapes: Any) -> Program:
+    """The program from the attributes as they are; its leftovers are what has changed, whatever depends on it."""
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
     fake_args, fake_kwargs = fake_inputs((args, kwargs), mode)
     refuse_hooks(module, method)
+    found = _Found()
     with fake_weights(module, mode), random_draws() as drawn, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with _quiet():
                 if dynamic_shapes is None:
-                    exported = torch.export.export(_Call(module, method), fake_args, fake_kwargs, strict=False)
+                    exported = torch.export.export(_Call(module, method, found), fake_args, fake_kwargs, strict=False)
                 else:
-                    exported = _export_symbolic(_PackedCall(module, method), (args, kwargs), dynamic_shapes)
+                    exported = _export_symbolic(_PackedCall(module, method, found), (args, kwargs), dynamic_shapes)
         except CaptureError:
             raise
         except Exception as error:
@@ -126,8 +162,33 @@ def capture(
             f"{type(module).__name__}.{method} draws random numbers with {drawn[0]} while it is captured, and its program "
             "would always use those; draw them with torch, on the device of an input, or pass them as an input"
         )
-    program = _program(module, method, exported, (fake_args, fake_kwargs))
+    program = replace(_program(module, method, exported, (fake_args, fake_kwargs)), leftovers=found.leftovers)
     return program if dynamic_shapes is not None else settle_data_sizes(program)
+
+
+def refuse_leftovers(program: Program) -> None:
+    """Raises CaptureError for a program with leftovers: a part's would have to be there for the Python around it too."""
+    if program.leftovers is not None:
+        path, name = next(iter(program.leftovers.before))
+        raise CaptureError(f"{program.name} changes the attribute {f'{path}.{name}'.lstrip('.')!r} while it runs")
+
+
+def _effect_error(module: nn.Module, method: str, effect: Unrepeatable, why: str = "") -> CaptureError:
+    return CaptureError(
+        f"{type(module).__name__}.{method} changes the attribute {str(effect)!r} while it runs, which its program would "
+        f"not repeat{why}; keep state in a buffer (self.register_buffer({effect.name!r}, ...)), or plan a submodule: "
+        "plan(module.child, ...)"
+    )
+
+
+def _is_same(one: Program, other: Program) -> bool:
+    """Whether two programs of one module compute the same, operator by operator."""
+    if fingerprint(one) != fingerprint(other) or one.weights != other.weights or one.inputs != other.inputs:
+        return False
+    if one.in_spec != other.in_spec or one.out_spec != other.out_spec:
+        return False
+    pairs = [(value, other.constants[name]) for name, value in one.constants.items()]
+    return all(a is b or (not a.is_meta and not b.is_meta and equal_values(a, b)) for a, b in pairs)
 
 
 @contextlib.contextmanager

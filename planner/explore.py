@@ -32,9 +32,10 @@ from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
 from passes.probe import Prober
 from passes.program import Program, storage_id, tensors_of
-from planner.capture import capture, fake_inputs
-from planner.isolate import PlainState, fake_weights, random_draws, untouched_by_hooks
+from planner.capture import capture, fake_inputs, refuse_leftovers
+from planner.isolate import fake_weights, random_draws, untouched_by_hooks
 from planner.names import Names
+from planner.plain_state import PlainState
 from planner.stand_ins import apply_nothing, detached, is_known, like, outline, run_on_random
 from planner.watch import Answers, Numbers, Watch
 from runtime.errors import CaptureError, InputError, InvalidCall, PlannerError, UnknownSize
@@ -334,6 +335,7 @@ class _Explorer:
         try:
             with self._numbers_off(), _disable_current_modes():
                 program = run_passes(capture(child, *call), CANONICALISE)
+                refuse_leftovers(program)
         except InvalidCall:
             raise  # its Python would fail as well
         except (CaptureError, InputError, UnknownSize) as error:

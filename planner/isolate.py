@@ -1,7 +1,7 @@
 """Isolation: a capture runs the user's Python on fakes, and leaves no trace of it in the user's module.
 
-Fake tensors stand in for weights while it runs; afterwards every attribute is what it was. A call that changes plain attributes
-is refused, for a program would not repeat that.
+Fake tensors stand in for weights while it runs; afterwards every attribute is what it was. What calls do to plain attributes is
+for `planner.plain_state`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import functools
 import random
 import types
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,9 +18,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from planner.plain_state import PlainState
 from runtime.errors import CaptureError
-
-_PLAIN = (int, float, bool, str, bytes, complex, type(None), tuple, torch.dtype, torch.device)
 
 
 @contextlib.contextmanager
@@ -30,6 +28,7 @@ def fake_weights(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
     Afterwards every attribute of every submodule is what it was, also those that tracing wrote.
     """
+    held = PlainState(module)
     memo: dict[int, torch.Tensor] = {}
     saved: list[tuple[Any, Any]] = []  # containers and shallow copies of what they held
 
@@ -68,6 +67,7 @@ def fake_weights(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
             else:
                 container.clear()
                 container.update(content)
+        held.restore()
         for tensor, version, value in values:
             if tensor._version != version:  # traced on itself, since its value may decide control flow
                 with torch.no_grad():
@@ -77,59 +77,6 @@ def fake_weights(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 def _is_plain_tensor(value: Any) -> bool:
     """A tensor attribute with bytes of its own: neither parameter nor buffer, which live in tables."""
     return isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_inference()
-
-
-class PlainState:
-    """What the plain attributes of all submodules hold now, so that a change can be seen later."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._owners = [(path, owner, frozenset(owner.__dict__)) for path, owner in module.named_modules()]
-        self._held: list[tuple[str, nn.Module, str, Any, Any]] = []  # with a copy of a container, or a tensor's version
-        for path, owner, _ in self._owners:
-            for key, value in owner.__dict__.items():
-                if key == "_buffers":
-                    continue  # assigned buffers are written through
-                if isinstance(value, list) and any(isinstance(v, (nn.Parameter, weakref.ref)) for v in value):
-                    continue  # of recurrent layers: follows the parameters, which tracing exchanges
-                self._held.append((path, owner, key, value, _content(value)))
-
-    def changed(self) -> list[tuple[str, str]]:
-        """(module path, attribute) of all that differs: exchanged, written in place, new or gone."""
-        new = [(path, key) for path, owner, keys in self._owners for key in owner.__dict__ if key not in keys]
-        return new + [(p, key) for p, owner, key, value, content in self._held if not _same(owner, key, value, content)]
-
-
-def _content(value: Any) -> Any:
-    if type(value) in (list, dict):
-        return value.copy()
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
-
-
-def _same(owner: nn.Module, key: str, value: Any, content: Any) -> bool:
-    now: Any = owner.__dict__.get(key)
-    if type(value) in (list, dict):
-        return type(now) is type(value) and _unchanged(now, content)
-    if isinstance(value, torch.Tensor):
-        return now is value and (value.is_inference() or value._version == content)
-    return now is value or (isinstance(value, _PLAIN) and type(now) is type(value) and now == value)
-
-
-def _unchanged(now: Any, before: Any) -> bool:
-    if len(now) != len(before) or (isinstance(now, dict) and list(now) != list(before)):
-        return False
-    pairs = zip(now.values(), before.values(), strict=True) if isinstance(now, dict) else zip(now, before, strict=True)
-    return all(a is b or (isinstance(a, _PLAIN) and type(a) is type(b) and a == b) for a, b in pairs)
-
-
-def refuse_effects(module: nn.Module, method: str, held: PlainState) -> None:
-    """Raises CaptureError for a call that changes plain attributes: a program would not repeat that."""
-    for path, key in held.changed():
-        name = f"{path}.{key}".lstrip(".")
-        raise CaptureError(
-            f"{type(module).__name__}.{method} changes the attribute {name!r} while it runs, which its program would "
-            f"not repeat; keep state in a buffer (self.register_buffer({key!r}, ...)), or plan a submodule: "
-            "plan(module.child, ...)"
-        )
 
 
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks")

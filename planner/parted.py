@@ -14,7 +14,7 @@ from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
 from planner.bounds import Bound
 from planner.budget import Budget
-from planner.capture import capture
+from planner.capture import capture, refuse_leftovers
 from planner.gap import PartedGap
 from planner.machine import Machine
 from planner.memory import MemoryModel
@@ -314,6 +314,7 @@ class PartedPlan(Plan):
         memory = MemoryModel.of(self.device.partition(":")[0], self.machine.capability)
         try:
             program = Names(self._target).rename(run_passes(capture(child, args, kwargs), CANONICALISE), path)
+            refuse_leftovers(program)
             solver = Solver(build_problem(program, self.machine, memory, self._options.keeps_resident), pool=False)
         except (CaptureError, UnknownSize):
             return None

@@ -128,6 +128,7 @@ def make_executable(
         out_spec=program.out_spec,
         predicted=dict(predicted),
         pace=pace,
+        leftovers=program.leftovers,
     )
 
 

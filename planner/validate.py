@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from planner.isolate import random_draws
+from planner.plain_state import PlainState
 from runtime.errors import PlannerError
 
 
@@ -60,6 +61,7 @@ def run_alike(module: nn.Module, run: Callable[..., Any], args: tuple[Any, ...],
 @contextlib.contextmanager
 def untouched(module: nn.Module) -> Iterator[None]:
     """Puts back what calls of the module change in it: attributes, lists, dicts and buffers."""
+    held = PlainState(module)
     saved: list[tuple[Any, Any]] = []
     for owner in module.modules():
         containers = [v for v in owner.__dict__.values() if type(v) in (list, dict)]
@@ -71,6 +73,7 @@ def untouched(module: nn.Module) -> Iterator[None]:
         for container, content in saved:
             container.clear()
             container.extend(content) if isinstance(container, list) else container.update(content)
+        held.restore()
         with torch.no_grad():
             for buffer, value in values:
                 if not torch.equal(buffer, value):  # NaN counts as changed, and is written again

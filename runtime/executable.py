@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import TreeSpec
 
 from runtime.layout import Layout
+from runtime.leftovers import Leftovers
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,4 @@ class Executable:
     out_spec: TreeSpec
     predicted: Mapping[str, float] = field(default_factory=dict)
     pace: Pace | None = None
+    leftovers: Leftovers | None = None

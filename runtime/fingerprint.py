@@ -6,33 +6,41 @@ costs one pass over the modules' attributes in C.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
 
+from runtime.leftovers import Key
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
 _SCALARS = (int, float, bool, str, complex, type(None), torch.dtype)
-_KNOWN = (*_SCALARS, list, tuple, torch.Tensor)
+_DEPTH = 8  # containers may hold themselves
+_KNOWN = (*_SCALARS, list, tuple, dict, set, frozenset, torch.Tensor)
+# Of every module; hooks, children and weights are looked at by themselves.
+_TABLES = frozenset(nn.Module().__dict__) - {"training"}
 
 
 class Fingerprint:
     """Taken once of a module; `changed()` names what differs now, or gives None.
 
     `captured`: paths of the modules that programs were captured of, None for all. The Python of others runs for real: only that
-    their parameters and buffers are the same is looked at.
+    their parameters and buffers are the same is looked at. `leftovers`: attributes that programs write themselves; whoever
+    runs them looks at those.
     """
 
-    def __init__(self, module: nn.Module, captured: Container[str] | None = None) -> None:
+    def __init__(self, module: nn.Module, captured: Container[str] | None = None, leftovers: Iterable[Key] = ()) -> None:
         self._module = module
+        self._leftovers: dict[str, set[str]] = {}
+        for path, name in leftovers:
+            self._leftovers.setdefault(path, set()).add(name)
         self._modules = list(module.named_modules())
         self._python = [captured is not None and path not in captured for path, _ in self._modules]
         self._attributes = [list(child.__dict__.values()) for _, child in self._modules]
-        self._values = [_values(child) for _, child in self._modules]
-        # Lists can change without being replaced.
-        self._lists = [any(isinstance(v, list) for v in child.__dict__.values()) for _, child in self._modules]
+        self._values = [self._values_of(path, child) for path, child in self._modules]
+        self._filled = [_has_containers(child) for _, child in self._modules]  # they can change without being replaced
         self._tensors = [_tensors(child) for _, child in self._modules]
         self._children = [tuple(child._modules.items()) for _, child in self._modules]
         self._hooks = [_hooks(child, child is module) for _, child in self._modules]
@@ -47,7 +55,7 @@ class Fingerprint:
             attributes = self._attributes[index]
             now = child.__dict__
             same = len(now) == len(attributes) and all(map(is_, now.values(), attributes))
-            if (not same or self._lists[index]) and _values(child) != self._values[index]:
+            if (not same or self._filled[index]) and self._values_of(name, child) != self._values[index]:
                 return f"an attribute of {name or 'the module'} changed"
             if tuple(child._modules.items()) != self._children[index]:
                 return f"the children of {name or 'the module'} changed"
@@ -55,16 +63,30 @@ class Fingerprint:
                 return f"the hooks of {name or 'the module'} changed"
         return None
 
+    def _values_of(self, path: str, child: nn.Module) -> dict[str, Any]:
+        """What a program may have baked in: scalars and containers of them by value, tensors and callables by identity."""
+        mine = self._leftovers.get(path, ())
+        return {
+            k: _value(v)
+            for k, v in child.__dict__.items()
+            if k not in _TABLES and k not in mine and (isinstance(v, _KNOWN) or callable(v))
+        }
 
-def _values(child: nn.Module) -> dict[str, Any]:
-    """What a program may have baked in: scalars and sequences of them by value, tensors and callables by identity."""
-    return {k: _value(v) for k, v in child.__dict__.items() if isinstance(v, _KNOWN) or callable(v)}
+
+def _has_containers(child: nn.Module) -> bool:
+    return any(isinstance(v, (list, dict, set)) for k, v in child.__dict__.items() if k not in _TABLES)
 
 
-def _value(value: Any) -> Any:
+def _value(value: Any, depth: int = 0) -> Any:
+    if isinstance(value, _SCALARS) or depth > _DEPTH:
+        return value if isinstance(value, _SCALARS) else id(value)
     if isinstance(value, (list, tuple)):
-        return type(value), [_value(item) for item in value]
-    return value if isinstance(value, _SCALARS) else id(value)
+        return type(value), [_value(item, depth + 1) for item in value]
+    if isinstance(value, dict):
+        return type(value), [(_value(key, depth + 1), _value(item, depth + 1)) for key, item in value.items()]
+    if isinstance(value, (set, frozenset)):
+        return type(value), {item if isinstance(item, _SCALARS) else id(item) for item in value}
+    return id(value)
 
 
 def _tensors(child: nn.Module) -> list[Any]:

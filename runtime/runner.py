@@ -20,6 +20,7 @@ from runtime.executable import Executable
 from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
 from runtime.homes import DiskHome
+from runtime.leftovers import KnownStates
 from runtime.origins import (
     Lookup,
     Owners,
@@ -61,6 +62,7 @@ class Runner:
         self.device, self.budget_bytes, self.link_bandwidth = device, budget_bytes, link_bandwidth
         self.replan, self.concurrent = replan, concurrent
         self.programs: list[tuple[Signature, Executable]] = []
+        self._states = KnownStates(module)
         self.calls = 0
         self.closed = False
         self._lock = threading.Lock()
@@ -92,7 +94,6 @@ class Runner:
         self._move_weights([program], lookup)
         self.executor = self._new_executor()
         self.add(signature, program)
-        self.fingerprint = Fingerprint(self.module)
         self.versions = self._versions()
 
     def _new_executor(self) -> Executor:
@@ -158,6 +159,9 @@ class Runner:
         """Takes a program for another call signature; it shares the arenas' memory with the others, one loaded at a time."""
         program = self._take(program)
         self.programs.append((signature, program))
+        self._states.add(program.leftovers)
+        if program.leftovers is not None or len(self.programs) == 1:
+            self.fingerprint = Fingerprint(self.module, leftovers=self._states.keys())
         self.executor.load(program)
 
     def _take(self, program: Executable) -> Executable:
@@ -244,7 +248,8 @@ class Runner:
         args, kwargs = bind_call(self.function, args, kwargs)
         signature, leaves = CallSignature.of(args, kwargs)
         self._guard(leaves)
-        program = next((p for s, p in self.programs if s.accepts(signature)), None)
+        known = enumerate(self.programs)
+        program = next((p for i, (s, p) in known if s.accepts(signature) and self._states.fits(i)), None)
         if program is None:
             log.info("%s: a new call signature, planning again (%d so far)", self.method, len(self.programs))
             program = self.replan(args, kwargs)
@@ -262,6 +267,8 @@ class Runner:
             except BaseException as error:
                 _clear_frames(error)
                 raise
+        if program.leftovers is not None:
+            program.leftovers.leave(self.module)
         return tree_unflatten(outputs, program.out_spec)
 
     def _guard(self, leaves: list[Any]) -> None:

@@ -18,6 +18,7 @@ class _Model(nn.Module):
         super().__init__()
         self.mlp, self.counter, self.act = Mlp(), Counter(), torch.relu
         self.lstm = nn.LSTM(8, 8)
+        self.table, self.names = {"a": [1]}, {1}
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
@@ -27,6 +28,9 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tuple": (lambda m: setattr(m.counter, "sizes", (3, 4)), "an attribute of counter"),
     "list in place": (lambda m: m.counter.shifts.append(3.0), "an attribute of counter"),
     "list item": (lambda m: m.counter.shifts.__setitem__(0, 5.0), "an attribute of counter"),
+    "dict in place": (lambda m: m.table.update(b=2), "an attribute of the module"),
+    "in a dict": (lambda m: m.table["a"].append(2), "an attribute of the module"),
+    "set in place": (lambda m: m.names.add(2), "an attribute of the module"),
     "tensor attribute": (lambda m: setattr(m.counter, "constant", torch.zeros(8)), "an attribute of counter"),
     "function": (lambda m: setattr(m, "act", torch.tanh), "an attribute of the module"),
     "method": (lambda m: setattr(m.mlp, "forward", lambda x: x), "an attribute of mlp"),
@@ -55,6 +59,7 @@ ALLOWED: dict[str, Callable[[Any], Any]] = {
     "root hook": lambda m: m.register_forward_hook(lambda *a: None),
     "root pre-hook": lambda m: m.register_forward_pre_hook(lambda *a: None),
     "equal scalar": lambda m: setattr(m.counter, "scale", float("2")),
+    "equal dict": lambda m: setattr(m, "table", {"a": [1]}),
     "equal tuple": lambda m: setattr(m.counter, "sizes", (1, 1 + 1)),
     "weights in place": lambda m: m.mlp.up.weight.data.mul_(2),
     "state dict": lambda m: m.load_state_dict(_Model().state_dict()),
@@ -68,3 +73,12 @@ def test_what_may_change(name: str) -> None:
     fingerprint = Fingerprint(module)
     ALLOWED[name](module)
     assert fingerprint.changed() is None
+
+
+def test_containers_that_hold_themselves() -> None:
+    module = _Model().eval()
+    module.table["self"] = module.table  # type: ignore[assignment]
+    fingerprint = Fingerprint(module)
+    assert fingerprint.changed() is None
+    module.table["a"].append(2)
+    assert "an attribute of the module" in str(fingerprint.changed())
