@@ -15,6 +15,7 @@ from torch import fx
 from passes.probe import OpCost, Prober
 from passes.program import Bytes, Program, storage_bytes, storage_id, tensors_of
 from passes.symbolic import SymbolicCost, SymbolicProber
+from runtime import ops
 
 
 @dataclass(frozen=True)
@@ -100,4 +101,6 @@ def _profile(
 
 def is_view(node: fx.Node, cost: OpCost | SymbolicCost) -> bool:
     """Whether the operator launches nothing: it makes no storage and writes none."""
+    if node.target is ops.lookup:
+        return False
     return not isinstance(node.target, torch._ops.OpOverload) or (not cost.output_bytes and not node.target._schema.is_mutable)

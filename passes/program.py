@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec
 
 from passes.dims import Dims
 from passes.spec import TensorSpec
+from runtime.executable import Rows
 from runtime.layout import Layout
 
 WeightKind = Literal["parameter", "buffer", "constant"]
@@ -27,7 +28,8 @@ class Weight:
     """A tensor that belongs to the module: parameter, buffer or constant.
 
     `name` is the module's own dotted name, `aliases` the other names of the same tensor (tied weights), `node` the name of
-    its placeholder. `state` says that the program writes it (I6).
+    its placeholder. `state` says that the program writes it (I6). With `rows` it is that part of the module's weight: `spec` is
+    the part's, and the parts of one weight share its name.
     """
 
     name: str
@@ -37,17 +39,24 @@ class Weight:
     aliases: tuple[str, ...] = ()
     persistent: bool = True
     state: bool = False
+    rows: Rows | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in an arena: its span, so that strides are kept as they are."""
         return self.spec.span_bytes
 
+    @property
+    def label(self) -> str:
+        """The module's name, with the rows where it is a part."""
+        return self.name if self.rows is None else f"{self.name}{self.rows}"
+
 
 @dataclass(frozen=True)
 class Program:
     """A captured computation. `weights` and `constants` are keyed by placeholder name.
 
+    `tables` are weights whose rows the program looks up on the host (`ops.lookup`), keyed by the module's names.
     `dims` says what varies, where sizes are symbols. A program with concrete sizes that was made from such a one has it as
     `origin`.
     """
@@ -63,6 +72,7 @@ class Program:
     header: tuple[str, ...] = field(default=(), compare=False)
     dims: Dims | None = field(default=None, compare=False)
     origin: Program | None = field(default=None, compare=False)
+    tables: Mapping[str, Weight] = field(default_factory=dict)
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
         return replace(self, graph=graph, **changes)

@@ -39,5 +39,14 @@ def integer(expression: str, *sizes: int) -> int:
     raise AssertionError("a marker, printed as the expression")
 
 
-ALL = frozenset({prefetch, onload, evict, free, size, integer})
+def lookup(weight: str, indices: Any) -> Any:
+    """The rows of a weight that lives on the host: `embedding(weight, indices)`, of which only the rows are copied.
+
+    `weight` is the module's name, `indices` an integer tensor on the device; the result, a new tensor, has the shape
+    `[*indices.shape, row]`. The host has to know the indices: it waits until the stream has computed them.
+    """
+    raise AssertionError("a marker, executed by the runtime only")
+
+
+ALL = frozenset({prefetch, onload, evict, free, size, integer, lookup})
 NUMBERS = frozenset({size, integer})

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -109,12 +109,18 @@ class HostStore:
         """One of the store's tensors as it can outlive the store: in memory."""
         return self._home.leave(tensor)
 
-    def runs(self, places: list[tuple[str, int]]) -> list[tuple[int, Source]]:
-        """(offset, source bytes) that put the named weights at the given offsets; neighbours on both sides are one copy."""
+    def runs(self, places: Sequence[tuple[str | WeightView, int]]) -> list[tuple[int, Source]]:
+        """(offset, source bytes) that put weights at the given offsets; neighbours on both sides are one copy.
+
+        A weight is named, or is a view: of rows, which are found inside of the whole.
+        """
         joined: list[list[int]] = []  # segment, start, offset, bytes
         private: list[tuple[int, Source]] = []
-        for name, offset in places:
-            (segment, start), nbytes = self._places[name], self.views[name].nbytes
+        for weight, offset in places:
+            view = self.views[weight] if isinstance(weight, str) else weight
+            name, nbytes = view.name, view.nbytes
+            segment, start = self._places[name]
+            start += view.first_byte
             if nbytes == 0:
                 continue
             own = self._segments[segment]

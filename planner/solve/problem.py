@@ -13,13 +13,14 @@ from passes.liveness import Liveness, analyse_liveness, is_view
 from passes.probe import Prober
 from passes.program import Program
 from passes.visits import Visit, weight_visits
-from planner.costs import arithmetic_dtype, node_seconds
+from planner.costs import arithmetic_dtype, lookup_seconds, node_seconds
 from planner.dynamic_bytes import DynamicBytes
 from planner.families import family_of
 from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.profile_ops import Profiled, Profiler
 from planner.progress import working
+from runtime import ops
 from runtime.errors import InvalidCall
 from runtime.layout import align
 
@@ -92,6 +93,9 @@ def build_problem(
         cost = prober.cost(node)  # known by now
         if is_view(node, cost):
             seconds[i] = 0.0
+            continue
+        if node.target is ops.lookup:
+            seconds[i] = lookup_seconds(sum(cost.output_bytes), machine)
             continue
         dtype, family = arithmetic_dtype(node), family_of(node.target)
         seconds[i] = node_seconds(cost.flops, cost.moved_bytes, dtype, machine, family)

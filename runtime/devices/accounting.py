@@ -23,6 +23,7 @@ from runtime.devices.base import Measurement
 from runtime.devices.virtual_clock import VirtualClock
 from runtime.executable import Executable
 from runtime.homes import Home, MemoryHome
+from runtime.tables import Table
 from runtime.weight_file import Source
 
 _POISON = 0xFF
@@ -59,6 +60,10 @@ class AccountingDevice:
             self._copied_bytes += source.numel()
         if self._clock is not None and bundle is not None:
             self._clock.copy(bundle)
+
+    def look_up(self, table: Table, indices: torch.Tensor, result: torch.Tensor) -> None:
+        with _disable_current_modes():  # what the host does is none of the device's
+            table.read(table.positions(indices), result)
 
     def mark(self) -> None:
         return None
