@@ -154,8 +154,15 @@ def _reading(held: fx.Node, node: fx.Node, weight: int, bias: int | None, dim: i
         return
     if any(held in _nodes(argument) for argument in others):
         return
-    given = bias is not None and len(node.args) > bias and node.args[bias] is not None
-    yield Reader(node, weight, bias if given else None, dim, view)
+    added = node.args[bias] if bias is not None and len(node.args) > bias else None
+    if isinstance(added, fx.Node) and not _has_features(added, node.meta["val"].shape[dim]):
+        return
+    yield Reader(node, weight, bias if added is not None else None, dim, view)
+
+
+def _has_features(bias: fx.Node, features: int) -> bool:
+    sizes = bias.meta["val"].shape
+    return len(sizes) > 0 and bool(sizes[-1] == features)
 
 
 def _is_transpose(node: fx.Node) -> bool:

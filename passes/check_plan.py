@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from passes.check_lookups import check_lookup
-from passes.check_slices import check_slices
+from passes.check_slices import check_features, check_parts
 from passes.fakes import FaithfulFakes
 from passes.program import Program
 from passes.spec import TensorSpec
@@ -95,13 +95,14 @@ class _Replay:
 
     def run(self) -> Proof:
         self._check_layout()
+        check_parts(self.program, self._refusal)
         self._check_seam()
         if self.live > self.budget_bytes:
             raise self._error("I1", f"the arenas alone take {self.live} B of {self.budget_bytes} B")
         for position, node in enumerate(self.nodes):
             self.position = position
             self._step(node)
-        check_slices(self.program, self._refusal)
+        check_features(self.program, self._refusal)
         unfinished = [s.bundle.index for s in self.staged.values() if not s.evicted]
         if unfinished:
             raise self._error("I4", f"bundles {unfinished} are never evicted: the next call would refill them")

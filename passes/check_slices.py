@@ -21,27 +21,35 @@ from runtime.executable import Rows
 aten = torch.ops.aten
 _FRESH = {aten.new_empty.default, aten.new_empty_strided.default, aten.empty_like.default}
 _TRANSPOSES = {aten.t.default, aten.numpy_T.default, aten.mT.default, aten.transpose.int, aten.permute.default}
+# Positions of what is added to the features.
+_BIAS: dict[Any, int] = {aten.linear.default: 2, aten.addmm.default: 0} | {
+    getattr(getattr(aten, f"conv{rank}d"), overload): 2 for rank in (1, 2, 3) for overload in ("default", "padding")
+}
 
 Refuse = Callable[[fx.Node | None, str, str], CheckError]
 
 
-def check_slices(program: Program, refuse: Refuse) -> None:
-    """Raises what `refuse(node, invariant, message)` makes of what is wrong.
-
-    I3: the parts of a weight lie one behind the other and are all of it. I5: each is used to compute its own features, of
-    the same call, which are written to their place in one result before anything reads that.
-    """
+def check_parts(program: Program, refuse: Refuse) -> None:
+    """The parts of a weight lie one behind the other and are all of it (I3); `refuse(node, invariant, message)` if not."""
     parts: dict[str, list[Weight]] = {}
     for weight in program.weights.values():
         if weight.rows is not None:
             parts.setdefault(weight.name, []).append(weight)
     for name, found in parts.items():
-        _check_parts(name, found, refuse)
-    if parts:
+        _check_weight(name, found, refuse)
+
+
+def check_features(program: Program, refuse: Refuse) -> None:
+    """Each part computes its own features, of the same call, which are written to their place in one result before anything
+    reads that (I5); `refuse(node, invariant, message)` if not.
+
+    Requires a program of which everything else is proved: every value is there when it is read.
+    """
+    if any(weight.rows is not None for weight in program.weights.values()):
         _Uses(program, refuse).check()
 
 
-def _check_parts(name: str, parts: list[Weight], refuse: Refuse) -> None:
+def _check_weight(name: str, parts: list[Weight], refuse: Refuse) -> None:
     cursor, of = 0, _rows(parts[0]).of
     kind = parts[0].spec.shape[1:], parts[0].spec.stride, parts[0].spec.dtype
     for weight in sorted(parts, key=lambda w: _rows(w).start):
@@ -135,17 +143,28 @@ class _Uses:
             raise self.refuse(early, "I5", f"{early.name} reads {result.name} before all of it is written")
 
     def _same_arguments(self, one: _Use, other: _Use) -> bool:
-        """Whether two calls differ in the weight, and else only in that each takes its own rows of the same tensors."""
-        pairs = zip(one.node.args, other.node.args, strict=True)
-        return all(i == one.at or self._seen(x, one.rows) == self._seen(y, other.rows) for i, (x, y) in enumerate(pairs))
+        """Whether two calls differ in the weight, and in that each takes its own rows of the same bias, and in nothing else."""
+        bias = _BIAS.get(one.node.target)
+        for i, (x, y) in enumerate(zip(one.node.args, other.node.args, strict=True)):
+            if i == bias and not (x is None and y is None):
+                cut = self._cut(x, one.rows)
+                if cut is None or cut != self._cut(y, other.rows):
+                    return False
+            elif i not in (one.at, bias) and self._identity(x) != self._identity(y):
+                return False
+        return True
 
-    def _seen(self, argument: Any, rows: Rows) -> Any:
-        """An argument as it should be in all parts: without the rows, where it is cut at those, and a weight by its name."""
-        if not isinstance(argument, fx.Node):
-            return argument
-        if argument.target is aten.slice.Tensor and argument.args[2:] == (rows.start, rows.stop):
-            return "rows of", self._seen(argument.args[0], rows), argument.args[1]
-        return self.arrived.get(argument, argument)
+    def _cut(self, bias: Any, rows: Rows) -> Any:
+        """What is cut, where a bias is a slice at those rows of a tensor's last dimension."""
+        if not isinstance(bias, fx.Node) or bias.target is not aten.slice.Tensor or bias.args[2:] != (rows.start, rows.stop):
+            return None
+        source: Any = bias.args[0]
+        sizes = source.meta["val"].shape
+        return self._identity(source) if (bias.args[1], sizes[-1]) == (len(sizes) - 1, rows.of) else None
+
+    def _identity(self, argument: Any) -> Any:
+        """Weights by name: a streamed one arrives anew for every part."""
+        return self.arrived.get(argument, argument) if isinstance(argument, fx.Node) else argument
 
 
 def _arrivals(program: Program) -> Iterator[tuple[fx.Node, str]]:

@@ -137,15 +137,10 @@ class _Unrolled:
         bias = None if self.reader.bias is None else arguments[self.reader.bias]
         if isinstance(bias, fx.Node):
             assert self.reader.bias is not None
-            arguments[self.reader.bias] = self._of_bias(index, bias, rows)
+            last = bias.meta["val"].dim() - 1
+            arguments[self.reader.bias] = self._call(f"bias_{index}", aten.slice.Tensor, bias, last, rows.start, rows.stop)
         made = self._call(f"rows_{index}", _overload(self.node), *arguments, **self.node.kwargs)
         self._call(f"copied_{index}", aten.copy_.default, into, made)
-
-    def _of_bias(self, index: int, bias: fx.Node, rows: Rows) -> fx.Node:
-        last = bias.meta["val"].dim() - 1
-        if last < 0 or bias.meta["val"].shape[last] != rows.of:
-            return bias  # broadcast over the features
-        return self._call(f"bias_{index}", aten.slice.Tensor, bias, last, rows.start, rows.stop)
 
     def _result(self) -> fx.Node:
         val = self.node.meta["val"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -74,7 +74,7 @@ READERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "matmul of a vector": (Reads(lambda x, w, b: x @ w.T), (4,)),
     "permuted": (Reads(lambda x, w, b: x @ w.permute(1, 0)), (2, 4)),
     "addmm": (Reads(lambda x, w, b: torch.addmm(b, x, w.t(), beta=0.5, alpha=2)), (5, 4)),
-    "addmm, one number": (Reads(lambda x, w, b: torch.addmm(b[:1], x, w.t())), (5, 4)),
+    "a slice at the same numbers": (Reads(lambda x, w, b: F.linear(x[:, 0:2][:, 0:2], w, b)), (3, 4, 4)),
     "addmm, rows": (Reads(lambda x, w, b: torch.addmm(b.repeat(5, 1), x, w.t())), (5, 4)),
     "both ways": (Reads(lambda x, w, b: F.linear(x, w, b) + x @ w.t()), (5, 4)),
     "conv1d": (Reads(lambda x, w, b: F.conv1d(x, w, b, stride=2, padding=1), 3), (2, 4, 9)),
@@ -90,7 +90,7 @@ def test_every_reader_gives_the_same(name: str) -> None:
     x = torch.randn(shape, dtype=F64)
     with torch.no_grad():
         expected = module(x)
-    for count in (2, 4, 6):
+    for count in (2, 6):
         p = plan_cut(module, x, count=count)
         assert "w_weight" not in p.program.weights
         assert sum(w.name == "weight" for w in p.program.weights.values()) == count
@@ -116,12 +116,13 @@ def test_ranges_are_all_rows_in_order(rows: int, data: st.DataObject) -> None:
         assert all(start % 64 == 0 for start, _ in ranges)
 
 
+@settings(max_examples=8)
 @given(st.integers(2, 40), st.integers(1, 9), st.booleans(), st.data())
 def test_any_sizes(rows: int, width: int, bias: bool, data: st.DataObject) -> None:
     count = data.draw(st.integers(2, rows))
     module = nn.Sequential(nn.Linear(width, rows, bias=bias), nn.Tanh(), nn.Linear(rows, 3)).double()
     x = torch.randn(3, width, dtype=F64)
-    p = plan_with((SliceWeights((WeightSlices("w_0_weight", count),)),), module, x)
+    p = plan_with((SliceWeights((WeightSlices("w__0_weight", count),)),), module, x)
     check_runs(p, module(x).detach(), x, close=1e-12)
 
 
@@ -137,6 +138,7 @@ NOT_SLICED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "grouped": (Reads(lambda x, w, b: F.conv1d(x, w, b, groups=2), 3, groups=2), (1, 4, 5), "reads it otherwise"),
     "transposed": (Reads(lambda x, w, b: F.conv_transpose1d(x, w), 3), (1, 6, 5), "reads it otherwise"),
     "columns": (Reads(lambda x, w, b: x @ w), (2, 6), "reads it otherwise"),
+    "with one number for all": (Reads(lambda x, w, b: torch.addmm(b[:1], x, w.t())), (2, 4), "reads it otherwise"),
     "elementwise too": (Reads(lambda x, w, b: F.linear(x, w) + w.sum()), (2, 4), "reads it otherwise"),
     "cast": (Reads(lambda x, w, b: F.linear(x.float(), w.float())), (2, 4), "reads it otherwise"),
     "an output": (Reads(lambda x, w, b: (F.linear(x, w), w)), (2, 4), "reads it otherwise"),
