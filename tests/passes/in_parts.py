@@ -22,7 +22,7 @@ from tests.passes.programs import canonical
 
 
 def cut_all(program: Program, count: int, *, above: int = 0) -> Program:
-    """All tables of more than `above` bytes looked up, and everything else of that size in `count` parts, fewer for few rows."""
+    """All tables of more than `above` bytes looked up, everything else of that size in `count` parts, fewer for few rows."""
     tables = tuple(key for key in host_lookups(program) if program.weights[key].nbytes > above)
     program = run_passes(program, (HostLookup(tables),))
     rows = {key: n for key, n in sliceable(program).items() if program.weights[key].nbytes > above}
