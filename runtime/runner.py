@@ -109,7 +109,7 @@ class Runner:
         owned = {alias for view in views.values() for alias in view.aliases} | set(views)
         for name, tensor in tensors.items():  # what the program never reads moves too: the host holds all weights once
             if name not in owned and id(tensor) not in seen:
-                views[name] = view_of(name, tensor)
+                views[name] = view_of(name, tensor, tuple(n for n, t in tensors.items() if t is tensor and n != name))
                 order.append(name)
             seen.add(id(tensor))
         sources = {name: source_of(name, views[name], tensors, lookup) for name in order if name in tensors}
