@@ -95,6 +95,13 @@ class Program:
     def node(self, name: str) -> fx.Node:
         return next(n for n in self.graph.nodes if n.name == name)
 
+    def bytes_by_name(self, nbytes: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Bytes of the module's weights by its own names, parts added up; `nbytes` by placeholder, else as they are."""
+        found: dict[str, int] = {}
+        for key, weight in self.weights.items():
+            found[weight.name] = found.get(weight.name, 0) + (weight.nbytes if nbytes is None else nbytes[key])
+        return found
+
     @property
     def output(self) -> fx.Node:
         return next(n for n in reversed(self.graph.nodes) if n.op == "output")

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from passes.big_weights import Reader, readers_of, why_not_sliced
+from passes.big_weights import Reader, readers_of, sliceable, why_not_sliced
 from passes.fakes import FaithfulFakes
 from passes.program import Program, Weight, is_symbolic
 from runtime.executable import Rows
@@ -70,6 +70,16 @@ def row_ranges(rows: int, count: int) -> tuple[tuple[int, int], ...]:
     step = _ROUND_ROWS if rows >= count * _ROUND_ROWS else 1
     starts = [rows * k // (count * step) * step for k in range(count)]
     return tuple(zip(starts, [*starts[1:], rows], strict=True))
+
+
+def slices_of(program: Program, most_bytes: int) -> tuple[WeightSlices, ...]:
+    """Every weight of more than `most_bytes` that can be cut, in the fewest even parts of at most about so many bytes."""
+    found = []
+    for key, rows in sliceable(program).items():
+        count = min(rows, -(-program.weights[key].nbytes // most_bytes))
+        if count > 1:
+            found.append(WeightSlices(key, count))
+    return tuple(found)
 
 
 def _refuse_impossible(program: Program, cut: WeightSlices, nodes: Mapping[str, fx.Node]) -> None:

@@ -17,6 +17,7 @@ from passes.big_weights import host_lookups, sliceable
 from passes.concretise import Concretise
 from passes.host_lookup import HostLookup
 from passes.program import Program
+from passes.slice_weights import SliceWeights, slices_of
 from planner import plan
 from planner.budget import Budget
 from planner.dynamic import capture_dynamic, read_dynamic
@@ -49,6 +50,16 @@ def llama(tied: bool = False) -> Example:
     return LlamaForCausalLM(config).eval(), (torch.randint(0, 4096, (1, 8)),), {"use_cache": False}
 
 
+def test_slices_of_at_most_so_many_bytes() -> None:
+    module, args, kwargs = llama()
+    program = canonical(module, *args, **kwargs)
+    (head,) = slices_of(program, 1 << 18)
+    assert (head.weight, head.count) == ("w_lm_head_weight", 4)
+    cut = run_passes(program, (SliceWeights((head,)),))
+    assert max(w.nbytes for w in cut.weights.values() if w.rows) <= 1 << 18
+    assert slices_of(program, 1 << 20) == ()
+
+
 def least_bytes(program: Program, device: str) -> int:
     machine = Machine.preset("rtx-4090").on(device)
     return Solver(build_problem(program, machine, MemoryModel.of(device, machine.capability))).minimum.peak_bytes
@@ -77,6 +88,9 @@ def test_a_language_model_at_its_least_memory(tied: bool) -> None:
     assert all(str(x) for x in (p, p.replan(p.minimum_bytes), p.compare(), p.frontier(points=3), p.memory_use.peak))
     labels = [w.label for w in p.program.weights.values() if w.rows]
     assert labels[0] == "lm_head.weight[0:256]"
+    sizes = p.program.bytes_by_name()
+    assert sizes["lm_head.weight"] == 4096 * 64 * 4
+    assert sum(sizes.values()) == p.weight_bytes
     assert len(labels) == 16
 
 
