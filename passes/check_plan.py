@@ -1,5 +1,7 @@
 """The checker: replays an emitted program from its graph and layout alone and proves I1, I2, I3, I4 and I6, or names the node.
 
+Of I5 it proves that weights which come in parts give the whole result (`passes.check_slices`).
+
 It shares no liveness, aliasing or allocation code with what made the program: shapes and aliasing come from running every
 distinct operator on fakes here, lifetimes from the program's own `free` and `evict` operators as they are met, in order.
 """
@@ -17,6 +19,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes.check_kernels import Kernels, Value
+from passes.check_lookups import check_lookup
+from passes.check_slices import check_features, check_parts
 from passes.program import Program
 from passes.spec import TensorSpec
 from runtime import ops
@@ -112,12 +116,14 @@ class _Replay:
 
     def run(self) -> Proof:
         self._check_layout()
+        check_parts(self.program, self._refusal)
         self._check_seam()
         if self.live > self.budget_bytes:
             raise self._error("I1", f"the arenas alone take {self.live} B of {self.budget_bytes} B")
         for position, node in enumerate(self.nodes):
             self.position = position
             self._step(node)
+        check_features(self.program, self._refusal)
         unfinished = [s.bundle.index for s in self.staged.values() if not s.evicted]
         if unfinished:
             raise self._error("I4", f"bundles {unfinished} are never evicted: the next call would refill them")
@@ -148,6 +154,8 @@ class _Replay:
             self._host(node)
         elif node.target in ops.BANDS:
             self._band(node)
+        elif node.target is ops.lookup:
+            self._lookup(node)
         else:
             self._operator(node)
 
@@ -320,6 +328,20 @@ class _Replay:
             for key in self._keys(node.name):
                 self._drop(key, node.name)
 
+    def _lookup(self, node: fx.Node) -> None:
+        indices = node.args[1]
+        known: list[Value | None] = []
+        if isinstance(indices, fx.Node):
+            self._readable(indices)
+            known = self.values[indices.name]
+        given = known[0][0] if len(known) == 1 and known[0] is not None else None
+        spec = check_lookup(self.program, node, given, self._error)
+        nbytes = self._round(spec.nbytes)
+        key = self._new_storage(_Storage(nbytes))
+        self.live += nbytes
+        self._note(node, 0)
+        self._name(node, [(spec, key)])
+
     # Loops: every tile is replayed, and what they write is complete.
 
     def _loop(self, node: fx.Node) -> None:
@@ -485,6 +507,10 @@ class _Replay:
 
     def _round(self, nbytes: int) -> int:
         return -(-nbytes // self.rounding) * self.rounding
+
+    def _refusal(self, node: fx.Node | None, invariant: str, message: str) -> CheckError:
+        self.position = 0 if node is None else self.nodes.index(node)
+        return self._error(invariant, message)
 
     def _error(self, invariant: str, message: str) -> CheckError:
         low, high = max(0, self.position - 5), self.position + 6

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes.dims import SCOPE, Dims, Evaluator
 from passes.fakes import FaithfulFakes
+from passes.host_lookup import looked_up
 from passes.program import Program, operator_name
 from runtime import ops
 from runtime.errors import UnknownSize
@@ -86,6 +87,9 @@ class _Run:
             return self._known[node.name]
         if node.op == "placeholder":
             return self._input(val) if isinstance(val, torch.Tensor) and node.name in self._program.inputs else val
+        if node.target is ops.lookup:
+            name, indices = node.args
+            return looked_up(self._program.tables[str(name)].spec, self._values[indices])  # type: ignore[index]
         if node.op != "call_function" or node.target in ops.ALL:
             return val  # weights that arrive are as they were
         if node.target is operator.getitem:

@@ -132,5 +132,5 @@ def _profile(
 def is_view(node: fx.Node, cost: OpCost | SymbolicCost) -> bool:
     """Whether the operator launches nothing: it makes no storage and writes none."""
     if not isinstance(node.target, torch._ops.OpOverload):
-        return loop_of(node) is None
+        return node.target is not ops.lookup and loop_of(node) is None
     return not cost.output_bytes and not node.target._schema.is_mutable

@@ -21,9 +21,12 @@ from passes.fakes import FaithfulFakes
 from passes.program import operator_name, storage_id, tensors_of
 from passes.spec import TensorSpec
 from passes.workspace import OpCall, workspace_bytes
+from runtime import ops
 from runtime.errors import UnknownSize
 
 aten = torch.ops.aten
+# Take memory and leave it as it is.
+_UNWRITTEN = {aten.new_empty.default, aten.new_empty_strided.default, aten.empty_like.default}
 _READS_ROWS = {aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor}
 
 
@@ -81,6 +84,9 @@ class Prober:
         Raises:
             UnknownSize: a size depends on data, or the operator does not run on fakes and has no declared rule.
         """
+        if node.target is ops.lookup:  # the rows, written once; their indices are there already
+            fresh = tuple(_storage_sizes(node).values())
+            return OpCost(fresh, moved_bytes=sum(fresh))
         if not isinstance(node.target, torch._ops.OpOverload):
             return OpCost()
         call = call_of(node)
@@ -174,9 +180,11 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 
 def _moved(target: Any, args: Any, kwargs: Any, outputs: tuple[TensorSpec, ...], fresh: tuple[int, ...]) -> int:
-    """Bytes read and written: nothing for a view, arguments and results otherwise (rows only for look-ups)."""
+    """Bytes read and written: nothing for a view or unwritten memory, else arguments and results (rows only for look-ups)."""
     written = sum(o.nbytes for o in outputs)
     if not fresh and not target._schema.is_mutable:
+        return 0
+    if target in _UNWRITTEN:
         return 0
     if target in _READS_ROWS:
         return 2 * written

@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec
 
 from passes.dims import Dims
 from passes.spec import TensorSpec
+from runtime.executable import Rows
 from runtime.layout import Layout
 from runtime.leftovers import Leftovers
 
@@ -28,7 +29,8 @@ class Weight:
     """A tensor that belongs to the module: parameter, buffer or constant.
 
     `name` is the module's own dotted name, `aliases` the other names of the same tensor (tied weights), `node` the name of
-    its placeholder. `state` says that the program writes it (I6).
+    its placeholder. `state` says that the program writes it (I6). With `rows` it is that part of the module's weight: `spec` is
+    the part's, and the parts of one weight share its name.
     """
 
     name: str
@@ -38,17 +40,24 @@ class Weight:
     aliases: tuple[str, ...] = ()
     persistent: bool = True
     state: bool = False
+    rows: Rows | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in an arena: its span, so that strides are kept as they are."""
         return self.spec.span_bytes
 
+    @property
+    def label(self) -> str:
+        """The module's name, with the rows where it is a part."""
+        return self.name if self.rows is None else f"{self.name}{self.rows}"
+
 
 @dataclass(frozen=True)
 class Program:
     """A captured computation. `weights` and `constants` are keyed by placeholder name.
 
+    `tables` are weights whose rows the program looks up on the host (`ops.lookup`), keyed by the module's names.
     `dims` says what varies, where sizes are symbols. A program with concrete sizes that was made from such a one has it as
     `origin`. `leftovers` is what the call does to plain attributes of the module, where it does anything.
     """
@@ -65,6 +74,7 @@ class Program:
     dims: Dims | None = field(default=None, compare=False)
     origin: Program | None = field(default=None, compare=False)
     leftovers: Leftovers | None = field(default=None, compare=False)
+    tables: Mapping[str, Weight] = field(default_factory=dict)
 
     def with_graph(self, graph: fx.Graph, **changes: Any) -> Program:
         return replace(self, graph=graph, **changes)
@@ -79,6 +89,13 @@ class Program:
 
     def node(self, name: str) -> fx.Node:
         return next(n for n in self.graph.nodes if n.name == name)
+
+    def bytes_by_name(self, nbytes: Mapping[str, int] | None = None) -> dict[str, int]:
+        """Bytes of the module's weights by its own names, parts added up; `nbytes` by placeholder, else as they are."""
+        found: dict[str, int] = {}
+        for key, weight in self.weights.items():
+            found[weight.name] = found.get(weight.name, 0) + (weight.nbytes if nbytes is None else nbytes[key])
+        return found
 
     @property
     def output(self) -> fx.Node:

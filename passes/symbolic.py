@@ -18,6 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from passes.fakes import FaithfulFakes
 from passes.program import Bytes, geometry, operator_name, storage_bytes, storage_id, tensors_of
 from passes.workspace import OpCall, workspace_bytes
+from runtime import ops
 from runtime.errors import UnknownSize
 
 
@@ -43,6 +44,8 @@ class SymbolicProber:
         Raises:
             UnknownSize: the operator does not run on symbolic fakes.
         """
+        if node.target is ops.lookup:
+            return SymbolicCost(tuple(storage_bytes(t) for t in tensors_of(node)))
         if not isinstance(node.target, torch._ops.OpOverload):
             return SymbolicCost()
         arguments = {storage_id(t) for n in node.all_input_nodes for t in tensors_of(n)}

@@ -43,3 +43,17 @@ def node_seconds(flops: float, bytes_moved: float, dtype: torch.dtype | str, mac
     rate = machine.flops.get(dtype_name(dtype), machine.flops["float32"])
     arithmetic = flops / (rate * family.arithmetic)
     return max(arithmetic, bytes_moved / (machine.memory_bandwidth * family.traffic)) + machine.launch_seconds
+
+
+def lookup_seconds(nbytes: int, machine: Machine) -> float:
+    """Seconds in which compute stands still for rows of a table on the host (`ops.lookup`).
+
+    The host waits for the indices, gathers, and copies: a copy of the rows, a copy's latency for the indices on their way back,
+    and a launch on either side of the wait.
+
+    Args:
+        nbytes: of the rows.
+        machine: where it runs.
+    """
+    assert nbytes >= 0, f"negative bytes: {nbytes}"
+    return machine.copy_seconds(nbytes) + machine.link_latency_seconds + 2 * machine.launch_seconds

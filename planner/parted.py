@@ -140,7 +140,7 @@ class PartedPlan(Plan):
     @property
     def weight_bytes(self) -> int:
         names = Names(self._target)
-        weights = {w.name: w.nbytes for part in self.parts.values() for w in part.program.weights.values()}
+        weights = {name: n for part in self.parts.values() for name, n in part.program.bytes_by_name().items()}
         read = {name for held in self.exploration.weights.values() for name in held}
         return sum((weights | {name: names.nbytes(name) for name in read}).values())
 
@@ -177,7 +177,7 @@ class PartedPlan(Plan):
         compute = sum(calls[key] * solver.problem.compute_seconds for key, solver in solvers.items())
         weights: dict[str, int] = {}
         for solver in solvers.values():
-            weights |= {w.name: w.nbytes for w in solver.problem.program.weights.values()}
+            weights |= solver.problem.program.bytes_by_name()
         outside = {key: max(moments.values()) for key, moments in self.exploration.outside.items()}
         needs = [outside[key] + int(solver.problem.activation_bytes.max()) for key, solver in solvers.items()]
         streamed = max(0, sum(weights.values()) - max(0, budget_bytes - max(needs, default=0)))

@@ -14,7 +14,7 @@ from passes.concretise import Concretise
 from passes.dims import Dims
 from passes.insert_frees import InsertFrees
 from passes.liveness import Liveness
-from passes.program import Program
+from passes.program import Program, Weight
 from passes.spec import TensorSpec, short_dtype
 from passes.stream_weights import StreamWeights
 from planner.schedule import Placement, make_layout
@@ -107,17 +107,14 @@ def make_executable(
         if node.target in (ops.prefetch, ops.onload):
             bundle = layout.bundles[node.args[0]]  # type: ignore[index]
             return f"{len(bundle.slots)} weights, {format_bytes(bundle.nbytes)}"
-        if node.op != "call_function" or node.target in ops.ALL:
+        if node.op != "call_function" or node.target in ops.ALL - {ops.lookup}:
             return ""
         live = proof.live_bytes.get(node.name)
         kind = _type(node, dims)
         return f"{kind}  {device}" + (f"  live {format_bytes(live)}" if live is not None and kind else "")
 
     resident = [s.weight for s in (*layout.resident, *layout.state)]
-    weights = {
-        node: WeightView(w.name, w.aliases, w.spec.shape, w.spec.stride, w.spec.dtype, w.nbytes, w.state, w.spec.grad)
-        for node, w in program.weights.items()
-    }
+    weights = {node: _view(weight) for node, weight in program.weights.items()}
     return Executable(
         name=program.name,
         source=emit_source((program.origin or program).graph, attribute_names(resident), header, comment),
@@ -129,6 +126,14 @@ def make_executable(
         predicted=dict(predicted),
         pace=pace,
         leftovers=program.leftovers,
+        tables={name: _view(weight) for name, weight in program.tables.items()},
+    )
+
+
+def _view(weight: Weight) -> WeightView:
+    spec = weight.spec
+    return WeightView(
+        weight.name, weight.aliases, spec.shape, spec.stride, spec.dtype, weight.nbytes, weight.state, spec.grad, weight.rows
     )
 
 

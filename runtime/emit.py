@@ -136,6 +136,8 @@ def _statement(node: fx.Node, names: _Names) -> Iterator[str]:
         yield f"{names(node)} = rt.onload({node.args[0]})"
     elif node.target is ops.evict:
         yield f"rt.evict({node.args[0]})"
+    elif node.target is ops.lookup:
+        yield f"{names(node)} = rt.lookup({node.args[0]!r}, {_value(node.args[1], names)})"
     elif node.target is ops.size:
         yield f"{names(node)} = {_value(node.args[0], names)}.size({node.args[1]})"
     elif node.target is ops.integer:

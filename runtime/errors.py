@@ -27,6 +27,10 @@ class InputError(PlannerError, ValueError):
     """A planned module was called with inputs that its device cannot take."""
 
 
+class RowError(PlannerError, IndexError):
+    """An index is outside of a table that is looked up on the host; names the table, the index and how many rows there are."""
+
+
 class InfeasibleBudget(PlannerError):
     """No plan fits the budget.
 

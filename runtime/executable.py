@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.utils._pytree import TreeSpec
@@ -13,8 +13,23 @@ from runtime.leftovers import Leftovers
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Rows [start, stop) of a weight that has `of` rows (its dimension 0), each a run of bytes right behind the one before."""
+
+    start: int
+    stop: int
+    of: int
+
+    def __str__(self) -> str:
+        return f"[{self.start}:{self.stop}]"
+
+
+@dataclass(frozen=True)
 class WeightView:
-    """Geometry of one weight in an arena; `nbytes` is the span that its strides reach, `grad` whether it requires gradients."""
+    """Geometry of one weight in an arena; `nbytes` is the span that its strides reach, `grad` whether it requires gradients.
+
+    With `rows` it is that part of the weight called `name`: shape and bytes are the part's, on the host it lies in the whole.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -24,6 +39,30 @@ class WeightView:
     nbytes: int
     state: bool
     grad: bool = False
+    rows: Rows | None = None
+
+    @property
+    def label(self) -> str:
+        """The name, with the rows where it is a part."""
+        return self.name if self.rows is None else f"{self.name}{self.rows}"
+
+    @property
+    def row_bytes(self) -> int:
+        """From one row to the next."""
+        return self.stride[0] * self.dtype.itemsize
+
+    @property
+    def first_byte(self) -> int:
+        """Where in the whole weight it begins."""
+        return 0 if self.rows is None else self.rows.start * self.row_bytes
+
+    @property
+    def whole(self) -> WeightView:
+        """The weight that it is a part of; itself where it is none."""
+        if self.rows is None:
+            return self
+        shape = (self.rows.of, *self.shape[1:])
+        return replace(self, shape=shape, nbytes=self.rows.of * self.row_bytes, rows=None)
 
     def on(self, buffer: torch.Tensor, offset: int) -> torch.Tensor:
         """The weight as a view of a byte buffer (uint8, 1-d) from byte `offset` on."""
@@ -54,7 +93,10 @@ class Pace:
 
 @dataclass(frozen=True)
 class Executable:
-    """Runs as `program(rt, w, device, *inputs) -> list of leaves`; weights and constants are keyed by placeholder name."""
+    """Runs as `program(rt, w, device, *inputs) -> list of leaves`; weights and constants are keyed by placeholder name.
+
+    `tables` are the weights whose rows it looks up on the host, by the module's names.
+    """
 
     name: str
     source: str
@@ -66,3 +108,4 @@ class Executable:
     predicted: Mapping[str, float] = field(default_factory=dict)
     pace: Pace | None = None
     leftovers: Leftovers | None = None
+    tables: Mapping[str, WeightView] = field(default_factory=dict)

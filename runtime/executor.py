@@ -18,6 +18,7 @@ from runtime.emit import attribute_names, compile_source
 from runtime.executable import Executable
 from runtime.layout import Bundle
 from runtime.store import HostStore
+from runtime.tables import Table
 from runtime.weight_file import Source
 
 
@@ -44,6 +45,7 @@ class Executor:
         self._views: dict[int, tuple[torch.Tensor, ...]] = {}
         self._copies: dict[int, list[tuple[torch.Tensor, Source]]] = {}
         self._arrived: dict[int, Any] = {}
+        self._tables: dict[str, Table] = {}
         self._process = os.getpid()
 
     @property
@@ -77,6 +79,7 @@ class Executor:
             if bundle.offset is not None:
                 assert self._staging is not None
                 self._place(bundle, self._staging[bundle.offset : bundle.offset + bundle.nbytes])
+        self._tables = self._find_tables()
         if self._alone:
             self.device.reserve(layout.pool_bytes)
             self.device.loaded(program)
@@ -87,7 +90,7 @@ class Executor:
         assert self._program is not None
         if self._resident is not None:
             names = self._program.weights
-            runs = self.store.runs([(names[s.weight].name, s.offset) for s in self._program.layout.resident])
+            runs = self.store.runs([(names[s.weight], s.offset) for s in self._program.layout.resident])
             # Behind whatever still reads this memory: its last owner, or the call before.
             self.device.wait(self.device.copy(_onto(self._resident, runs), [self.device.mark()]))
         self._drop_carried()
@@ -119,8 +122,9 @@ class Executor:
             self.device.settle(event, index)
 
     def relocate(self) -> None:
-        """Asks the store again where the streamed weights are."""
+        """Asks the store again where the streamed weights, and those that are looked up, are."""
         assert self._program is not None
+        self._tables = self._find_tables()
         for bundle in self._program.layout.bundles:
             self._sources[bundle.index] = self._locate(bundle)
             if bundle.index in self._buffers:
@@ -128,7 +132,12 @@ class Executor:
 
     def _locate(self, bundle: Bundle) -> list[tuple[int, Source]]:
         assert self._program is not None
-        return self.store.runs([(self._program.weights[s.weight].name, s.offset) for s in bundle.slots])
+        return self.store.runs([(self._program.weights[s.weight], s.offset) for s in bundle.slots])
+
+    def _find_tables(self) -> dict[str, Table]:
+        assert self._program is not None
+        views = self._program.tables
+        return {name: Table.of(view, self.store.runs([(view, 0)])) for name, view in views.items()}
 
     def unload(self) -> None:
         """Gives up the loaded program and all arena memory; state stays."""
@@ -136,7 +145,7 @@ class Executor:
         self._bands.unload()
         self._program = self._run = self._resident = self._staging = None
         self._w = SimpleNamespace()
-        for table in (self._sources, self._buffers, self._views, self._copies, self._arrived):
+        for table in (self._sources, self._buffers, self._views, self._copies, self._arrived, self._tables):
             table.clear()
 
     def call(self, inputs: Sequence[Any]) -> list[Any]:
@@ -180,6 +189,18 @@ class Executor:
     def onload(self, index: int) -> tuple[torch.Tensor, ...]:
         self.device.wait(self._arrived.pop(index), index)
         return self._views[index]
+
+    def lookup(self, name: str, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of a table on the host, as a new tensor on the device.
+
+        Raises:
+            RowError: an index is outside of the table.
+            StoreError: the table's file cannot be read.
+        """
+        table = self._tables[name]
+        result = torch.empty((*indices.shape, *table.view.shape[1:]), dtype=table.view.dtype, device=self.device.torch_device)
+        self.device.look_up(table, indices, result)
+        return result
 
     def evict(self, index: int) -> None:
         self.device.evict(self._buffers[index], index)

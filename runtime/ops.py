@@ -88,5 +88,16 @@ def save(value: torch.Tensor, slot: torch.Tensor, dim: int, start: int, stop: in
 
 
 BANDS = frozenset({fetch, ahead, room, save})
-ALL = frozenset({prefetch, onload, evict, free, size, integer, loop, host}) | BANDS
+
+
+def lookup(weight: str, indices: Any) -> Any:
+    """The rows of a weight that lives on the host: `embedding(weight, indices)`, of which only the rows are copied.
+
+    `weight` is the module's name, `indices` an integer tensor on the device; the result, a new tensor, has the shape
+    `[*indices.shape, row]`. The host has to know the indices: it waits until the stream has computed them.
+    """
+    raise AssertionError("a marker, executed by the runtime only")
+
+
+ALL = frozenset({prefetch, onload, evict, free, size, integer, lookup, loop, host}) | BANDS
 NUMBERS = frozenset({size, integer})

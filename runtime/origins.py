@@ -25,11 +25,11 @@ def named_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return {**parameters, **dict(module.named_buffers(remove_duplicate=False))}
 
 
-def view_of(name: str, tensor: torch.Tensor) -> WeightView:
-    """The geometry of a tensor that no program reads."""
+def view_of(name: str, tensor: torch.Tensor, aliases: tuple[str, ...] = ()) -> WeightView:
+    """The geometry of a tensor that no program reads; `aliases` are its other names."""
     span = 0 if tensor.numel() == 0 else 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     nbytes = span * tensor.dtype.itemsize
-    return WeightView(name, (), tuple(tensor.shape), tensor.stride(), tensor.dtype, nbytes, False)
+    return WeightView(name, aliases, tuple(tensor.shape), tensor.stride(), tensor.dtype, nbytes, False)
 
 
 def owners_of(module: nn.Module) -> Owners:

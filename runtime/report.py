@@ -24,7 +24,7 @@ class Report:
         predicted_reserved_bytes: likewise.
         reserved_bytes: most that the allocator held, or None where there is none.
         step_seconds: wall time of the last call.
-        copied_bytes: host to device in the last call.
+        copied_bytes: of weights, host to device in the last call; rows of tables that are looked up are not counted.
         copy_seconds: time the copy engine was busy, or None where the device cannot tell.
         link_fraction: achieved share of the machine's link bandwidth while copying, or None; above 1 on `cpu` where the system
             has the file in memory.

@@ -104,12 +104,13 @@ class Runner:
         """Moves all weights of the module into the host arena, those of programs first and in the order of their use."""
         tensors = named_tensors(self.module)
         order = list(dict.fromkeys(name for program in programs for name in _first_use(program)))
-        views = {view.name: view for program in programs for view in program.weights.values()}
+        read = [view for program in programs for view in (*program.weights.values(), *program.tables.values())]
+        views = {view.name: view.whole for view in read}
         seen: set[int] = set()
         owned = {alias for view in views.values() for alias in view.aliases} | set(views)
         for name, tensor in tensors.items():  # what the program never reads moves too: the host holds all weights once
             if name not in owned and id(tensor) not in seen:
-                views[name] = view_of(name, tensor)
+                views[name] = view_of(name, tensor, tuple(n for n, t in tensors.items() if t is tensor and n != name))
                 order.append(name)
             seen.add(id(tensor))
         sources = {name: source_of(name, views[name], tensors, lookup) for name in order if name in tensors}
@@ -375,10 +376,13 @@ class Runner:
 
 
 def _first_use(program: Executable) -> list[str]:
-    """Weights in the order in which bundles travel, then the residents: neighbours in a bundle are neighbours on the host."""
+    """Weights in the order in which bundles travel, then the residents: neighbours in a bundle are neighbours on the host.
+
+    Last come tables, of which only rows are read.
+    """
     slots = [s for b in program.layout.bundles for s in b.slots]
     slots += [*program.layout.resident, *program.layout.state]
-    return list(dict.fromkeys(program.weights[s.weight].name for s in slots))
+    return list(dict.fromkeys((*(program.weights[s.weight].name for s in slots), *program.tables)))
 
 
 def _clear_frames(error: BaseException) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -16,7 +16,7 @@ from runtime.weight_file import FileRange, OpenFile, Source
 
 
 class HostStore:
-    """Weights by their module name, in the order given, at multiples of `alignment` bytes, in memory unless `home` is another.
+    """Weights by any of their names, in the order given, at multiples of `alignment` bytes, in memory unless `home` is another.
 
     Weights in `given` stay in the files where they are; of those `fill` only gives the tensor.
 
@@ -35,6 +35,7 @@ class HostStore:
         self.nbytes, self._alignment = 0, alignment
         self._home: Home = home if home is not None else MemoryHome()
         self._places: dict[str, tuple[int, int]] = {}  # segment and offset
+        self._names: dict[str, str] = {}  # of tied weights: another name of one to its own
         self._segments: list[Segment] = []
         self._given = dict(given or {})
         self._written: set[str] = set()  # of those: what the process changed in its own memory
@@ -64,7 +65,7 @@ class HostStore:
         segment = self._home.segment(views, places, cursor)
         self._places |= {name: (len(self._segments), offset) for name, offset in places.items()}
         self._segments.append(segment)
-        self.views.update(views)
+        self._register(views)
         self.nbytes += cursor
         return segment.buffer
 
@@ -75,8 +76,15 @@ class HostStore:
                 segments[where.file] = len(self._segments)
                 self._segments.append(CheckpointSegment(where.file))
             self._places[name] = segments[where.file], where.offset
-            self.views[name] = views[name]
+            self._register({name: views[name]})
             self.nbytes += where.nbytes
+
+    def _register(self, views: Mapping[str, WeightView]) -> None:
+        self.views.update(views)
+        self._names |= {alias: name for name, view in views.items() for alias in view.aliases}
+
+    def _own(self, name: str) -> str:
+        return name if name in self.views else self._names[name]
 
     def written(self, names: Iterable[str]) -> bool:
         """Says that tensors of the store were written in place; gives whether `runs` changed by that.
@@ -98,6 +106,7 @@ class HostStore:
 
     def tensor(self, name: str) -> torch.Tensor:
         """The weight as a tensor with a storage of its own over the store's bytes."""
+        name = self._own(name)
         view = self.views[name]
         if view.nbytes == 0:
             return torch.empty_strided(view.shape, view.stride, dtype=view.dtype)
@@ -109,12 +118,18 @@ class HostStore:
         """One of the store's tensors as it can outlive the store: in memory."""
         return self._home.leave(tensor)
 
-    def runs(self, places: list[tuple[str, int]]) -> list[tuple[int, Source]]:
-        """(offset, source bytes) that put the named weights at the given offsets; neighbours on both sides are one copy."""
+    def runs(self, places: Sequence[tuple[str | WeightView, int]]) -> list[tuple[int, Source]]:
+        """(offset, source bytes) that put weights at the given offsets; neighbours on both sides are one copy.
+
+        A weight is named, or is a view: of rows, which are found inside of the whole.
+        """
         joined: list[list[int]] = []  # segment, start, offset, bytes
         private: list[tuple[int, Source]] = []
-        for name, offset in places:
-            (segment, start), nbytes = self._places[name], self.views[name].nbytes
+        for weight, offset in places:
+            view = self.views[self._own(weight)] if isinstance(weight, str) else weight
+            name, nbytes = self._own(view.name), view.nbytes
+            segment, start = self._places[name]
+            start += view.first_byte
             if nbytes == 0:
                 continue
             own = self._segments[segment]

@@ -26,14 +26,14 @@ WAITED_FOR: Mapping[Cause, str] = {
 }
 
 
-class _Named(Protocol):
+class _Labelled(Protocol):
     @property
-    def name(self) -> str: ...
+    def label(self) -> str: ...
 
 
-def bundle_weights(layout: Layout, weights: Mapping[str, _Named]) -> tuple[tuple[str, ...], ...]:
-    """The module's names of the weights in every bundle of a layout."""
-    return tuple(tuple(weights[slot.weight].name for slot in bundle.slots) for bundle in layout.bundles)
+def bundle_weights(layout: Layout, weights: Mapping[str, _Labelled]) -> tuple[tuple[str, ...], ...]:
+    """The module's names of the weights, and of parts of them, in every bundle of a layout."""
+    return tuple(tuple(weights[slot.weight].label for slot in bundle.slots) for bundle in layout.bundles)
 
 
 def bundle_label(weights: Sequence[str]) -> str:

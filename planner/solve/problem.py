@@ -14,7 +14,7 @@ from passes.loop import Loop
 from passes.probe import OpCost, Prober
 from passes.program import Program
 from passes.visits import Visit, weight_visits
-from planner.costs import arithmetic_dtype, node_seconds
+from planner.costs import arithmetic_dtype, lookup_seconds, node_seconds
 from planner.dynamic_bytes import DynamicBytes
 from planner.families import family_of
 from planner.machine import Machine
@@ -23,6 +23,7 @@ from planner.profile_ops import Profiled, Profiler
 from planner.progress import working
 from planner.solve.bands import banded_seconds, host_places
 from planner.solve.decisions import UNTILED, Tiling
+from runtime import ops
 from runtime.errors import InvalidCall
 from runtime.layout import HostPlace, align
 
@@ -132,6 +133,8 @@ def modelled_seconds(liveness: Liveness, machine: Machine) -> np.ndarray:
                 seconds[i] = banded_seconds(loop, tile, machine)
             else:
                 seconds[i] = sum(len(run.table) * each for run, each in zip(loop.runs, tile, strict=True))
+        elif node.target is ops.lookup:
+            seconds[i] = lookup_seconds(sum(cost.output_bytes), machine)
         elif not is_view(node, cost):
             assert isinstance(cost, OpCost)  # sizes are numbers here
             family = family_of(node.target)

@@ -74,7 +74,7 @@ class SharedBudget:
         weights: dict[str, int] = {}
         for part in self.parts.values():
             problem = part.solver.problem
-            weights |= {w.name: problem.weight_bytes[key] for key, w in problem.program.weights.items()}
+            weights |= problem.program.bytes_by_name(problem.weight_bytes)
         everything = Keys(self.opaque_bytes)
         needs = [_most(p.outside, {}) + int(p.solver.problem.activation_bytes.max()) for p in self.parts.values()]
         opaque = sum(self.opaque_bytes[path] for path in everything)

@@ -23,6 +23,7 @@ from runtime.devices.base import Measurement
 from runtime.devices.virtual_clock import VirtualClock
 from runtime.executable import Executable
 from runtime.homes import Home, MemoryHome
+from runtime.tables import Table
 from runtime.weight_file import Source
 
 _POISON = 0xFF
@@ -67,6 +68,10 @@ class AccountingDevice:
     def bands(self, *, begin: bool) -> None:
         if self._clock is not None:
             self._clock.begin_bands() if begin else self._clock.end_bands()
+
+    def look_up(self, table: Table, indices: torch.Tensor, result: torch.Tensor) -> None:
+        with _disable_current_modes():  # what the host does is none of the device's
+            table.read(table.positions(indices), result)
 
     def mark(self) -> None:
         return None

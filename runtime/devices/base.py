@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from runtime.homes import Home
+from runtime.tables import Table
 from runtime.timeline import Timeline
 from runtime.weight_file import Source
 
@@ -19,7 +20,8 @@ class Measurement:
 
     `peak_bytes`: most bytes live (accounting) or allocated (cuda, cpu) by the program, inputs included. `reserved_bytes`: most
     that the allocator held, where there is one. `copied_bytes` went from host to device, in `copy_seconds` of copy-engine time
-    where the device can tell. `seconds` are by the device's clock, which on `accounting` is a virtual one.
+    where the device can tell; rows of tables that are looked up are in neither. `seconds` are by the device's clock, which on
+    `accounting` is a virtual one.
     """
 
     peak_bytes: int
@@ -63,6 +65,17 @@ class Device(Protocol):
 
     def bands(self, *, begin: bool) -> None:
         """A loop that has the link to itself begins or ends here."""
+        ...
+
+    def look_up(self, table: Table, indices: torch.Tensor, result: torch.Tensor) -> None:
+        """Puts the rows at `indices` (integers on the device) into `result`, contiguous on the device, in program order.
+
+        It waits for the indices to be computed, and takes no device memory of its own. Its bytes are no copy engine's, and not
+        among the `copied_bytes` of the measurement.
+
+        Raises:
+            RowError: an index is outside of the table. StoreError: its file cannot be read.
+        """
         ...
 
     def mark(self) -> Any:

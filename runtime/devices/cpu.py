@@ -21,6 +21,7 @@ from runtime.devices.base import Measurement
 from runtime.devices.call_log import CallLog
 from runtime.devices.readers import Arrival, Readers
 from runtime.homes import DiskHome, Home
+from runtime.tables import Table
 from runtime.weight_file import Source
 
 # Blocks of at least this size are maps of their own. From malloc they would be cut out of the heap (its threshold for maps
@@ -76,6 +77,9 @@ class CpuDevice:
 
     def bands(self, *, begin: bool) -> None:
         return None
+
+    def look_up(self, table: Table, indices: torch.Tensor, result: torch.Tensor) -> None:
+        table.read(table.positions(indices), result)
 
     def mark(self) -> None:
         return None  # compute is synchronous: what was issued has run

@@ -14,6 +14,7 @@ from runtime.devices.base import Measurement
 from runtime.devices.cuda_pool import PoolSegment, TorchCache
 from runtime.devices.event_log import EventLog
 from runtime.homes import Home, MemoryHome
+from runtime.tables import Table
 from runtime.weight_file import Source
 
 RING_BYTES = 64 * 1024 * 1024
@@ -89,18 +90,42 @@ class CudaDevice:
 
     def _copy_through_ring(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Through two page-locked slots: the host fills one while the other is on its way."""
+        for start in range(0, source.numel(), RING_BYTES // 2):
+            piece = source[start : start + RING_BYTES // 2]
+            slot, sent = self._next_slot()
+            slot[: piece.numel()].copy_(piece)
+            target[start : start + piece.numel()].copy_(slot[: piece.numel()], non_blocking=True)
+            sent.record(self._copies)
+
+    def _next_slot(self) -> tuple[torch.Tensor, torch.cuda.Event]:
+        """A page-locked slot whose last copy is through, and the event to record behind the next."""
         if not self._ring:
             for _ in range(2):
                 slot = torch.empty(RING_BYTES // 2, dtype=torch.uint8, pin_memory=True)
                 self._ring.append((slot, torch.cuda.Event()))
-        for start in range(0, source.numel(), RING_BYTES // 2):
-            piece = source[start : start + RING_BYTES // 2]
-            slot, sent = self._ring[self._ring_next]
-            self._ring_next = 1 - self._ring_next
-            sent.synchronize()
-            slot[: piece.numel()].copy_(piece)
-            target[start : start + piece.numel()].copy_(slot[: piece.numel()], non_blocking=True)
-            sent.record(self._copies)
+        slot, sent = self._ring[self._ring_next]
+        self._ring_next = 1 - self._ring_next
+        sent.synchronize()
+        return slot, sent
+
+    def look_up(self, table: Table, indices: torch.Tensor, result: torch.Tensor) -> None:
+        """On the caller's stream, through the ring: `result` is that stream's. The host waits for the indices."""
+        stream = torch.cuda.current_stream(self.torch_device)
+        positions = table.positions(indices.to("cpu"))
+        row_bytes = table.view.row_bytes
+        if row_bytes == 0 or positions.size == 0:
+            return
+        target = result.view(-1).view(torch.uint8)
+        rows = max(1, RING_BYTES // 2 // row_bytes)
+        for first in range(0, positions.size, rows):
+            piece = positions[first : first + rows]
+            nbytes = piece.size * row_bytes
+            slot, sent = self._next_slot()
+            if nbytes > slot.numel():  # a single row that is larger than a slot
+                slot = torch.empty(nbytes, dtype=torch.uint8)
+            table.read(piece, slot[:nbytes])
+            target[first * row_bytes : first * row_bytes + nbytes].copy_(slot[:nbytes], non_blocking=True)
+            sent.record(stream)
 
     def save(self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
         self._saves.wait_event(after)

@@ -182,8 +182,9 @@ def run(program: Program, proof: Proof, example: Example, calls: int = 1) -> lis
     module, args, kwargs = example
     executable = make_executable(program, proof, (), "accounting", {})
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    store = HostStore({v.name: v for v in executable.weights.values()}, executable.layout.alignment)
-    for node, view in executable.weights.items():
+    views = [*executable.weights.items(), *executable.tables.items()]
+    store = HostStore({v.name: v.whole for _, v in views}, executable.layout.alignment)
+    for node, view in views:
         store.fill(view.name, executable.constants.get(node, tensors.get(view.name)))  # type: ignore[arg-type]
     state = {}
     for view in executable.weights.values():

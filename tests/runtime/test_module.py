@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from planner import plan
 from runtime.errors import InputError, ModuleUnusable, PlannerError
 from runtime.module import PlannedModule
 from tests.planner.toys import Counter, Lookup, Mlp, planned, snapshot, x
@@ -539,3 +540,31 @@ def test_a_build_that_fails_leaves_the_module_as_it_was(step: str, monkeypatch: 
     with torch.no_grad():
         wanted = module(x())
     assert torch.equal(p.build()(x()), wanted)
+
+
+@pytest.mark.parametrize("device", ["accounting", "cpu"])
+def test_a_tied_weight_that_only_a_later_program_reads(device: str) -> None:
+    """The store had it under its first name, and the program knows it by the last."""
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Embedding(5, 4)
+            self.inner = nn.Embedding(5, 4)
+            self.inner.weight = self.shared.weight
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.layer(x if x.is_floating_point() else self.inner(x))
+
+    module, x, ids = Tied().eval(), torch.randn(2, 4), torch.tensor([1, 4])
+    expected = module(x).detach(), module(ids).detach()
+    p = plan(module, "1MB", inputs=(x,), device=device)
+    m = p.build()
+    assert torch.equal(m(x), expected[0])
+    assert torch.equal(m(ids), expected[1])
+    with torch.no_grad():
+        module.shared.weight.mul_(2)
+    wanted = torch.nn.functional.linear(module.shared.weight[ids], module.layer.weight, module.layer.bias).detach()
+    assert torch.allclose(m(ids), wanted)
+    p.restore()

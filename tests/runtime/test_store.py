@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.executable import WeightView
+from runtime.executable import Rows, WeightView
 from runtime.store import HostStore
 
 
@@ -92,3 +93,23 @@ def test_runs_put_every_weight_where_it_belongs(sizes: list[int], random: object
         target[at : at + source.numel()] = source
     for v, (_, at) in zip(views, places, strict=True):
         assert torch.equal(target[at : at + v.nbytes], host.tensor(v.name))
+
+
+def test_rows_are_found_inside_of_their_weight() -> None:
+    whole = view("b", 7, 3)
+    host = store(view("a", 5), whole, view("c", 4))
+    value = torch.arange(21.0).view(7, 3)
+    host.fill("b", value)
+    parts = [
+        replace(whole, shape=(stop - start, 3), nbytes=(stop - start) * 12, rows=Rows(start, stop, 7))
+        for start, stop in ((0, 2), (2, 3), (3, 7))
+    ]
+    assert all(part.whole == whole for part in parts)
+    assert [part.label for part in parts] == ["b[0:2]", "b[2:3]", "b[3:7]"]
+    target = torch.zeros(256, dtype=torch.uint8)
+    for offset, source in host.runs([(part, 64 * i) for i, part in enumerate(parts)]):
+        target[offset : offset + source.numel()] = source
+    for i, part in enumerate(parts):
+        assert part.rows is not None
+        assert torch.equal(part.on(target, 64 * i), value[part.rows.start : part.rows.stop])
+    assert [(o, s.numel()) for o, s in host.runs([(parts[0], 0), (parts[1], 24)])] == [(0, 36)]  # neighbours on both sides
