@@ -9,6 +9,8 @@ after:   the same graph                  meta: both in storage 3
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,16 +113,18 @@ def _pattern(node: fx.Node, val: Any) -> list[Any]:
     return result
 
 
-def carry_on(graph: fx.Graph, changed: dict[fx.Node, Any]) -> None:
+def carry_on(changed: Mapping[fx.Node, Any]) -> None:
     """Brings the recorded values behind changed ones up to date. `changed`: what nodes had recorded before they were changed.
 
     An operator is run again where it gives a view of something changed, or where something it reads has another geometry.
     """
     before = dict(changed)
-    for node in graph.nodes:
-        inputs = [n for n in node.all_input_nodes if n in before]
-        if node.op != "call_function" or not inputs or node in changed or node.target is ops.loop:
+    queue = deque(user for node in changed for user in node.users)
+    while queue:
+        node = queue.popleft()
+        if node.op != "call_function" or node in changed or node.target is ops.loop:
             continue
+        inputs = [n for n in node.all_input_nodes if n in before]
         old, stale = node.meta.get("val"), {storage_id(t) for n in inputs for t in _tensors(before[n])}
         views = any(storage_id(t) in stale for t in _tensors(old))
         if not views and all(_same_geometry(n.meta["val"], before[n]) for n in inputs):
@@ -128,8 +132,9 @@ def carry_on(graph: fx.Graph, changed: dict[fx.Node, Any]) -> None:
         if isinstance(node.target, torch._ops.OpOverload):
             node.meta["val"] = value_of(node)
         else:
-            node.meta["val"] = node.args[0].meta["val"][node.args[1]]
-        before[node] = old
+            node.meta["val"] = node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr]
+        before.setdefault(node, old)
+        queue.extend(node.users)
 
 
 def _same_geometry(one: Any, other: Any) -> bool:

@@ -108,7 +108,7 @@ class Region:
         nodes: the operators that run in tiles, in program order. dims: along which dimension each result is cut.
         merged: operators whose whole result is merged from parts; the dimension along which their first argument is cut.
         whole: operators of the stretch that run before the loop.
-        results: of `nodes` those that are read after the region.
+        results: of `nodes` those that are read after the region. ordered: all that runs in tiles, in program order.
     """
 
     calls: Calls
@@ -117,6 +117,7 @@ class Region:
     merged: Mapping[fx.Node, int]
     whole: tuple[fx.Node, ...]
     results: tuple[fx.Node, ...]
+    ordered: tuple[fx.Node, ...]
 
     @cached_property
     def operands(self) -> tuple[fx.Node, ...]:
@@ -203,12 +204,6 @@ class Region:
                     want(argument, need)
         return TileNeeds(parts, steps, written)
 
-    @cached_property
-    def ordered(self) -> tuple[fx.Node, ...]:
-        """All that runs in tiles, in program order."""
-        inside = {*self.nodes, *self.merged}
-        return tuple(node for node in next(iter(inside)).graph.nodes if node in inside)
-
 
 @dataclass(frozen=True, eq=False)
 class TileNeeds:
@@ -252,7 +247,8 @@ def find_region(stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Call
     whole = tuple(n for n in stretch if n not in tiled and n not in merged)
     if any(n in hosted for node in whole for n in node.all_input_nodes):
         raise Untileable("something reads a value that lives on the host as a whole")
-    return Region(calls, nodes, spread.dims, merged, whole, results)
+    ordered = tuple(n for n in stretch if n in tiled or n in merged)
+    return Region(calls, nodes, spread.dims, merged, whole, results, ordered)
 
 
 class _Spread:

@@ -39,7 +39,7 @@ class SplitNorms:
                 raise PlanFileError(f"the plan splits {name!r}, which is no norm of this program; plan the model again")
             old = nodes[name].meta["val"]
             changed[_split(graph, nodes[name])] = old
-        carry_on(graph, changed)
+        carry_on(changed)
         return program.with_graph(graph)
 
 

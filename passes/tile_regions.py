@@ -10,7 +10,7 @@ Raises: Untileable, where a decision cannot be applied; PlanFileError, where it 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from passes.fakes import FaithfulFakes
 from passes.loop import Loop
 from passes.program import Program, tensors_of
 from passes.refresh_values import carry_on
-from passes.regions import Calls, Region, Tile, find_region
+from passes.regions import Calls, Region, Tile, TileNeeds, find_region
 from passes.tile_body import Buffers, bands_of, make_runs, note_tile
 from passes.tile_rules import Reduced, Untileable, reduce_parts
 from passes.tile_rules.base import Part
@@ -40,8 +40,10 @@ class TileRegions:
     name: str = "tile_regions"
 
     def apply(self, program: Program) -> Program:
+        program = program.with_graph(program.copy_graph())
+        tiler = _Tiler(program.graph, frozenset(self.hosted))
         for decision in self.tiles:
-            program = _apply(program, decision, self.hosted)
+            tiler.tile(decision)
         for node in program.ops():
             reader = next((user for user in node.users if user.target is not ops.loop), None)
             if node.target is ops.host and reader is not None:
@@ -49,65 +51,88 @@ class TileRegions:
         return program
 
 
-def stretch_of(program: Program, tile: Tile) -> tuple[list[fx.Node], fx.Node]:
-    """The operators from first to last, and the seed.
+def stretch_of(nodes: Mapping[str, fx.Node], tile: Tile) -> tuple[list[fx.Node], fx.Node]:
+    """The operators from first to last, and the seed; `nodes` by name.
 
     Raises:
         PlanFileError: the program has no such nodes, or not in this order.
     """
-    nodes = {node.name: node for node in program.graph.nodes}
     for name in (tile.first, tile.last, tile.seed):
         if name not in nodes:
             raise PlanFileError(f"the plan tiles at {name!r}, which this program does not have; plan the model again")
-    operators = list(program.ops())
-    first, last = operators.index(nodes[tile.first]), operators.index(nodes[tile.last])
-    if first > last:
-        raise PlanFileError(f"the plan tiles from {tile.first!r} to {tile.last!r}, which comes before it; plan the model again")
-    return operators[first : last + 1], nodes[tile.seed]
+    stretch = [nodes[tile.first]]
+    while stretch[-1] is not nodes[tile.last]:
+        if stretch[-1].op == "output":
+            raise PlanFileError(
+                f"the plan tiles from {tile.first!r} to {tile.last!r}, which comes before it; plan the model again"
+            )
+        stretch.append(stretch[-1].next)
+    return stretch, nodes[tile.seed]
 
 
-def _apply(program: Program, decision: Tile, hosted: Collection[str]) -> Program:
-    graph = program.copy_graph()
-    program = program.with_graph(graph)
-    stretch, seed = stretch_of(program, decision)
-    on_host = {node for node in program.ops() if node.target is ops.host}
-    region = find_region(stretch, seed, decision.dim, Calls(), on_host)
-    tiles = region.tiles(decision.count, decision.grain)
-    if len(tiles) < 2:
-        return program
-    taken = {node.name for node in graph.nodes}
-    with graph.inserting_after(stretch[-1]):
-        end = graph.call_function(ops.free, ())  # a place to insert at, taken out below
-    with graph.inserting_before(end):
-        results = {
-            node: _host(graph, node, region.dims[node]) if node.name in hosted else _buffer(graph, node, tensors_of(node)[0])
-            for node in region.results
-        }
-        stacks = {node: _stack(graph, region, node, dim, len(tiles)) for node, dim in region.merged.items()}
+class _Tiler:
+    """Changes one graph, region by region. `hosted`: names of results that live on the host."""
+
+    def __init__(self, graph: fx.Graph, hosted: Collection[str]) -> None:
+        self._graph, self._hosted = graph, hosted
+        self._nodes = {node.name: node for node in graph.nodes}
+        self._on_host: set[fx.Node] = set()
+
+    def tile(self, decision: Tile) -> None:
+        """Puts a loop in place of a region's operators."""
+        stretch, seed = stretch_of(self._nodes, decision)
+        region = find_region(stretch, seed, decision.dim, Calls(), self._on_host)
+        tiles = region.tiles(decision.count, decision.grain)
+        if len(tiles) < 2:
+            return
+        graph, taken = self._graph, set(self._nodes)
+        with graph.inserting_after(stretch[-1]):
+            end = graph.call_function(ops.free, ())  # a place to insert at, taken out below
+        with graph.inserting_before(end):
+            results = {node: self._result(node, region.dims[node]) for node in region.results}
+            stacks = {node: _stack(graph, region, node, dim, len(tiles)) for node, dim in region.merged.items()}
+            loop = self._loop(region, tiles, results, stacks, taken)
+            merged = {node: _merge(graph, region, node, dim, stacks[node]) for node, dim in region.merged.items()}
+        graph.erase_node(end)
+        _replace(graph, region, results, merged)
+        loop.name = f"{region.ordered[-1].name}_tiles"
+        for node in region.ordered:
+            del self._nodes[node.name]
+        made = (*results.values(), *stacks.values(), *merged.values(), *loop.all_input_nodes, loop)
+        self._nodes |= {node.name: node for node in made}
+
+    def _result(self, node: fx.Node, dim: int) -> fx.Node:
+        """Where a result is written."""
+        if node.name not in self._hosted:
+            return _buffer(self._graph, node, tensors_of(node)[0])
+        made = _host(self._graph, len(self._on_host), node, dim)
+        self._on_host.add(made)
+        return made
+
+    def _loop(
+        self,
+        region: Region,
+        tiles: Sequence[TileNeeds],
+        results: Mapping[fx.Node, fx.Node],
+        stacks: Mapping[fx.Node, fx.Node],
+        taken: set[str],
+    ) -> fx.Node:
+        graph = self._graph
         bands = [bands_of(region, tile) for tile in tiles]
-        coming = dict.fromkeys(node for band in bands for node in band)
-        slots = {node: _slot(graph, node, max(band[node].size for band in bands if node in band)) for node in coming}
+        read = dict.fromkeys(node for band in bands for node in band)
+        slots = {node: _slot(graph, node, max(band[node].size for band in bands if node in band)) for node in read}
         for node, buffer in results.items():
-            if buffer.target is ops.host:
+            if buffer in self._on_host:
                 slots[buffer] = _slot(graph, buffer, max(tile.written[node].size for tile in tiles))
         buffers = Buffers(results, stacks, slots)
         operands = [*region.operands, *results.values(), *stacks.values(), *slots.values()]
         index = {node: i for i, node in enumerate(operands)}
-        sheets = [
-            note_tile(region, tile, i, index, buffers, bands[i], bands[i + 1] if i + 1 < len(tiles) else {})
-            for i, tile in enumerate(tiles)
-        ]
+        following = [*bands[1:], {}]
+        sheets = [note_tile(region, tile, i, index, buffers, bands[i], following[i]) for i, tile in enumerate(tiles)]
         loop = graph.call_function(ops.loop, (tuple(operands),))
         loop.meta["loop"] = Loop(make_runs(sheets, operands, taken), _label(region, len(tiles)))
-        for key in ("nn_module_stack", "stack_trace"):
-            source = region.ordered[-1].meta
-            if key in source:
-                loop.meta[key] = source[key]
-        merged = {node: _merge(graph, region, node, dim, stacks[node]) for node, dim in region.merged.items()}
-    graph.erase_node(end)
-    _replace(graph, region, results, merged)
-    loop.name = f"{region.ordered[-1].name}_tiles"
-    return program.with_graph(graph)
+        loop.meta |= {k: v for k, v in region.ordered[-1].meta.items() if k in ("nn_module_stack", "stack_trace")}
+        return loop
 
 
 def _label(region: Region, count: int) -> str:
@@ -138,10 +163,9 @@ def _empty(graph: fx.Graph, name: str, shape: tuple[int, ...], strides: tuple[in
     return node
 
 
-def _host(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:
+def _host(graph: fx.Graph, index: int, node: fx.Node, dim: int) -> fx.Node:
     """Room on the host for a result, in bands along `dim`."""
     like = tensors_of(node)[0]
-    index = sum(1 for other in graph.nodes if other.target is ops.host)
     args = (index, [int(n) for n in like.shape], dim, like.dtype)
     made = graph.create_node("call_function", ops.host, args, name=node.name)
     with like.fake_mode:  # type: ignore[attr-defined]
@@ -204,4 +228,4 @@ def _replace(graph: fx.Graph, region: Region, results: Mapping[fx.Node, fx.Node]
         new.name = old.name
     # What lives on the host is laid out otherwise there, which none of its readers sees.
     changed = {new: old.meta["val"] for old, new in {**results, **merged}.items() if new.target is not ops.host}
-    carry_on(graph, changed)
+    carry_on(changed)

@@ -205,8 +205,9 @@ class Tilings:
         """With the norms that lie in a region's stretch, whole or in part, and the results that live on the host."""
         names: set[str] = set()
         hosted: list[str] = []
+        nodes = {node.name: node for node in self._split.program.graph.nodes}
         for tile in tiles:
-            stretch, seed = stretch_of(self._split.program, tile)
+            stretch, seed = stretch_of(nodes, tile)
             names |= {node.name for node in stretch}
             region = find_region(stretch, seed, tile.dim, costs.calls, costs.hosted)
             hosted += [node.name for node in region.results if node in costs.hosted]

@@ -17,7 +17,7 @@ from planner.budget import Budget
 from planner.machine import Machine
 from planner.options import Options
 from planner.plan import Plan
-from planner.prepare import solver_of
+from planner.prepare import tilings_of
 from tests.passes.programs import canonical
 
 
