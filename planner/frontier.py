@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from planner.bounds import Bound
+from planner.bounds import physical_bound
 from planner.compare import Row, compare_policies
 from planner.progress import working
 from planner.sizes import format_bytes, format_seconds, parse_size
 from planner.solve.decide import Schedule, Solver
+from planner.solve.problem import Problem
 from planner.solve.share import Shares
 from runtime.errors import PlannerError
 
@@ -144,25 +145,41 @@ def frontier_of(
     asked = _evenly(low, high, points, own) if budgets is None else _parsed(budgets)
     solve = _solver(plan)
     with working(f"solving {plan.title} for {len(asked)} budgets"):
-        rows = tuple(_point(plan, budget, solve) for budget in asked)
+        solved = [(budget, None if budget < low else solve(budget)) for budget in asked]
+    problems = list(dict.fromkeys(found.problem for _, found in solved if found is not None and found.problem is not None))
+
+    def bound_at(budget: int, problem: Problem | None = None) -> float:
+        """Of a tiling; of all that are used, where none is named: each has bytes of its own that no weight can take."""
+        if not problems:
+            return plan.bound_at(budget).seconds
+        return min(physical_bound(p, budget).seconds for p in ([problem] if problem is not None else problems))
+
+    rows = tuple(_point(budget, found, bound_at(budget, found.problem if found else None)) for budget, found in solved)
     curve = np.linspace(min(low, asked[0]), max(high, asked[-1]), _BOUND_POINTS).astype(np.int64).tolist()
     return Frontier(
         plan.title, plan.device, plan.machine.name, plan.repeats, low, high, own, rows,
-        tuple((budget, plan.bound_at(budget).seconds) for budget in curve),
+        tuple((budget, bound_at(budget)) for budget in curve),
         compare_policies(plan).rows if compare else (),
     )  # fmt: skip
 
 
-# What a budget gives: reserved bytes, seconds, streamed bytes.
-_Solve = Callable[[int], tuple[int, float, int]]
+@dataclass(frozen=True)
+class _Solved:
+    """What a budget gives; `problem` is that of the tiling, None for a plan in parts."""
+
+    reserved_bytes: int
+    step_seconds: float
+    streamed_bytes: int
+    problem: Problem | None = None
 
 
-def _point(plan: Plan, budget_bytes: int, solve: _Solve) -> Point:
-    bound: Bound = plan.bound_at(budget_bytes)
-    if budget_bytes < plan.minimum_bytes:
-        return Point(budget_bytes, None, None, bound.seconds, None)
-    reserved, seconds, streamed = solve(budget_bytes)
-    return Point(budget_bytes, reserved, seconds, bound.seconds, streamed)
+_Solve = Callable[[int], _Solved]
+
+
+def _point(budget_bytes: int, found: _Solved | None, bound_seconds: float) -> Point:
+    if found is None:
+        return Point(budget_bytes, None, None, bound_seconds, None)
+    return Point(budget_bytes, found.reserved_bytes, found.step_seconds, bound_seconds, found.streamed_bytes)
 
 
 def _solver(plan: Plan) -> _Solve:
@@ -171,18 +188,18 @@ def _solver(plan: Plan) -> _Solve:
     if isinstance(plan, PartedPlan):
         return lambda budget: _solve_parts(plan, budget)
 
-    def solve(budget_bytes: int) -> tuple[int, float, int]:
+    def solve(budget_bytes: int) -> _Solved:
         solver, schedule = plan._tilings.solve(budget_bytes, plan.budget.host_bytes)
-        return schedule.peak_bytes, schedule.time.step_seconds, _copied_bytes(solver, schedule)
+        return _Solved(schedule.peak_bytes, schedule.time.step_seconds, _copied_bytes(solver, schedule), solver.problem)
 
     return solve
 
 
-def _solve_parts(plan: PartedPlan, budget_bytes: int) -> tuple[int, float, int]:
+def _solve_parts(plan: PartedPlan, budget_bytes: int) -> _Solved:
     shared = plan._parted.shared
     shares = shared.solve(budget_bytes)
     reserved = shared.peak_bytes(shares, {key: share.schedule.peak_bytes for key, share in shares.parts.items()})
-    return reserved, shared.time(shares).step_seconds, _streamed_bytes(plan, shares)
+    return _Solved(reserved, shared.time(shares).step_seconds, _streamed_bytes(plan, shares))
 
 
 def _streamed_bytes(plan: PartedPlan, shares: Shares) -> int:

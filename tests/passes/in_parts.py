@@ -34,7 +34,7 @@ def plan_of(
 ) -> Plan:
     """The roomy plan of a program that was made from the module's call."""
     options = Options(Budget.parse("1GB", device), Machine.preset("cpu").on(device), device, "forward", args, kwargs)
-    return Plan(module, options, solver_of(program, options))
+    return Plan(module, options, tilings_of(program, options))
 
 
 def plan_with(passes: tuple[Pass, ...], module: nn.Module, *args: Any, device: str = "accounting", **kwargs: Any) -> Plan:

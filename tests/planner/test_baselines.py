@@ -35,7 +35,7 @@ SHARES = (0.5, 0.7, 0.9, 1.0)
 def solver(name: str, device: str = "accounting", repeats: int = 1) -> tuple[Solver, nn.Module]:
     module, args, kwargs = ZOO[name]()
     options = Options(Budget.parse("1GB"), MACHINE, device, args=args, kwargs=kwargs, repeats=repeats)
-    return prepare(module, options), module
+    return prepare(module, options).base, module
 
 
 def between(solved: Solver, share: float) -> int:

@@ -34,7 +34,7 @@ MACHINE = replace(
 @cache
 def solver(name: str, device: str = "accounting", repeats: int = 1) -> Solver:
     module, args, kwargs = ZOO[name]()
-    return prepare(module, Options(Budget.parse("1GB"), MACHINE, device, args=args, kwargs=kwargs, repeats=repeats))
+    return prepare(module, Options(Budget.parse("1GB"), MACHINE, device, args=args, kwargs=kwargs, repeats=repeats)).base
 
 
 @pytest.mark.parametrize("name", ["bert", "t5_encoder", "vae_decoder", "lstm", "llama", "vit"])
@@ -140,7 +140,7 @@ class Again(nn.Module):
 def test_every_selection_has_whole_weights(name: str, repeats: int) -> None:
     if name == "again":
         options = Options(Budget.parse("1GB"), MACHINE, "accounting", args=(torch.rand(2, 8),), repeats=repeats)
-        solved = prepare(Again().eval(), options)
+        solved = prepare(Again().eval(), options).base
     else:
         solved = solver(name, repeats=repeats)
     problem, found = solved.problem, 0

@@ -60,7 +60,7 @@ class Elsewhere(nn.Module):
 
 def problem_of(module: nn.Module) -> Problem:
     options = Options(Budget.parse("1GB"), Machine.preset("rtx-4090"), "accounting", args=(torch.ones(2, 8),))
-    return prepare(module.eval(), options).problem
+    return prepare(module.eval(), options).base.problem
 
 
 def named(problem: Problem, held: tuple[Held, ...]) -> list[tuple[list[str], list[str], bool]]:
