@@ -201,18 +201,30 @@ class TileCosts:
 
     def _key(self, start: int, stop: int, seed: fx.Node, dim: int) -> object:
         """What makes two stretches equal: the same calls on each other's results, with the same ones read afterwards."""
-        outside: dict[fx.Node, int] = {}
-        rows: list[object] = []
-        for i in range(start, stop):
-            node = self.nodes[i]
-            links = []
-            for n in node.all_input_nodes:
-                at = self.position.get(n, -1)
-                links.append(i - at if start <= at else -1 - outside.setdefault(n, len(outside)))
-            leaves = any(self.position.get(user, stop) >= stop for user in node.users)
-            flags = node in self.hosted, tuple(n in self.hosted for n in node.all_input_nodes)
-            rows.append((self._call_ids[i], tuple(links), leaves, flags))
-        return tuple(rows), outside.get(seed, -1), dim
+        if (start, stop) not in self._stretches:
+            outside: dict[fx.Node, int] = {}
+            rows: list[object] = []
+            for i in range(start, stop):
+                node = self.nodes[i]
+                links = []
+                for n in node.all_input_nodes:
+                    at = self.position.get(n, -1)
+                    links.append(i - at if start <= at else -1 - outside.setdefault(n, len(outside)))
+                leaves = any(self.position.get(user, stop) >= stop for user in node.users)
+                flags = node in self.hosted, tuple(n in self.hosted for n in node.all_input_nodes)
+                rows.append((self._call_ids[i], tuple(links), leaves, flags))
+            self._stretches[start, stop] = self._numbers.setdefault(tuple(rows), len(self._numbers)), outside
+        number, known = self._stretches[start, stop]
+        return number, known.get(seed, -1), dim
+
+    @cached_property
+    def _stretches(self) -> dict[tuple[int, int], tuple[int, dict[fx.Node, int]]]:
+        return {}
+
+    @cached_property
+    def _numbers(self) -> dict[object, int]:
+        """Different stretches, numbered."""
+        return {}
 
     @cached_property
     def _call_ids(self) -> list[int]:
@@ -224,8 +236,22 @@ class TileCosts:
         return found
 
     def _weights(self, start: int, stop: int) -> int:
-        names = {v.weight for v in self.problem.visits if v.first < stop and v.last >= start} | self.problem.pinned
-        return self.problem.arena_bytes(names)
+        """Bytes of the weights that operators [start, stop) read."""
+        begun, spanning = self._visited
+        return int(begun[stop] - begun[start] + spanning[start]) + self.problem.arena_bytes(self.problem.pinned)
+
+    @cached_property
+    def _visited(self) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes of visits that begin before operator i, and of those that began before it and go on; int64[n + 1] each."""
+        begun = np.zeros(len(self.nodes) + 2, dtype=np.int64)
+        delta = np.zeros(len(self.nodes) + 2, dtype=np.int64)
+        for visit in self.problem.visits:
+            if visit.weight not in self.problem.pinned:
+                nbytes = self.problem.weight_bytes[visit.weight]
+                begun[visit.first + 1] += nbytes
+                delta[visit.first + 1] += nbytes
+                delta[visit.last + 1] -= nbytes
+        return np.cumsum(begun)[:-1], np.cumsum(delta)[:-1]
 
     def born(self, node: fx.Node) -> list[int]:
         """Bytes of the storages that an operator makes."""

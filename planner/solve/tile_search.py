@@ -185,8 +185,7 @@ class TileSearch:
         return bool(made) and any(n in made for node in nodes for n in node.all_input_nodes)
 
     def _choose(self, start: int, stop: int, cap_bytes: int) -> _Choice | None:
-        """The fewest tiles along the first dimension that keep the stretch under the cap; else what needs the least bytes."""
-        best: _Choice | None = None
+        """The fewest tiles along the first dimension that keep the stretch under the cap; None where none do."""
         seen: list[object] = []
         dims = {constraint.dim for constraint in self.constraints[start:stop] if constraint.dim is not None}
         for seed, dim in self.costs.seeds(start, stop):
@@ -197,44 +196,38 @@ class TileSearch:
                 continue
             seen.append(shape)
             choice = self._fewest(start, stop, seed, dim, cap_bytes)
-            if choice is None:
-                continue
-            if choice.estimate.peak_bytes <= cap_bytes:
+            if choice is not None:
                 return choice
-            if best is None or choice.estimate.peak_bytes < best.estimate.peak_bytes:
-                best = choice
-        return best
+        return None
 
     def _fewest(self, start: int, stop: int, seed: fx.Node, dim: int, cap_bytes: int) -> _Choice | None:
-        """The least number of tiles that is under the cap; the largest where none is; None where no number is possible."""
-
+        """The least number of tiles that is under the cap; None where no number is."""
         fixed = [constraint.count for constraint in self.constraints[start:stop] if constraint.count is not None]
         counts = (max(fixed),) if fixed else COUNTS
 
         def choice(index: int) -> _Choice | None:
             estimate = self.costs.estimate(start, stop, seed, dim, counts[index], 1 if fixed else None)
-            if estimate is None:
+            if estimate is None or estimate.peak_bytes > cap_bytes:
                 return None
             names = self.costs.nodes[start].name, self.costs.nodes[stop - 1].name
             tile = Tile(*names, seed.name, dim, counts[index], estimate.inner.grain)
             return _Choice(start, stop, seed, tile, estimate, self._missed(start, stop, seed, dim))
 
-        def fits(index: int) -> bool:
-            found = choice(index)
-            return found is not None and found.estimate.peak_bytes <= cap_bytes
-
-        index = bisect_left(range(len(counts)), True, key=fits)
-        index = min(index, len(counts) - 1)
+        last = len(counts) - 1
+        if choice(last) is None:
+            return (
+                next((found for i in range(last) if (found := choice(i)) is not None), None) if self._odd(seed, dim) else None
+            )
+        index = bisect_left(range(last), True, key=lambda i: choice(i) is not None)
         # Of bands more may be better: the first one to come and the last one to go are copied while nothing else happens.
         finer = range(index, min(index + _FINER, len(counts))) if self.costs.touching[start:stop].any() else (index,)
         choices = [found for i in finer if (found := choice(i)) is not None]
-        if not choices:  # some numbers of tiles are not possible: of the others whatever there is
-            choices = [found for i in range(len(counts)) if (found := choice(i)) is not None]
+        return min(choices, key=lambda found: found.estimate.inner.added_seconds, default=None)
 
-        def rank(found: _Choice) -> tuple[int, float]:
-            return max(found.estimate.peak_bytes, cap_bytes), found.estimate.inner.added_seconds
-
-        return min(choices, key=rank, default=None)
+    @staticmethod
+    def _odd(seed: fx.Node, dim: int) -> bool:
+        """Whether few tiles may be possible where many are not: parts of a few elements, as groups of channels are."""
+        return bool(seed.meta["val"].shape[dim] <= COUNTS[-1])
 
     def _missed(self, start: int, stop: int, seed: fx.Node, dim: int) -> int:
         """How many operators that have to be tiled run whole."""

@@ -26,8 +26,11 @@ from planner.solve.problem import Problem
 from planner.solve.tile_cost import Hosting, TileCosts
 from planner.solve.tile_search import TileSearch
 
-# Caps fall by this share; they stop falling where the peak no longer does.
+# Caps fall by this share for as long as they can be kept, and then once more by smaller steps.
 _RATIO = 0.8
+_FINE_RATIO = 0.93
+# A cap that everything keeps.
+_ANY = 1 << 62
 # What a tiling needs in the end may be less than its cap by this share.
 _BELOW = 0.75
 # A tiling whose arithmetic alone takes so many times the best step found ends the search: lower caps only add to it.
@@ -157,10 +160,13 @@ class Tilings:
 
     def _levels(self) -> Iterator[tuple[int, Tiling]]:
         """Caps, falling, with the tiling of each, looked for when it is asked for; the last one needs the least memory."""
-        yield from self._known
-        for level in self._further:
-            self._known.append(level)
-            yield level
+        for index in itertools.count():
+            if index == len(self._known):
+                level = next(self._further, None)
+                if level is None:
+                    return
+                self._known.append(level)
+            yield self._known[index]
 
     @cached_property
     def _known(self) -> list[tuple[int, Tiling]]:
@@ -172,17 +178,16 @@ class Tilings:
 
     def _find_levels(self) -> Iterator[tuple[int, Tiling]]:
         search = self._search
-        peak = cap = int(search.costs.total.max())
+        cap = int(search.costs.total.max())
         if search.forced.any():
-            peak, tiling = self._level(search, cap)
-            yield cap, tiling
-        while True:
-            cap = int(cap * _RATIO)
-            reached, tiling = self._level(search, cap)
-            if reached >= peak:
-                return
-            peak = reached
-            yield cap, tiling
+            yield cap, self._level(search, _ANY)[1]
+        for ratio in (_RATIO, _FINE_RATIO):  # as far as caps are kept; then the last bit
+            while True:
+                reached, tiling = self._level(search, int(cap * ratio))
+                if reached > cap * ratio:
+                    break
+                cap = int(cap * ratio)
+                yield cap, tiling
 
     @cached_property
     def _search(self) -> TileSearch:
@@ -195,6 +200,8 @@ class Tilings:
         if found.peak_bytes > cap and self.hosting:
             for axis, share in itertools.product(_AXES, _HOSTED):
                 costs = TileCosts(self._split, Hosting(int(cap * share), axis), search.costs.calls)
+                if not costs.hosted:
+                    continue
                 options.append((TileSearch(costs, self.constraint).tiles(cap), costs))
                 if options[-1][0].peak_bytes <= cap:
                     break
