@@ -7,6 +7,7 @@ aliasing that the capture saw. Passes copy the graph: a program is never changed
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -155,6 +156,15 @@ def operator_name(target: Callable[..., Any] | str) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     return getattr(target, "__name__", str(target))
+
+
+def module_path(node: fx.Node) -> str:
+    """The dotted name of the innermost module that a node came from; empty for the root."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    return re.sub(r"^.*?target\.?", "", path, count=1)
 
 
 # Frames of a traceback that say nothing about the user's code.

@@ -13,8 +13,7 @@ from typing import Literal
 import numpy as np
 from torch import fx
 
-from passes.program import Program, operator_name
-from planner.show import module_path
+from passes.program import Program, module_path, operator_name
 from planner.solve.problem import Problem
 from runtime import ops
 from runtime.layout import align

@@ -101,7 +101,7 @@ class Plan(PlanFacts):
         header: tuple[str, ...] = (
             f"{self.program.name}: budget {format_bytes(self.budget_bytes)}, predicted peak {format_bytes(self.peak_bytes)}"
             f" at {where(self)}",
-            f"on {self.device}, planned for {self.machine.name}; passes: canonicalise, stream_weights, insert_frees",
+            f"on {self.device}, planned for {self.machine.name}; passes: canonicalise, {self._passes}",
         )
         if self.symbols:
             header += (f"{describe_sizes(self)}; bytes are those of the largest sizes",)
@@ -112,6 +112,13 @@ class Plan(PlanFacts):
         }
         pace = self.engines.pace(self.machine)
         return make_executable(self.emitted, self.proof, header, self.device, predicted, pace)
+
+    @property
+    def _passes(self) -> str:
+        """Those that changed something, in their order."""
+        tiling = self.decisions.tiling
+        named = [("functionalise", tiling), ("split_norms", tiling.norms), ("tile_regions", tiling.tiles)]
+        return ", ".join([*(name for name, used in named if used), "stream_weights", "insert_frees"])
 
     @property
     def code(self) -> str:

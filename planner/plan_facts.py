@@ -119,6 +119,11 @@ class PlanFacts:
         """Predicted reserved bytes with everything resident and nothing tiled."""
         return self._tilings.base.resident.peak_bytes
 
+    @property
+    def untiled_seconds(self) -> float:
+        """Arithmetic of one call, nothing tiled."""
+        return self._tilings.base.problem.compute_seconds
+
     @cached_property
     def engines(self) -> EngineProgram:
         """The emitted program as the engines of the machine see it."""

@@ -7,7 +7,7 @@ from torch import fx, nn
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
 from passes.concretise import Concretise
-from passes.program import Program
+from passes.program import Program, module_path
 from planner.capture import capture
 from planner.dynamic import capture_dynamic
 from planner.frontends.caches import refuse_caches, register_containers
@@ -15,7 +15,6 @@ from planner.memory import MemoryModel
 from planner.options import Options, check_patterns
 from planner.progress import working
 from planner.refuse import refuse_shared_state
-from planner.show import module_path
 from planner.sizes import format_bytes
 from planner.solve.constraints import TileConstraint
 from planner.solve.decide import Solver

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import fx
-
+from passes.program import module_path
 from planner.dynamic_plan import describe_sizes
+from planner.show_tiles import tile_rows
 from planner.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ def describe(plan: Plan) -> str:
         ("step", f"{format_seconds(plan.step_seconds)} predicted, {ratio(plan)}"),
         *_gap(plan),
         ("weights", _weights(plan)),
+        *tile_rows(plan),
     ]
     if plan.symbols:
         rows.insert(1, ("sizes", f"{describe_sizes(plan)}: {plan.problem.in_symbols.doubtful[1]}"))  # type: ignore[union-attr]
@@ -58,15 +58,6 @@ def where(plan: Plan) -> str:
     name = plan.proof.peak_node
     owner = module_path(node) if node is not None else ""
     return f"{name} in {owner}" if owner else name
-
-
-def module_path(node: fx.Node) -> str:
-    """The dotted name of the innermost module that a node came from; empty for the root."""
-    stack = node.meta.get("nn_module_stack") or {}
-    if not stack:
-        return ""
-    path = str(list(stack.values())[-1][0])
-    return re.sub(r"^.*?target\.?", "", path, count=1)
 
 
 def _peak(plan: Plan) -> str:

@@ -37,6 +37,9 @@ _BELOW = 0.75
 _HOPELESS = 1.05
 # A step that takes no more than this beyond the arithmetic of the coarsest tiling is not improved.
 _PERFECT = 1.001
+# In a program of more operators tilings are looked for only where they could save more than this share of a step.
+_LARGE = 1000
+_LITTLE = 1.1
 # Values of more than some such share of the cap live on the host, where no tiling without that keeps the cap.
 _HOSTED = (0.5, 0.3, 0.12)
 # Along which dimension they are cut: rows of an image, tokens; then columns, samples.
@@ -109,11 +112,23 @@ class Tilings:
             schedule = solver.solve(budget_bytes, host_bytes)
             if best is None or schedule.time.step_seconds < best[1].time.step_seconds:
                 best = solver, schedule
-            if best[1].time.step_seconds <= perfect:
+            if best[1].time.step_seconds <= max(perfect, self._worthwhile(budget_bytes)):
                 break
         if best is None:
             best = self.minimum, self.minimum.solve(budget_bytes, host_bytes)
         return best
+
+    def _worthwhile(self, budget_bytes: int) -> float:
+        """Seconds from which on tilings are looked for in a large program: more than what they could save at most.
+
+        No tiling beats the untiled arithmetic, nor the copies of what weights take beyond the whole budget. In a small program
+        all are looked at.
+        """
+        problem = self.base.problem
+        if len(problem.names) <= _LARGE:
+            return 0.0
+        over = problem.total_weight_bytes + problem.memory.fixed_bytes - budget_bytes
+        return _LITTLE * max(problem.compute_seconds, over / problem.machine.link_peak_bandwidth)
 
     def of(self, tiling: Tiling) -> Solver:
         """The solver of a given tiling.
