@@ -105,6 +105,11 @@ class TileCosts:
                 delta[visit.last + 1] -= self.problem.weight_bytes[visit.weight]
         return np.cumsum(delta[:-1]) + self.problem.arena_bytes(self.problem.pinned)
 
+    @property
+    def floor_bytes(self) -> int:
+        """What no tiling gets below: inputs, and the weights of one operator."""
+        return int(self.problem.liveness.input_bytes) + int(self.weights_at.max())
+
     @cached_property
     def total(self) -> np.ndarray:
         """The least that is live at operator i untiled; int64[n]."""

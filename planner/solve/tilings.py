@@ -26,9 +26,8 @@ from planner.solve.problem import Problem
 from planner.solve.tile_cost import Hosting, TileCosts
 from planner.solve.tile_search import TileSearch
 
-# Caps fall by this share for as long as they can be kept, and then once more by smaller steps.
+# Caps fall by this share for as long as they can be kept.
 _RATIO = 0.8
-_FINE_RATIO = 0.93
 # A cap that everything keeps.
 _ANY = 1 << 62
 # What a tiling needs in the end may be less than its cap by this share.
@@ -196,13 +195,12 @@ class Tilings:
         cap = int(search.costs.total.max())
         if search.forced.any():
             yield cap, self._level(search, _ANY)[1]
-        for ratio in (_RATIO, _FINE_RATIO):  # as far as caps are kept; then the last bit
-            while True:
-                reached, tiling = self._level(search, int(cap * ratio))
-                if reached > cap * ratio:
-                    break
-                cap = int(cap * ratio)
-                yield cap, tiling
+        while cap * _RATIO >= search.costs.floor_bytes:
+            cap = int(cap * _RATIO)
+            reached, tiling = self._level(search, cap)
+            if reached > cap:
+                return
+            yield cap, tiling
 
     @cached_property
     def _search(self) -> TileSearch:
