@@ -23,11 +23,16 @@ from passes.fakes import FaithfulFakes
 from passes.probe import call_of
 from passes.program import Program, geometry, is_symbolic, storage_id, tensors_of
 from runtime import ops
+from runtime.errors import CaptureError
 
 
 @dataclass(frozen=True)
 class RefreshValues:
-    """Ensures: `meta["val"]` of every operator has the geometry and aliasing of a run without tracing modes."""
+    """Ensures: `meta["val"]` of every operator has the geometry and aliasing of a run without tracing modes.
+
+    Raises:
+        CaptureError: an operator does not run on fakes.
+    """
 
     name: str = "refresh_values"
 
@@ -88,14 +93,20 @@ def value_of(node: fx.Node, target: Any = None) -> Any:
     """What the operator (or `target` instead of it) gives on the recorded values of its arguments, as a fake.
 
     Without fakes among the arguments: what is recorded.
+
+    Raises:
+        CaptureError: the operator does not run on fakes (nearest upsampling of no samples, in torch 2.13).
     """
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     modes = [t.fake_mode for n in node.all_input_nodes for t in tensors_of(n) if hasattr(t, "fake_mode")]
     if not modes:
         return node.meta.get("val")
     function: Any = node.target if target is None else target
-    with modes[0], FaithfulFakes(), torch.no_grad():
-        return function(*args, **kwargs)
+    try:
+        with modes[0], FaithfulFakes(), torch.no_grad():
+            return function(*args, **kwargs)
+    except (TypeError, RuntimeError) as error:
+        raise CaptureError(f"{node.name} ({node.target}) does not run on tensors without values: {error}") from error
 
 
 def _pattern(node: fx.Node, val: Any) -> list[Any]:

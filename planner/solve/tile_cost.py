@@ -281,13 +281,14 @@ class TileCosts:
                 if node in ratios:
                     held[storage] = int(nbytes * share)
                     live += held[storage]
-            most = max(most, live + workspace)
+            most = max(most, live + workspace + (_partial_bytes(node) if node in region.merged else 0))
             for storage in [s for s in held if readers.get(s, -1) <= i]:
                 live -= held.pop(storage)
             seconds = float(self.problem.seconds[self.position[node]])
             if seconds:
                 added += launch * number + max(0.0, seconds - launch) * share * number - seconds
         results = sum(_dense_bytes(node) for node in region.results if node not in self.hosted)
+        results += sum(number * _partial_bytes(node) for node in region.merged)  # kept until all tiles have run
         traffic = self.problem.machine.memory_bandwidth
         added += sum(2 * _dense_bytes(node) / traffic + number * launch for node in region.results)
         if self.hosting is None:
@@ -335,6 +336,12 @@ def _readers(region: Region) -> Mapping[int, int]:
 def _part_bytes(node: fx.Node, part: Part) -> int:
     tensor = node.meta["val"]
     return int(tensor.numel() // max(tensor.shape[part.dim], 1) * part.size * tensor.dtype.itemsize)
+
+
+def _partial_bytes(node: fx.Node) -> int:
+    """Of one tile's share in a result that is merged; sums of half precision are kept in fp32."""
+    tensor = node.meta["val"]
+    return int(tensor.numel() * (max(tensor.dtype.itemsize, 4) if tensor.dtype.is_floating_point else tensor.dtype.itemsize))
 
 
 def _dense_bytes(node: fx.Node) -> int:

@@ -1,0 +1,35 @@
+"""Estimates of tiles against what tiling then needs."""
+
+import pytest
+import torch
+from torch import nn
+
+from passes.regions import Tile
+from planner import plan
+from planner.solve.decisions import Tiling
+
+
+class _Sums(nn.Module):
+    """Tokens [B, T, C] through a linear layer after an activation, both of which may be cut along C."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 48)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(torch.exp(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("dim", "count"), [(1, 4), (2, 2), (2, 8)])
+def test_partial_sums_of_all_tiles_are_counted(dim: int, count: int, dtype: torch.dtype) -> None:
+    module = _Sums().to(dtype).eval()
+    tilings = plan(module, "1GB", inputs=(torch.randn(2, 96, 64, dtype=dtype),), device="accounting")._tilings
+    costs = tilings._search.costs
+    nodes = costs.nodes
+    (seed,) = (n for n in nodes[0].all_input_nodes if n.name not in tilings.base.problem.program.weights)
+    estimate = costs.estimate(0, len(nodes), seed, dim, count, grain=1)
+    assert estimate is not None
+    tiled = tilings.of(Tiling(tiles=(Tile(nodes[0].name, nodes[-1].name, seed.name, dim, count),)))
+    needed = tiled.minimum.peak_bytes
+    assert 0.85 * needed <= estimate.peak_bytes <= 1.25 * needed
