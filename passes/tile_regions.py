@@ -10,7 +10,7 @@ Raises: Untileable, where a decision cannot be applied; PlanFileError, where it 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,18 +85,16 @@ def _apply(program: Program, decision: Tile, hosted: Collection[str]) -> Program
         }
         stacks = {node: _stack(graph, region, node, dim, len(tiles)) for node, dim in region.merged.items()}
         bands = [bands_of(region, tile) for tile in tiles]
-        coming = dict.fromkeys(node for band in bands for node in band)
-        slots = {node: _slot(graph, node, max(band[node].size for band in bands if node in band)) for node in coming}
+        coming = [_following(bands[i + 1 :]) for i in range(len(bands))]
+        sizes = {node: max(band[node].size for band in bands if node in band) for node in _following(bands)}
+        slots = {node: _slot(graph, node, node.name, size) for node, size in sizes.items()}
         for node, buffer in results.items():
             if buffer.target is ops.host:
-                slots[buffer] = _slot(graph, buffer, max(tile.written[node].size for tile in tiles))
+                slots[buffer] = _slot(graph, buffer, node.name, max(tile.written[node].size for tile in tiles))
         buffers = Buffers(results, stacks, slots)
         operands = [*region.operands, *results.values(), *stacks.values(), *slots.values()]
         index = {node: i for i, node in enumerate(operands)}
-        sheets = [
-            note_tile(region, tile, i, index, buffers, bands[i], bands[i + 1] if i + 1 < len(tiles) else {})
-            for i, tile in enumerate(tiles)
-        ]
+        sheets = [note_tile(region, tile, i, index, buffers, bands[i], coming[i]) for i, tile in enumerate(tiles)]
         loop = graph.call_function(ops.loop, (tuple(operands),))
         loop.meta["loop"] = Loop(make_runs(sheets, operands, taken), _label(region, len(tiles)))
         for key in ("nn_module_stack", "stack_trace"):
@@ -107,6 +105,9 @@ def _apply(program: Program, decision: Tile, hosted: Collection[str]) -> Program
     graph.erase_node(end)
     _replace(graph, region, results, merged)
     loop.name = f"{region.ordered[-1].name}_tiles"
+    for run in loop.meta["loop"].runs:
+        for inner, operand in zip(run.placeholders, operands, strict=False):
+            inner.name = operand.name
     return program.with_graph(graph)
 
 
@@ -149,11 +150,19 @@ def _host(graph: fx.Graph, node: fx.Node, dim: int) -> fx.Node:
     return made
 
 
-def _slot(graph: fx.Graph, value: fx.Node, size: int) -> fx.Node:
+def _following(bands: Sequence[Mapping[fx.Node, Part]]) -> dict[fx.Node, Part]:
+    """Of every value on the host the band that is read first."""
+    found: dict[fx.Node, Part] = {}
+    for band in bands:
+        found = {**band, **found}
+    return found
+
+
+def _slot(graph: fx.Graph, value: fx.Node, name: str, size: int) -> fx.Node:
     """Device memory for one band of `size` of a value that lives on the host."""
     like, dim = value.meta["val"], value.args[2]
     count = like.numel() // like.shape[dim] * size
-    return _empty(graph, f"{value.name}_slot", (count,), (1,), like)
+    return _empty(graph, f"{name}_slot", (count,), (1,), like)
 
 
 def _stack(graph: fx.Graph, region: Region, node: fx.Node, dim: int, count: int) -> fx.Node:
