@@ -60,6 +60,9 @@ def stretch_of(program: Program, tile: Tile) -> tuple[list[fx.Node], fx.Node]:
         if name not in nodes:
             raise PlanFileError(f"the plan tiles at {name!r}, which this program does not have; plan the model again")
     operators = list(program.ops())
+    for name in (tile.first, tile.last):
+        if nodes[name] not in operators:
+            raise PlanFileError(f"the plan tiles at {name!r}, which is no operator of this program; plan the model again")
     first, last = operators.index(nodes[tile.first]), operators.index(nodes[tile.last])
     if first > last:
         raise PlanFileError(f"the plan tiles from {tile.first!r} to {tile.last!r}, which comes before it; plan the model again")
