@@ -55,9 +55,9 @@ class _Room:
 
 @dataclass
 class _Tile:
-    """One round: the storages that were there `before` it, the names that are given to it, what it writes by storage."""
+    """One round: storages from `first` on are its own, names that are `given` are not; what is `written`, by storage."""
 
-    before: frozenset[int]
+    first: int
     given: frozenset[str]
     written: dict[int, Cut] = field(default_factory=dict)
 
@@ -80,7 +80,7 @@ class _Loop:
     coming: dict[int, _Band] = field(default_factory=dict)
     asked: set[int] = field(default_factory=set)
     rooms: dict[int, _Room] = field(default_factory=dict)
-    tile: _Tile = field(default_factory=lambda: _Tile(frozenset(), frozenset()))
+    tile: _Tile = field(default_factory=lambda: _Tile(0, frozenset()))
 
 
 class Replay(Protocol):
@@ -143,7 +143,7 @@ class Loops:
 
     def _tile(self, run: Run) -> None:
         loop, memory = self._loop, self._memory
-        loop.tile = tile = _Tile(frozenset(memory.storages), frozenset(memory.values))
+        loop.tile = tile = _Tile(len(memory.storages), frozenset(memory.values))
         for node in run.operators:
             self._replay.step(node)
             self._check_shape(node)
@@ -199,11 +199,11 @@ class Loops:
     def reads(self, keys: set[int]) -> None:
         """Notes what an operator of a tile reads of what was there before."""
         if self._now is not None:
-            self._now.read |= keys & self._now.tile.before
+            self._now.read |= {key for key in keys if key < self._now.tile.first}
 
     def writes(self, node: fx.Node, key: int) -> None:
         """Notes which interval of which operand an operator of a tile writes."""
-        if self._now is None or key not in self._now.tile.before:
+        if self._now is None or key >= self._now.tile.first:
             return
         target, tile = self._memory.only(node.all_input_nodes[0])[0], self._now.tile
         if key in self._now.slots:
