@@ -174,6 +174,7 @@ class Tilings:
         search = self._search
         peak = cap = int(search.costs.total.max())
         if search.forced.any():
+            cap = max(cap, search.tiles(cap).peak_bytes)  # it may take more than the program as it is, on the device
             peak, tiling = self._level(search, cap)
             yield cap, tiling
         while True:
