@@ -6,8 +6,8 @@ is in buffers that were made before it.
 
 before:  y = conv2d(x, w, None, [1, 1], [1, 1])
 after:   y = empty_strided(...)
-         loop([x, w, y])                                 for every (lo_0, hi_0, lo_1, hi_1) of a run's table
-             x_part = slice(x, 2, lo_0, hi_0)
+         loop([x, w, y])                                 for every (lo, hi, lo_1, hi_1) of a run's table
+             x_part = slice(x, 2, lo, hi)
              y_part = conv2d(x_part, w, None, [1, 1], [0, 1])
              copy_(slice(y, 2, lo_1, hi_1), y_part)
 """

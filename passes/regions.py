@@ -229,12 +229,14 @@ def find_region(stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Call
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise Untileable(f"{node.name} writes to its argument")
     forced: set[fx.Node] = set()
+    outer = {seed: dim}
     while True:
-        spread = _Spread(stretch, seed, dim, calls, forced, hosted)
+        spread = _Spread(stretch, outer, calls, forced, hosted)
         more = spread.demanded - forced
         if not more:
             break
         forced |= _with_ancestors(more, set(stretch))
+        outer |= {node: spread.dims[node] for node in forced if node in spread.dims}  # where others of their readers cut them
     inside = set(stretch)
     tiled = {n for n in stretch if n in spread.dims}
     merged = {n: d for n, d in spread.merged.items() if any(a in tiled for a in calls.arguments(n))}
@@ -257,8 +259,7 @@ class _Spread:
     def __init__(
         self,
         stretch: Sequence[fx.Node],
-        seed: fx.Node,
-        dim: int,
+        outer: Mapping[fx.Node, int],
         calls: Calls,
         forced: set[fx.Node],
         hosted: Collection[fx.Node],
@@ -267,8 +268,8 @@ class _Spread:
         self.merged: dict[fx.Node, int] = {}
         self.demanded: set[fx.Node] = set()
         self._calls, self._hosted = calls, hosted
-        # Dimensions of values from before the region: where a reader of only such values is cut, follows from them.
-        self._outer: dict[fx.Node, int] = {seed: dim}
+        # Dimensions of values from before the loop: where a reader of only such values is cut, follows from them.
+        self._outer = dict(outer)
         for node in stretch:
             if node in forced or not self._cut(node):
                 self.demanded |= {n for n in node.all_input_nodes if n in self.dims or n in self.merged}
@@ -277,21 +278,25 @@ class _Spread:
         """Gives the node a dimension; False where it has to run whole."""
         if node.target is operator.getitem:
             source = node.args[0]
-            if source in self.dims:
-                self.dims[node] = self.dims[source]  # type: ignore[index]
+            for known in (self.dims, self._outer):
+                if source in known:
+                    known[node] = known[source]  # type: ignore[index]
             return source in self.dims
         if not isinstance(node.target, torch._ops.OpOverload) or any(n in self.merged for n in node.all_input_nodes):
             return False
         arguments = self._calls.arguments(node)
         inner = [n for n in arguments if n in self.dims]
-        free = _is_view(node) and not any(n in self._hosted for n in arguments)
-        if not inner and (free or not any(n in self._outer for n in arguments)):
+        if not inner and not any(n in self._outer for n in arguments):
             return False
         best: tuple[int, int] | None = None
         for dim in range(max((t.dim() for t in tensors_of(node)), default=0)):
             whole = self._whole(node, arguments, dim)
             if whole is not None and (best is None or whole < best[0]):
                 best = whole, dim
+        if not inner and _is_view(node) and not any(n in self._hosted for n in arguments):
+            if best is not None:  # it costs nothing, and is cut where it is read
+                self._outer[node] = best[1]
+            return False
         if best is None:
             return self._merge(node, arguments)
         self.dims[node] = best[1]

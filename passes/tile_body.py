@@ -55,13 +55,14 @@ class _Token:
 
 @dataclass
 class _Sheet:
-    """The steps of one tile and its row of the table. `sizes` of intervals are part of what has to be equal."""
+    """The steps of one tile and its row of the table, with names for its columns. `sizes` of intervals have to be equal too."""
 
     steps: list[_Step] = field(default_factory=list)
     row: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     _cuts: dict[tuple[_Ref, Part], _Token] = field(default_factory=dict)
-    _columns: dict[tuple[int, ...], tuple[_Ref, ...]] = field(default_factory=dict)
+    _columns: dict[tuple[tuple[str, ...], tuple[int, ...]], tuple[_Ref, ...]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:
@@ -72,22 +73,34 @@ class _Sheet:
         self.steps.append(_Step(name, target, tuple(args), dict(kwargs)))
         return _Token(self, _Ref(len(self.steps) - 1))
 
-    def columns(self, *numbers: int, sized: bool = True) -> tuple[_Ref, ...]:
-        """The columns that hold these numbers, which a tile's place decides; `sized`: their distance decides the body."""
-        if numbers not in self._columns:
+    def interval(self, part: Part) -> tuple[_Ref, ...]:
+        """The columns with the bounds of a part, whose size decides the body."""
+        return self._column(("lo", "hi"), part.start, part.stop)
+
+    def following(self, part: Part) -> tuple[_Ref, ...]:
+        """The columns with the bounds of a part of a later tile, of whatever size."""
+        return self._column(("next_lo", "next_hi"), part.start, part.stop)
+
+    def place(self, index: int) -> _Ref:
+        """The column that counts tiles."""
+        return self._column(("tile",), index)[0]
+
+    def _column(self, names: tuple[str, ...], *numbers: int) -> tuple[_Ref, ...]:
+        if (names, numbers) not in self._columns:
             first = len(self.row)
             self.row += numbers
-            self.sizes += [numbers[-1] - numbers[0]] if sized else []
-            self._columns[numbers] = tuple(_Ref(first + i, column=True) for i in range(len(numbers)))
-        return self._columns[numbers]
+            self.names += names
+            self.sizes += [numbers[1] - numbers[0]] if names == ("lo", "hi") else []
+            self._columns[names, numbers] = tuple(_Ref(first + i, column=True) for i in range(len(numbers)))
+        return self._columns[names, numbers]
 
     def part(self, name: str, value: _Token, part: Part | None, size: int, *, fixed: bool) -> _Token:
         """A part of a value; `fixed`: at the same place in every tile."""
         if part is None or part.size == size:
             return value
         if (value.ref, part) not in self._cuts:
-            bounds = (part.start, part.stop) if fixed else self.columns(part.start, part.stop)
-            self._cuts[value.ref, part] = self.note(f"{name}_part", aten.slice.Tensor, (value, part.dim, *bounds), {})
+            bounds = (part.start, part.stop) if fixed else self.interval(part)
+            self._cuts[value.ref, part] = self.note(name, aten.slice.Tensor, (value, part.dim, *bounds), {})
         return self._cuts[value.ref, part]
 
 
@@ -139,6 +152,8 @@ def note_tile(
         return _Token(sheet, _Ref(-1 - operands[node]))
 
     def value(node: fx.Node, need: Part | None, member: int = 0) -> _Token:
+        if need is not None and need.size == 0 and node.target is ops.host:
+            return empty(node, need)
         if need is not None and need.size == 0:
             whole = known[node][member] if node in known else operand(node)
             assert whole is not None
@@ -147,35 +162,42 @@ def note_tile(
             if node not in here:
                 here[node] = fetch(node, bands[node])
             assert need is not None
-            return sheet.part(node.name, here[node], need.within(bands[node]), bands[node].size, fixed=True)
+            return sheet.part(f"{node.name}_part", here[node], need.within(bands[node]), bands[node].size, fixed=True)
         if node not in known:
             size = int(node.meta["val"].shape[need.dim]) if need is not None else 0
-            return sheet.part(node.name, operand(node), need, size, fixed=False)
+            return sheet.part(f"{node.name}_part", operand(node), need, size, fixed=False)
         token, held = known[node][member], tile.parts[node][member]
         assert token is not None
         if need is None or held is None:
             return token
-        return sheet.part(node.name, token, need.within(held), held.size, fixed=True)
+        return sheet.part(f"{node.name}_part", token, need.within(held), held.size, fixed=True)
 
     def fetch(node: fx.Node, band: Part) -> _Token:
         """A band from the host, laid out as the value would be; the slot is free for the next one then."""
         place = operand(node), operand(buffers.slots[node]), band.dim
-        arrived = sheet.note(f"{node.name}_band", ops.fetch, (*place, *sheet.columns(band.start, band.stop)), {})
-        part = sheet.note(f"{node.name}_band", aten.clone.default, (arrived,), {"memory_format": torch.contiguous_format})
+        arrived = sheet.note(f"{node.name}_band", ops.fetch, (*place, *sheet.interval(band)), {})
+        part = sheet.note(f"{node.name}_part", aten.clone.default, (arrived,), {"memory_format": torch.contiguous_format})
         following = coming.get(node, Part(band.dim, 0, 0))
-        sheet.note(f"{node.name}_ahead", ops.ahead, (*place, *sheet.columns(following.start, following.stop, sized=False)), {})
+        sheet.note(f"{node.name}_ahead", ops.ahead, (*place, *sheet.following(following)), {})
         return part
+
+    def empty(node: fx.Node, need: Part) -> _Token:
+        """Nothing of a value that is not on the device."""
+        like = node.meta["val"]
+        shape = [0 if d == need.dim else int(n) for d, n in enumerate(like.shape)]
+        options = {"dtype": like.dtype, "device": torch.device("cpu")}
+        return sheet.note(f"{node.name}_none", aten.empty.memory_format, (shape,), options)
 
     def write(node: fx.Node) -> None:
         """Its own part of a result, as soon as that is there."""
         buffer, part = buffers.results[node], tile.written[node]
         if buffer.target is ops.host:
-            place = operand(buffer), operand(buffers.slots[buffer]), part.dim, *sheet.columns(part.start, part.stop)
-            room = sheet.note(f"{buffer.name}_room", ops.room, place, {})
+            place = operand(buffer), operand(buffers.slots[buffer]), part.dim, *sheet.interval(part)
+            room = sheet.note(f"{node.name}_room", ops.room, place, {})
             sheet.note(f"{node.name}_write", aten.copy_.default, (room, value(node, part)), {})
             sheet.note(f"{node.name}_save", ops.save, place, {})
             return
-        target = sheet.part(buffer.name, operand(buffer), part, int(buffer.meta["val"].shape[part.dim]), fixed=False)
+        target = sheet.part(f"{node.name}_place", operand(buffer), part, int(buffer.meta["val"].shape[part.dim]), fixed=False)
         sheet.note(f"{node.name}_write", aten.copy_.default, (target, value(node, part)), {})
 
     for node in region.ordered:
@@ -202,9 +224,8 @@ def _needs(region: Region, node: fx.Node, step: Tiled | Reduced) -> Iterator[tup
 
 def _note_partial(sheet: _Sheet, node: fx.Node, step: Reduced, inputs: Sequence[_Token], stack: _Token, index: int) -> None:
     """The partial result of a tile, at its place in the stack."""
-    (at,) = sheet.columns(index)
     partial = step.partial(_Namer(sheet, node.name), inputs)
-    target = sheet.note(f"{node.name}_place", aten.select.int, (stack, 0, at), {})
+    target = sheet.note(f"{node.name}_place", aten.select.int, (stack, 0, sheet.place(index)), {})
     sheet.note(f"{node.name}_write", aten.copy_.default, (target, partial), {})
 
 
@@ -234,7 +255,7 @@ def make_runs(sheets: Sequence[_Sheet], operands: Sequence[fx.Node], taken: set[
 def _body(sheet: _Sheet, operands: Sequence[fx.Node], taken: set[str]) -> fx.Graph:
     """The steps as a graph, with the value of every step on fakes."""
     graph = fx.Graph()
-    used = set(taken)
+    used = taken | {node.name for node in operands}
     values: dict[_Ref, fx.Node] = {}
 
     def unique(name: str) -> str:
@@ -249,7 +270,9 @@ def _body(sheet: _Sheet, operands: Sequence[fx.Node], taken: set[str]) -> fx.Gra
         placeholder.name = node.name
         placeholder.meta["val"] = node.meta["val"]
     for column, number in enumerate(sheet.row):
-        values[_Ref(column, column=True)] = placeholder = graph.placeholder(unique(f"at_{column}"))
+        name = unique(sheet.names[column])
+        values[_Ref(column, column=True)] = placeholder = graph.placeholder(name)
+        placeholder.name = name
         placeholder.meta["val"] = number
     mode = next(t.fake_mode for node in operands for t in tensors_of(node) if hasattr(t, "fake_mode"))
     for index, step in enumerate(sheet.steps):

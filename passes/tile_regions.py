@@ -60,6 +60,9 @@ def stretch_of(nodes: Mapping[str, fx.Node], tile: Tile) -> tuple[list[fx.Node],
     for name in (tile.first, tile.last, tile.seed):
         if name not in nodes:
             raise PlanFileError(f"the plan tiles at {name!r}, which this program does not have; plan the model again")
+    for name in (tile.first, tile.last):
+        if nodes[name].op != "call_function":
+            raise PlanFileError(f"the plan tiles at {name!r}, which is no operator of this program; plan the model again")
     stretch = [nodes[tile.first]]
     while stretch[-1] is not nodes[tile.last]:
         if stretch[-1].op == "output":
@@ -96,6 +99,9 @@ class _Tiler:
         graph.erase_node(end)
         _replace(graph, region, results, merged)
         loop.name = f"{region.ordered[-1].name}_tiles"
+        for run in loop.meta["loop"].runs:
+            for inner, operand in zip(run.placeholders, loop.all_input_nodes, strict=False):
+                inner.name = operand.name
         for node in region.ordered:
             del self._nodes[node.name]
         made = (*results.values(), *stacks.values(), *merged.values(), *loop.all_input_nodes, loop)
@@ -119,16 +125,16 @@ class _Tiler:
     ) -> fx.Node:
         graph = self._graph
         bands = [bands_of(region, tile) for tile in tiles]
-        read = dict.fromkeys(node for band in bands for node in band)
-        slots = {node: _slot(graph, node, max(band[node].size for band in bands if node in band)) for node in read}
+        coming = [_following(bands[i + 1 :]) for i in range(len(bands))]
+        sizes = {node: max(band[node].size for band in bands if node in band) for node in _following(bands)}
+        slots = {node: _slot(graph, node, node.name, size) for node, size in sizes.items()}
         for node, buffer in results.items():
             if buffer in self._on_host:
-                slots[buffer] = _slot(graph, buffer, max(tile.written[node].size for tile in tiles))
+                slots[buffer] = _slot(graph, buffer, node.name, max(tile.written[node].size for tile in tiles))
         buffers = Buffers(results, stacks, slots)
         operands = [*region.operands, *results.values(), *stacks.values(), *slots.values()]
         index = {node: i for i, node in enumerate(operands)}
-        following = [*bands[1:], {}]
-        sheets = [note_tile(region, tile, i, index, buffers, bands[i], following[i]) for i, tile in enumerate(tiles)]
+        sheets = [note_tile(region, tile, i, index, buffers, bands[i], coming[i]) for i, tile in enumerate(tiles)]
         loop = graph.call_function(ops.loop, (tuple(operands),))
         loop.meta["loop"] = Loop(make_runs(sheets, operands, taken), _label(region, len(tiles)))
         loop.meta |= {k: v for k, v in region.ordered[-1].meta.items() if k in ("nn_module_stack", "stack_trace")}
@@ -173,11 +179,19 @@ def _host(graph: fx.Graph, index: int, node: fx.Node, dim: int) -> fx.Node:
     return made
 
 
-def _slot(graph: fx.Graph, value: fx.Node, size: int) -> fx.Node:
+def _following(bands: Sequence[Mapping[fx.Node, Part]]) -> dict[fx.Node, Part]:
+    """Of every value on the host the band that is read first."""
+    found: dict[fx.Node, Part] = {}
+    for band in bands:
+        found = {**band, **found}
+    return found
+
+
+def _slot(graph: fx.Graph, value: fx.Node, name: str, size: int) -> fx.Node:
     """Device memory for one band of `size` of a value that lives on the host."""
     like, dim = value.meta["val"], value.args[2]
     count = like.numel() // like.shape[dim] * size
-    return _empty(graph, f"{value.name}_slot", (count,), (1,), like)
+    return _empty(graph, f"{name}_slot", (count,), (1,), like)
 
 
 def _stack(graph: fx.Graph, region: Region, node: fx.Node, dim: int, count: int) -> fx.Node:

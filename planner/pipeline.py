@@ -107,7 +107,11 @@ def make_executable(
         if node.target in (ops.prefetch, ops.onload):
             bundle = layout.bundles[node.args[0]]  # type: ignore[index]
             return f"{len(bundle.slots)} weights, {format_bytes(bundle.nbytes)}"
-        if node.op != "call_function" or node.target in ops.ALL - {ops.lookup}:
+        if node.target is ops.loop:
+            return f"live {format_bytes(proof.live_bytes[node.name])}"
+        if node.target is ops.host:
+            return f"{_type(node, dims)}  host"
+        if node.op != "call_function" or node.target in ops.ALL - {ops.lookup, ops.fetch, ops.room}:
             return ""
         live = proof.live_bytes.get(node.name)
         kind = _type(node, dims)

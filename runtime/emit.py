@@ -25,8 +25,8 @@ _RESERVED = {"rt", "w", "device", "torch", "math", "aten", "program", "inf", "na
 
 # Formulas of at most so many characters are printed inside the calls that use them.
 _INLINE = 32
-# Intervals of at most so many tiles are printed one by one.
-_ROWS = 8
+# So many characters of a table, and of a line, are printed; of a longer table progressions of at least so many rows as such.
+_TABLE, _LINE, _ROWS = 80, 110, 4
 
 
 def emit_source(graph: fx.Graph, weights: Mapping[str, str], header: Sequence[str], comment: Callable[[fx.Node], str]) -> str:
@@ -62,29 +62,71 @@ def _block(graph: fx.Graph, names: _Names, comment: Callable[[fx.Node], str], in
 
 def _loop(node: fx.Node, names: _Names, comment: Callable[[fx.Node], str], indent: str) -> Iterator[str]:
     """A Python loop for each run of a loop."""
-    loop, operands = node.meta["loop"], [names(operand) for operand in node.all_input_nodes]
-    yield f"{indent}# {node.name}: {loop.label}"
+    loop, operands = node.meta["loop"], [names(operand) for operand in node.args[0]]  # type: ignore[union-attr,arg-type]
+    yield "  ".join(filter(None, (f"{indent}# {node.name}: {loop.label}", comment(node))))
     if loop.banded:
         yield f"{indent}rt.begin_bands()"
     for run in loop.runs:
         placeholders = run.placeholders
         bound = dict(zip(placeholders, operands, strict=False))
-        columns = [p.name for p in placeholders[len(operands) :]]
-        head = ", ".join(columns) + ("," if len(columns) == 1 else "")
-        yield f"{indent}for {head} in {_rows(run.table)}:"
+        head = ", ".join(p.name for p in placeholders[len(operands) :])
+        yield from _head(f"{indent}for {head} in ", _rows(run.table), indent)
         yield from _block(run.body, names.within(bound), comment, indent + "    ")
     if loop.banded:
         yield f"{indent}rt.end_bands()"
 
 
-def _rows(table: Sequence[tuple[int, ...]]) -> str:
-    """The rows of a table; as ranges where they are many, at equal distances."""
-    columns = list(zip(*table, strict=True))
-    steps = [{b - a for a, b in pairwise(column)} for column in columns]
-    if len(table) <= _ROWS or any(len(step) != 1 or 0 in step for step in steps):
-        return f"({', '.join(map(str, table))},)"
-    ranges = (range(column[0], column[-1] + step, step) for column, (step,) in zip(columns, steps, strict=True))
-    return f"zip({', '.join(map(str, ranges))})"
+def _head(start: str, rows: list[str], indent: str) -> Iterator[str]:
+    """The first lines of a Python loop over rows, which are alone where they are no list: `for lo, hi in zip(...):`."""
+    if len(rows) == 1 and rows[0].startswith("*"):
+        yield f"{start}{rows[0][1:]}:"
+        return
+    text = ", ".join(rows)
+    if len(start) + len(text) <= _LINE:
+        yield f"{start}[{text}]:"
+        return
+    yield f"{start}["
+    line = indent + "   "
+    for row in rows:
+        if line.strip() and len(line) + len(row) > _LINE:
+            yield line
+            line = indent + "   "
+        line += f" {row},"
+    yield line
+    yield f"{indent}]:"
+
+
+def _rows(table: Sequence[tuple[int, ...]]) -> list[str]:
+    """The rows of a table as the elements of a Python list; of a long one what rises evenly as `*zip(range(...), ...)`."""
+    texts = [str(row[0] if len(row) == 1 else row) for row in table]
+    if len(", ".join(texts)) <= _TABLE:
+        return texts
+    found, first = [], 0
+    while first < len(table):
+        last = _even(table, first)
+        if last - first < _ROWS:
+            found.append(texts[first])
+            first += 1
+        else:
+            found.append("*" + _progression(table[first:last]))
+            first = last
+    return found
+
+
+def _even(table: Sequence[tuple[int, ...]], first: int) -> int:
+    """Where the rows end that rise evenly from `first` on."""
+    steps = [[b - a for a, b in zip(*rows, strict=True)] for rows in pairwise(table[first:])]
+    return first + 1 + next((i for i, step in enumerate(steps) if step != steps[0]), len(steps))
+
+
+def _progression(table: Sequence[tuple[int, ...]]) -> str:
+    """Rows that rise evenly."""
+    columns = []
+    for begin, following, *rest in zip(*table, strict=True):
+        step = following - begin
+        end = (rest or [following])[-1] + step
+        columns.append(str(range(begin, end, step)) if step else f"[{begin}] * {len(table)}")
+    return columns[0] if len(columns) == 1 else f"zip({', '.join(columns)})"
 
 
 def attribute_names(weights: Sequence[str]) -> dict[str, str]:

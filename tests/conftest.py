@@ -11,12 +11,14 @@ if "VRAMPLAN_CACHE" not in os.environ:
     os.environ["VRAMPLAN_CACHE"] = tempfile.mkdtemp(prefix="vramplan-test-cache-")
     atexit.register(shutil.rmtree, os.environ["VRAMPLAN_CACHE"], ignore_errors=True)
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+GOLDENS = Path(__file__).parent / "goldens"
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]  # capturing a module takes longer than drawing one
 settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True, suppress_health_check=_SLOW)
 settings.register_profile("dev", max_examples=20, deadline=None, suppress_health_check=_SLOW)
@@ -46,3 +48,17 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
+    """`golden(name, text)`: compares a text with tests/goldens/<name>.txt; `--update-golden` writes it instead."""
+
+    def check(name: str, text: str) -> None:
+        path = GOLDENS / f"{name}.txt"
+        if request.config.getoption("--update-golden"):
+            path.write_text(text.rstrip("\n") + "\n")
+        assert path.exists(), f"no {path.name}; write it with pytest --update-golden and review the diff"
+        assert text.rstrip("\n") + "\n" == path.read_text(), f"{path.name} differs; if wanted: pytest --update-golden"
+
+    return check

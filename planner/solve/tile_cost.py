@@ -148,7 +148,7 @@ class TileCosts:
         """Whether what should live on the host can: it is made and read in bands."""
         if self.hosting is None:
             return True
-        if any(node in self.hosted for node in region.whole):
+        if any(node in self.hosted for node in (*region.whole, *region.merged)):
             return False
         results = [node for node in region.results if node in self.hosted]
         if any(region.dims[node] != node.meta["val"].dim() + self.hosting.axis for node in results):

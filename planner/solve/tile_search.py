@@ -29,8 +29,8 @@ _MOST_CUTS = 8
 _MARGIN = 24
 # How many more counts are tried for bands.
 _FINER = 3
-# Bytes that nothing has.
-_ALL = 1e18
+# Bytes that nothing has; and what an operator counts for that has to be tiled and is not: more than any bytes above the cap.
+_ALL, _FORCED = 1e18, 1e14
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ class TileSearch:
                 choice = self._choose(places[i], places[j], cap_bytes)
                 if choice is None:
                     continue
-                over = float(max(0, choice.estimate.peak_bytes - cap_bytes)) * (places[j] - places[i]) + choice.missed
+                over = float(max(0, choice.estimate.peak_bytes - cap_bytes)) * (places[j] - places[i])
+                over += _FORCED * choice.missed
                 rank = best[i][0][0] + over, best[i][0][1] + choice.estimate.inner.added_seconds
                 if rank < found[0]:
                     found = rank, (i, choice)
@@ -148,7 +149,7 @@ class TileSearch:
         """Bytes by which an untiled operator is over the cap; more than anything where it has to be tiled."""
         if self.costs.touching[i]:
             return _ALL
-        return float(max(0, self.costs.total[i] - cap_bytes)) + bool(self.forced[i])
+        return float(max(0, self.costs.total[i] - cap_bytes)) + _FORCED * bool(self.forced[i])
 
     def _places(self, first: int, stop: int, begin: int, end: int) -> list[int]:
         """Where regions may begin and end: at both ends, where live bytes are least, behind merged results."""

@@ -14,8 +14,10 @@ from passes.canonicalise import CANONICALISE
 from passes.liveness import Liveness, analyse_liveness, is_view
 from passes.probe import Prober
 from passes.program import Program
+from passes.regions import Tile
 from planner.capture import capture
-from tests.passes.programs import canonical, layers, traced
+from tests.passes.programs import Function, canonical, layers, traced
+from tests.passes.tiled import in_tiles
 from tests.strategies.modules import Case, cases
 
 aten = torch.ops.aten
@@ -168,3 +170,22 @@ def _simulate(program: Program, workspace: dict[fx.Node, int]) -> list[int]:
         later = {n for other in nodes[index + 1 :] for n in other.all_input_nodes}
         alive = [n for n in alive if n in later]
     return profile
+
+
+def test_a_loop_takes_what_a_tile_takes_at_its_worst_moment() -> None:
+    tiles = Tile("sin", "exp", "arg_0", 0, 3)
+    program = in_tiles(Function(lambda x: x.sin().cos().exp()), ten(), tiles)
+    analysed = analyse(program)
+    # 40 B of input, 40 B of result; of a tile of 4 two values of 16 B.
+    assert {n.name: b for n, b in zip(analysed.nodes, analysed.bytes_at, strict=True)} == {"exp": 80, "exp_tiles": 112}
+    ((at, bodies),) = analysed.bodies.items()
+    assert analysed.costs[at].workspace_bytes == 32
+    assert [body.bytes_at for body in bodies] == [(0, 16, 32, 32, 16, 16), (0, 8, 16, 16, 8, 8)]
+
+
+def test_what_lives_on_the_host_takes_no_device_memory_but_its_slots() -> None:
+    tiles = Tile("sin", "sin", "arg_0", 0, 5), Tile("cos", "cos", "sin", 0, 5)
+    program = in_tiles(Function(lambda x: x.sin().cos()), ten(), *tiles, hosted=("sin",))
+    analysed = analyse(program)
+    expected = {"sin": 40, "sin_slot": 48, "sin_tiles": 56, "cos": 80, "sin_slot_1": 88, "cos_tiles": 104}
+    assert {n.name: b for n, b in zip(analysed.nodes, analysed.bytes_at, strict=True)} == expected

@@ -1,0 +1,82 @@
+"""The checker on loops: good programs pass, and every way to break one is refused by invariant and node."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from passes.check_plan import check_plan
+from planner.solve.decisions import Tiling
+from runtime import ops
+from runtime.errors import CheckError
+from runtime.layout import HostPlace
+from tests.passes.loop_mutations import LOOP_MUTATIONS, LoopMutation
+from tests.passes.mutations import Edit, layout_of, with_layout
+from tests.passes.programs import run
+from tests.passes.test_check_plan import shared_kernels  # noqa: F401  # one cache of operators
+from tests.passes.tiled import AMPLE, ON_DEVICE, ON_HOST, assert_alike, emitted, loops
+
+TILINGS = {"device": ON_DEVICE, "host": ON_HOST}
+good = pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS.keys())
+
+
+@good
+def test_a_good_program_passes_and_takes_what_was_proved(tiling: Tiling) -> None:
+    case = emitted(tiling)
+    assert check_plan(case.program, case.proof.peak_bytes) == case.proof
+    module, args, _ = case.example
+    with torch.no_grad():
+        wanted = [module(*args)]
+    for outputs, measured in run(case.program, case.proof, case.example, calls=2):
+        assert_alike(outputs, wanted)
+        assert measured == case.proof.peak_bytes
+
+
+@good
+def test_one_byte_less_is_refused_at_its_loop(tiling: Tiling) -> None:
+    case = emitted(tiling)
+    peak = case.proof.peak_bytes
+    assert case.proof.peak_node == "add_tiles"
+    with pytest.raises(CheckError, match=rf"^I1: {peak} B are live at \w+, 1 B over the budget\n") as caught:
+        check_plan(case.program, peak - 1)
+    assert "  > %add_tiles" in str(caught.value)
+
+
+@good
+def test_workspace_in_a_body_counts_in_every_tile(tiling: Tiling) -> None:
+    case = emitted(tiling)
+    edit = Edit(case.program)
+    body = edit[loops(case.program)[-1][0]].meta["loop"].runs[0].body
+    (convolution,) = [node for node in body.nodes if "conv2d.default" in str(node.target)]
+    before = convolution.meta.get("workspace_bytes", 0)
+    try:
+        convolution.meta["workspace_bytes"] = before + 10**6
+        assert check_plan(edit.program, AMPLE).peak_bytes > 10**6
+    finally:
+        convolution.meta["workspace_bytes"] = before
+
+
+@pytest.mark.parametrize("mutation", LOOP_MUTATIONS, ids=lambda m: m.name)
+def test_a_broken_program_is_refused(mutation: LoopMutation) -> None:
+    places = list(itertools.chain.from_iterable(mutation.make(emitted(tiling).program) for tiling in TILINGS.values()))
+    assert places
+    for make in places:
+        broken, words = make()
+        with pytest.raises(CheckError) as caught:
+            check_plan(broken, AMPLE)
+        first, *around = str(caught.value).splitlines()
+        assert first[:2] in mutation.invariants, first
+        assert any(word in first for word in words), f"{first!r} has none of {words}"
+        assert sum(line.startswith("  > ") for line in around) == 1
+
+
+def test_values_on_the_host_at_other_times_may_share_their_place() -> None:
+    program = emitted(ON_HOST).program
+    edit = Edit(program)
+    host = next(node for node in edit.graph.nodes if node.name == "conv2d")
+    other = edit.insert_before(program.output, host.target, 1, *host.args[1:])
+    edit.graph.output_node().prepend(edit.graph.call_function(ops.free, (other,)))
+    (place,) = layout_of(program).hosted
+    check_plan(with_layout(edit.program, hosted=(place, HostPlace(place.offset, place.nbytes))), AMPLE)

@@ -1,0 +1,128 @@
+"""Small programs in tiles, by decisions written by hand: shared by the tests of what makes, checks and prints loops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from passes.functionalise import Functionalise
+from passes.loop import Loop, Run
+from passes.program import Program
+from passes.regions import Tile
+from passes.split_norms import SplitNorms
+from passes.tile_regions import TileRegions
+from planner import Plan, plan
+from planner.pipeline import emit_program
+from planner.solve.decisions import Decisions, Tiling
+from tests.passes.programs import Emitted, canonical
+
+AMPLE = 10**9
+
+
+class Block(nn.Module):
+    """An image [1, 2, 16, 8] through two convolutions and a norm between them, added to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.b = nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(nn.functional.silu(self.norm(self.a(x))))
+
+
+# Statistics of the norm in one loop, what applies it and the second convolution in another.
+ROWS = (
+    Tile("conv2d", "group_norm_statistics", "arg_0", 2, 4),
+    Tile("group_norm", "add", "conv2d", 2, 4),
+)
+ON_DEVICE = Tiling(("group_norm",), ROWS)
+ON_HOST = Tiling(("group_norm",), ROWS, ("conv2d",))
+
+
+def block() -> tuple[nn.Module, Tensor]:
+    """With numbers that differ everywhere."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return Block().double().eval(), torch.randn(1, 2, 16, 8, dtype=torch.float64)
+
+
+@cache
+def captured() -> Plan:
+    """The block with everything resident, nothing tiled."""
+    module, x = block()
+    return plan(module, "1MB", inputs=(x,), device="accounting")
+
+
+@cache
+def tiled(tiling: Tiling) -> Plan:
+    """The block with a tiling."""
+    p = captured()
+    return Plan(p.target, p._options, p._tilings, Decisions(tiling=tiling))
+
+
+@cache
+def emitted(tiling: Tiling) -> Emitted:
+    """As the checker gets it."""
+    module, x = block()
+    problem = captured()._tilings.of(tiling).problem
+    program, proof = emit_program(problem, Decisions(tiling=tiling), AMPLE)
+    return Emitted(program, proof, (module, (x,), {}))
+
+
+def in_tiles(module: nn.Module, x: Tensor, *tiles: Tile, norms: tuple[str, ...] = (), hosted: tuple[str, ...] = ()) -> Program:
+    """The canonical program of a module after the passes that tile."""
+    program = SplitNorms(norms).apply(Functionalise().apply(canonical(module, x)))
+    return TileRegions(tiles, hosted).apply(program)
+
+
+def loops(program: Program) -> list[tuple[fx.Node, Loop]]:
+    """The loops of a program, in order."""
+    return [(node, node.meta["loop"]) for node in program.ops() if "loop" in node.meta]
+
+
+def lines(graph: fx.Graph, wanted: Callable[[fx.Node], bool] = lambda node: True) -> list[str]:
+    """The operators of a body as `name = operator(arguments)`."""
+    found = []
+    for node in graph.nodes:
+        if node.op == "call_function" and wanted(node):
+            name = str(node.target).removeprefix("aten.") if "." in str(node.target) and "<" not in str(node.target) else ""
+            found.append(f"{node.name} = {name or node.target.__name__}({', '.join(map(str, node.args))})")
+    return found
+
+
+def assert_alike(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """To 1e-12 of the largest value."""
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        assert float((one - other).abs().max()) <= 1e-12 * max(1.0, float(other.abs().max()))
+
+
+def columns(run: Run) -> list[str]:
+    """The names of a table's columns."""
+    return [node.name for node in run.placeholders[len(run.placeholders) - len(run.table[0]) :]]
+
+
+def bodies(loop: Loop) -> int:
+    """How many bodies there are."""
+    return len({id(run.body) for run in loop.runs})
+
+
+def interpreted(program: Program, module: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    """What a program without loops gives, operator by operator; also checks the geometry that it says."""
+    named = dict(module.named_parameters()) | dict(module.named_buffers())
+    given, env = iter(inputs), dict[fx.Node, Any]()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            env[node] = named[program.weights[node.name].name] if node.name in program.weights else next(given)
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = node.target(*args, **kwargs)
+            if isinstance(env[node], Tensor):
+                assert env[node].stride() == node.meta["val"].stride(), node.name
+    return [env[node] for node in program.output.all_input_nodes]
