@@ -34,7 +34,7 @@ PLAN_FIELDS = """\
 fields of --json (bytes and seconds, all but budget_bytes predicted):
   target, program, method, device, machine, inputs, budget_bytes, peak_bytes, reserved_bytes,
   minimum_bytes, unplanned_bytes, peak_at, peak_parts, weight_bytes, resident_bytes,
-  streamed_bytes, bundles, step_seconds, bound_seconds, limited_by, lp_seconds (of the linear program),
+  streamed_bytes, band_bytes, bundles, step_seconds, bound_seconds, limited_by, lp_seconds (of the linear program),
   resource (compute, link or memory), seconds_with_1gb_more, profiled (null, or how many of
   how many distinct operators were measured); file with -o, code with --code
 """
