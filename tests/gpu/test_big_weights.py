@@ -9,7 +9,7 @@ from planner.budget import Budget
 from planner.machine import Machine
 from planner.options import Options
 from planner.plan import Plan
-from planner.prepare import solver_of
+from planner.prepare import tilings_of
 from tests.passes.in_parts import cut_all
 from tests.passes.programs import canonical
 from tests.passes.test_big_weights import llama
@@ -25,7 +25,7 @@ def test_a_language_model_at_its_least_memory(tied: bool) -> None:
     program = cut_all(canonical(module, *args, **kwargs), 16, above=1 << 19)
     ids = args[0].cuda()
     options = Options(Budget.parse("1GB", "cuda"), Machine.detect("cuda"), "cuda", "forward", (ids,), kwargs)
-    p = Plan(module, options, solver_of(program, options))
+    p = Plan(module, options, tilings_of(program, options))
     p = p.replan(p.minimum_bytes)
     m = p.build()
     for _ in range(2):

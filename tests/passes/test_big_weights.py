@@ -25,7 +25,7 @@ from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.options import Options
 from planner.plan import Plan
-from planner.prepare import solver_of
+from planner.prepare import tilings_of
 from planner.solve.decide import Solver
 from planner.solve.problem import build_problem
 from runtime.devices.cpu import CpuDevice
@@ -134,7 +134,7 @@ def test_dynamic_sizes() -> None:
         Budget.parse("1GB", "accounting"), Machine.preset("cpu").on("accounting"), "accounting", "forward", args, kwargs,
         dynamic=dynamic,
     )  # fmt: skip
-    p = Plan(module, options, solver_of(program, options))
+    p = Plan(module, options, tilings_of(program, options))
     p = p.replan(p.minimum_bytes)
     assert p.symbols
     others = (args[0], torch.randint(0, 4096, (1, 3)), torch.randint(0, 4096, (1, 6)))

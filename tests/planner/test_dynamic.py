@@ -133,7 +133,7 @@ def test_inputs_that_share_memory_or_show_a_part() -> None:
 def test_one_program_for_the_range_another_outside() -> None:
     module, eager = Mlp(hidden=64).eval(), Mlp(hidden=64).eval()
     eager.load_state_dict(module.state_dict())
-    p = planned(module, x(6), dynamic=BATCH)
+    p = planned(module, x(6), dynamic=BATCH, allow=("offload",))
     p = p.replan(p.minimum_bytes)
     m = p.build()
     with torch.no_grad():
@@ -253,12 +253,10 @@ def test_peak_as_an_expression() -> None:
 @pytest.mark.parametrize("device", ["accounting", "cuda"])
 def test_largest(device: str) -> None:
     module = Mlp(hidden=64).eval()
-    p = plan(
-        module, "1MB" if device == "accounting" else "64MB", inputs=(x(6),), device=device, machine="rtx-4090", dynamic=BATCH
-    )
+    options = {"device": device, "machine": "rtx-4090", "allow": ("offload",)}  # what is dynamic is not tiled
+    p = plan(module, "1MB" if device == "accounting" else "64MB", inputs=(x(6),), dynamic=BATCH, **options)
     most = p.largest("batch")
     assert most > 6
-    options = {"device": device, "machine": "rtx-4090"}
     plan(module, p.budget, inputs=(x(most),), **options)
     with pytest.raises(InfeasibleBudget):
         plan(module, p.budget, inputs=(x(most + 1),), **options)
@@ -272,12 +270,13 @@ def test_largest(device: str) -> None:
 
 def test_largest_with_another_dim_at_one() -> None:
     module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
-    p = planned(module, torch.randn(4, 3, 8, 10), dynamic={0: {0: "batch", 2: "height"}}, budget="200KB")
+    untiled = {"budget": "200KB", "allow": ("offload",)}  # what is dynamic is not tiled
+    p = planned(module, torch.randn(4, 3, 8, 10), dynamic={0: {0: "batch", 2: "height"}}, **untiled)
     one, two = p.largest("height", batch=1), p.largest("height", batch=2)
     assert one > 1.9 * two
-    planned(module, torch.randn(1, 3, one, 10), budget="200KB")
+    planned(module, torch.randn(1, 3, one, 10), **untiled)
     with pytest.raises(InfeasibleBudget):
-        planned(module, torch.randn(1, 3, one + 1, 10), budget="200KB")
+        planned(module, torch.randn(1, 3, one + 1, 10), **untiled)
 
 
 def test_cuda_is_looked_at_where_nothing_is_shown() -> None:
