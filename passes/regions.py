@@ -173,8 +173,10 @@ class Region:
         unread: dict[fx.Node, Part] = {}
 
         def want(node: fx.Node, part: Part | None, index: int = 0) -> None:
-            if part is None or node not in self.dims:
+            if node not in self.dims:
                 return
+            if part is None:  # this tile reads all of it
+                part = Part(self.dims[node], 0, int(node.meta["val"].shape[self.dims[node]]))
             if part.size == 0:  # an argument of which this tile reads nothing: some element has to be there
                 at = min(part.start, int(node.meta["val"].shape[self.dims[node]]) - 1)
                 unread.setdefault(node, Part(self.dims[node], at, at + 1))

@@ -151,6 +151,11 @@ class PartedPlan(Plan):
         return sum(layout.resident_bytes for layout in kept) + self._parted.shared.state_bytes + opaque
 
     @property
+    def band_bytes(self) -> int:
+        """Nothing lives on the host in a plan in parts."""
+        return 0
+
+    @property
     def streamed_bytes(self) -> int:
         """Of one call; of an opaque module, as if it ran once."""
         calls, shared = self.exploration.calls, self._parted.shared

@@ -19,6 +19,7 @@ from planner.pipeline import emit_program, placements_of
 from planner.prepare import infeasible
 from planner.profile_ops import counts_of
 from planner.sizes import format_bytes
+from planner.solve.bands import band_bytes
 from planner.solve.decisions import Decisions
 from planner.solve.problem import Problem
 from planner.solve.simulate import EngineProgram, StepTime, simulate
@@ -190,6 +191,11 @@ class PlanFacts:
     def streamed_bytes(self) -> int:
         """Of weights that are copied to the device in every call."""
         return self.layout.streamed_bytes
+
+    @cached_property
+    def band_bytes(self) -> int:
+        """Of values that live on the host: what comes to the device in every call."""
+        return band_bytes(self.problem.program)
 
     @property
     def bundle_count(self) -> int:

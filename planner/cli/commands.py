@@ -213,6 +213,7 @@ def plan_data(target: Target, p: Plan) -> dict[str, Any]:
         "weight_bytes": p.weight_bytes,
         "resident_bytes": p.resident_bytes,
         "streamed_bytes": p.streamed_bytes,
+        "band_bytes": p.band_bytes,
         "bundles": p.bundle_count,
         "step_seconds": p.step_seconds,
         "bound_seconds": p.bound_seconds,

@@ -34,16 +34,16 @@ PLAN_FIELDS = """\
 fields of --json (bytes and seconds, all but budget_bytes predicted):
   target, program, method, device, machine, inputs, budget_bytes, peak_bytes, reserved_bytes,
   minimum_bytes, unplanned_bytes, peak_at, peak_parts, weight_bytes, resident_bytes,
-  streamed_bytes, bundles, step_seconds, bound_seconds, limited_by, lp_seconds (of the linear program),
-  resource (compute, link or memory), seconds_with_1gb_more, profiled (null, or how many of
-  how many distinct operators were measured); file with -o, code with --code
+  streamed_bytes, band_bytes, bundles, step_seconds, bound_seconds, limited_by, lp_seconds (of
+  the linear program), resource (compute, link or memory), seconds_with_1gb_more, profiled (null,
+  or how many of how many distinct operators were measured); file with -o, code with --code
 """
 
 RUN_FIELDS = """\
 fields of --json:
   plan (as of `vramplan plan --json`), weights ("checkpoint", "random" or "factory"),
   call_seconds (a list), and measured: device, calls, peak_bytes, reserved_bytes, step_seconds
-  (the last call), copied_bytes (streamed_bytes and what aligns them), copy_seconds,
+  (the last call), copied_bytes (streamed_bytes, what aligns them, band_bytes), copy_seconds,
   link_fraction, host_bytes; file with --trace
 """
 

@@ -110,7 +110,7 @@ def _text(p: Plan, report: Report, origin: str) -> str:
         ("peak", size(p.peak_bytes), size(report.peak_bytes)),
         ("reserved", size(p.reserved_bytes), size(report.reserved_bytes)),
         ("step", format_seconds(p.step_seconds), format_seconds(report.step_seconds)),
-        ("copied", size(p.streamed_bytes), size(report.copied_bytes)),
+        ("copied", size(p.streamed_bytes + p.band_bytes), size(report.copied_bytes)),
     ]
     lines = [
         f"{p.title} on {report.device}, planned for {p.machine.name}: call {report.calls}, {origin} weights",

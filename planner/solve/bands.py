@@ -34,6 +34,12 @@ def banded_seconds(loop: Loop, tile_seconds: Sequence[float], machine: Machine) 
     return max(computed, saved)
 
 
+def band_bytes(program: Program) -> int:
+    """Bytes that bands bring from the host in one call."""
+    loops = (node.meta["loop"] for node in program.ops() if "loop" in node.meta)
+    return sum(sum(coming) for loop in loops if loop.banded for run in loop.runs for coming, _ in _copies(run))
+
+
 def _copies(run: Run) -> Iterator[tuple[list[int], list[int]]]:
     """Of each tile the bytes of the bands that it reads and of those that it writes."""
     columns = {node: i for i, node in enumerate(run.placeholders[len(run.placeholders) - len(run.table[0]) :])}

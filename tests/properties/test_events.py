@@ -28,6 +28,7 @@ from planner.solve.bundles import make_bundles
 from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions, StagingMode
 from planner.solve.simulate import Kind, simulate
+from planner.solve.tilings import Tilings
 from runtime.devices import readers
 from runtime.errors import PlannerError
 from runtime.timeline import Timeline
@@ -46,7 +47,7 @@ ROUNDING = 1e-9
 
 def following(p: Plan, repeats: int) -> Plan:
     """The same captured call, planned for that many calls that follow each other."""
-    return Plan(p.target, replace(p._options, repeats=repeats), Solver(p.problem, repeats)) if repeats > 1 else p
+    return Plan(p.target, replace(p._options, repeats=repeats), Tilings(Solver(p.problem, repeats))) if repeats > 1 else p
 
 
 def captured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> Plan | None:
