@@ -38,7 +38,7 @@ DIMS: dict[str, dict[int, float]] = {
     "vq": IMAGE,
     "asymmetric": IMAGE,
     "cogvideox": VIDEO,
-    "wan": VIDEO,
+    "wan": {**VIDEO, -3: 0.3},  # decoded frame by frame
     "ltx": VIDEO,
     "unet": {-2: 0.9, -1: 0.5},
     "sd3": {1: 0.8, 2: 0.5},
