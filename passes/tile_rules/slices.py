@@ -19,9 +19,11 @@ def slice_(call: TileCall, part: Part | None) -> Tiled:
     """`y[a:b] = x[s + a*step : s + (b-1)*step + 1 : step]` along the sliced dimension, `f(x[a:b])` along others."""
     assert part is not None
     shape, step = call.tensors[0].shape, call.arg("step")
-    if part.dim != call.arg("dim") % len(shape):
-        return Tiled((part,), call.again)
-    start, _, _ = slice(call.arg("start"), call.arg("end"), step).indices(shape[part.dim])
+    dim = call.arg("dim") % len(shape)
+    start, stop, _ = slice(call.arg("start"), call.arg("end"), step).indices(shape[dim])
+    if part.dim != dim:
+        ends = start, max(start, stop)  # spelled out: what a tile takes has to be there
+        return Tiled((part,), lambda run, values: run(call.target, values[0], dim, *ends, step))
     need = Part(part.dim, start + part.start * step, start + (part.stop - 1) * step + 1)
     if step == 1 or part.size == 1:
         return Tiled((need,), lambda run, values: values[0])
@@ -43,8 +45,10 @@ def narrow(call: TileCall, part: Part | None) -> Tiled:
 def select(call: TileCall, part: Part | None) -> Tiled:
     """`y[a:b] = f(x[a:b])`; a dimension behind the selected one is one further in the input."""
     assert part is not None
-    gone = call.arg("dim") % len(call.tensors[0].shape)
-    return Tiled((Part(part.dim + (part.dim >= gone), part.start, part.stop),), call.again)
+    shape = call.tensors[0].shape
+    gone = call.arg("dim") % len(shape)
+    need = Part(part.dim + (part.dim >= gone), part.start, part.stop)
+    return Tiled((need,), lambda run, values: run(call.target, values[0], gone, call.arg("index") % shape[gone]))
 
 
 def boundaries(call: TileCall, dim: int) -> list[tuple[int, int]]:

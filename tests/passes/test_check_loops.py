@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from passes.check_plan import check_plan
+from planner import plan
 from planner.solve.decisions import Tiling
 from runtime import ops
 from runtime.errors import CheckError
 from runtime.layout import HostPlace
 from tests.passes.loop_mutations import LOOP_MUTATIONS, LoopMutation
 from tests.passes.mutations import Edit, layout_of, with_layout
-from tests.passes.programs import run
+from tests.passes.programs import Function, run
 from tests.passes.test_check_plan import shared_kernels  # noqa: F401  # one cache of operators
 from tests.passes.tiled import AMPLE, ON_DEVICE, ON_HOST, assert_alike, emitted, loops
 
@@ -80,3 +83,26 @@ def test_values_on_the_host_at_other_times_may_share_their_place() -> None:
     edit.graph.output_node().prepend(edit.graph.call_function(ops.free, (other,)))
     (place,) = layout_of(program).hosted
     check_plan(with_layout(edit.program, hosted=(place, HostPlace(place.offset, place.nbytes))), AMPLE)
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        lambda x: x[:, 3:],
+        lambda x: x[:, -2:],
+        lambda x: x[:, :-2],
+        lambda x: x[:, 5:99],
+        lambda x: x[:, 4:2],
+        lambda x: torch.ops.aten.slice(x, -1),
+        lambda x: torch.ops.aten.slice(x, dim=1, end=4, step=3),
+        lambda x: x[:, -1],
+        lambda x: torch.ops.aten.select(x, dim=1, index=-3),
+    ],
+)
+def test_pieces_may_be_taken_with_open_ends_and_from_behind(piece: Callable[[Tensor], Tensor]) -> None:
+    """As models do along dimensions that are not cut: in tiles they are spelled out, as all that is taken there has to be."""
+    module, x = Function(lambda x: piece(x.sin()) * 2.0).eval(), torch.randn(6, 8)
+    p = plan(module, "1GB", inputs=(x,), device="accounting", keep={"*": {"tile": {"dim": 0, "count": 3}}})
+    assert p.decisions.tiling
+    assert torch.equal(p.build()(x), module(x))
+    p.restore()

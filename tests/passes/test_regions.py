@@ -196,6 +196,26 @@ class TestTiles:
         # One element of what is not wanted is there, for an operator that has to be given something of it.
         assert first.parts[cos][0].size == last.parts[sin][0].size == 1  # type: ignore[union-attr]
 
+    def test_what_one_tile_reads_whole_is_computed_whole(self) -> None:
+        """Of which the others may read nothing: here the first tile is a copy of the input."""
+
+        class Joined(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 4, 1, groups=2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return torch.cat([x, self.b(self.a(x))], 1)
+
+        found = region(canonical(Joined(), torch.randn(1, 4, 2, 2)), 1)
+        assert dims(found) == {"conv2d": 1, "conv2d_1": 1, "cat": 1}
+        (*_, last) = found.tiles(2)
+        assert {node.name: part for node, part in last.parts.items()} == {
+            "cat": [Part(1, 4, 8)],
+            "conv2d_1": [Part(1, 0, 4)],
+            "conv2d": [Part(1, 0, 4)],
+        }
+
     @pytest.mark.parametrize(
         ("size", "count", "grain", "ends"),
         [

@@ -29,25 +29,25 @@ from tests.properties.tiled import (
 
 EXACT = 1e-12
 
-IMAGE, VIDEO, TOKENS, SOUND = (-2, -1), (-3, -2, -1), (1, 2), (-1,)
-# By model: the dimensions along which what operators read is cut, and the share of operators that then run in tiles at least.
-DIMS: dict[str, tuple[tuple[int, ...], float]] = {
-    "kl": (IMAGE, 0.8),
-    "dc": (IMAGE, 0.8),
-    "tiny": (IMAGE, 0.8),
-    "vq": (IMAGE, 0.8),
-    "asymmetric": (IMAGE, 0.8),
-    "cogvideox": (VIDEO, 0.8),
-    "wan": (VIDEO, 0.8),
-    "ltx": (VIDEO, 0.8),
-    "unet": (IMAGE, 0.7),
-    "sd3": (TOKENS, 0.5),
-    "flux": (TOKENS, 0.5),
-    "wan_transformer": (TOKENS, 0.5),
-    "clip_text": (TOKENS, 0.5),
-    "t5_encoder": (TOKENS, 0.5),
-    "oobleck": (SOUND, 0.7),
-    "hifigan": (SOUND, 0.9),
+IMAGE, VIDEO = {-2: 0.9, -1: 0.9}, {-3: 0.6, -2: 0.9, -1: 0.9}
+# By model and the dimension of what operators read that is cut: the share of operators that then run in tiles at least.
+DIMS: dict[str, dict[int, float]] = {
+    "kl": IMAGE,
+    "dc": IMAGE,
+    "tiny": IMAGE,
+    "vq": IMAGE,
+    "asymmetric": IMAGE,
+    "cogvideox": VIDEO,
+    "wan": {**VIDEO, -3: 0.3},  # decoded frame by frame
+    "ltx": VIDEO,
+    "unet": {-2: 0.9, -1: 0.5},
+    "sd3": {1: 0.8, 2: 0.5},
+    "flux": {1: 0.6, 2: 0.4},
+    "wan_transformer": {1: 0.8, 2: 0.6},
+    "clip_text": {1: 0.7, 2: 0.6},
+    "t5_encoder": {1: 0.9, 2: 0.4},
+    "oobleck": {-1: 0.6},
+    "hifigan": {-1: 0.9},
 }
 FAST = {
     ("kl.decoder", -2, 3),
@@ -63,7 +63,7 @@ def _cases() -> list[Any]:
     """A model, a dimension and a number of tiles."""
     found: list[Any] = []
     for name in MODELS:
-        for case in itertools.product([name], DIMS[name.partition(".")[0]][0], (2, 3, 7)):
+        for case in itertools.product([name], DIMS[name.partition(".")[0]], (2, 3, 7)):
             found.append(pytest.param(*case, marks=() if case in FAST else pytest.mark.slow))
     return found
 
@@ -79,7 +79,7 @@ def test_tiles_give_what_the_whole_gives(name: str, dim: int, count: int) -> Non
     assert error_of(subject.run(p), subject.whole()) <= EXACT
     untiled = subject.plan(allow=("offload",))
     assert tiled_share(untiled, untiled) == 0
-    assert tiled_share(p, untiled) >= DIMS[name.partition(".")[0]][1]
+    assert tiled_share(p, untiled) >= DIMS[name.partition(".")[0]][dim]
     assert 1 < max(tile_counts(p)) <= count
     assert max(tile_counts(p)) == count or dim == -3  # there are few frames
 
