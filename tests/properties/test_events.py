@@ -53,7 +53,7 @@ def following(p: Plan, repeats: int) -> Plan:
 def captured(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: str) -> Plan | None:
     """With everything resident and a link so slow that small models wait for it; None for what computes nothing."""
     try:
-        return plan(module, "1GB", inputs=args, kwargs=kwargs, device=device, machine=MACHINE, allow=STREAMED)
+        return plan(module, "1GB", inputs=args, kwargs=kwargs, device=device, machine=MACHINE, allow=("offload",))
     except PlannerError as error:
         if "computes nothing" not in str(error):
             raise
