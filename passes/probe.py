@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
-from passes.calibrate import Calibrator, base_sizes
+from passes.calibrate import Calibrator, base_sizes, environment
 from passes.fakes import FaithfulFakes
 from passes.program import operator_name, storage_id, tensors_of
 from passes.spec import TensorSpec
@@ -71,12 +71,27 @@ def call_of(node: fx.Node) -> Call:
     return Call(args, kwargs, outputs, fresh, (node.target, _freeze(args), _freeze(kwargs)))
 
 
+# Costs of calls of PyTorch's operators, by all that they depend on but the call.
+_costs: dict[Any, dict[Any, OpCost]] = {}
+_MOST_COSTS = 100_000
+
+
+def _attention_kernels() -> tuple[bool, ...]:
+    """Which kernels attention may choose from."""
+    kernels = torch.backends.cuda
+    return kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled()
+
+
 class Prober:
     """Costs of nodes on one device, cached by operator and argument geometry; with a calibrator, kernels' own scratch too."""
 
     def __init__(self, device: str, capability: tuple[int, int] | None = None, calibrator: Calibrator | None = None) -> None:
         self.device, self.capability, self._calibrator = device, capability, calibrator
-        self._cache: dict[Any, OpCost] = {}
+        # What fakes and rules say of PyTorch's own operators is the same for every program.
+        self._shared = _costs.setdefault((device, capability, environment(), _attention_kernels()), {})
+        if len(self._shared) > _MOST_COSTS:
+            self._shared.clear()
+        self._own: dict[Any, OpCost] = {}
 
     def cost(self, node: fx.Node) -> OpCost:
         """The cost of a `call_function` node.
@@ -90,9 +105,10 @@ class Prober:
         if not isinstance(node.target, torch._ops.OpOverload):
             return OpCost()
         call = call_of(node)
-        if call.key not in self._cache:
-            self._cache[call.key] = self._probe(node, call)
-        return self._cache[call.key]
+        known = self._shared if node.target.namespace == "aten" and self._calibrator is None else self._own
+        if call.key not in known:
+            known[call.key] = self._probe(node, call)
+        return known[call.key]
 
     def cost_of(self, target: Any, args: Any, kwargs: Any, result: Any) -> OpCost:
         """The cost of a call outside of any program, on fakes or real tensors, that gave `result`.

@@ -6,6 +6,7 @@ which the checker does not share, so that the peak here is checked by the proof'
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -13,17 +14,18 @@ from typing import Literal
 import numpy as np
 from torch import fx
 
+from passes.loop import loop_of
 from passes.program import Program, module_path, operator_name
 from planner.solve.problem import Problem
 from runtime import ops
 from runtime.layout import align
-from runtime.timeline import Timeline
+from runtime.timeline import BANDS, Timeline
 from runtime.trace import bundle_label, bundle_weights
 
 KINDS = ("libraries", "resident weights", "staging", "inputs", "activations", "workspace")
 """What bytes on the device are, in the order in which they are stacked: what moves least is at the bottom."""
 
-Step = Literal["begin", "operator", "prefetch", "onload", "evict"]
+Step = Literal["begin", "operator", "prefetch", "onload", "evict", "bands"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Moment:
     """The program does one thing: takes memory, then holds `workspace_bytes` for as long as it lasts, then gives back.
 
     `position` is the operator's, or that of the next one. `path` is the module that it came from, "" for the root, and
-    `target` the operator as PyTorch names it. `bundle` is that of a prefetch, an onload or an evict.
+    `target` the operator as PyTorch names it. `bundle` is that of a prefetch, an onload or an evict. "bands" comes before a
+    loop that streams activations, and so needs the link for itself.
     """
 
     step: Step
@@ -95,6 +98,9 @@ class _Walk:
                 name = f"evict of bundle {node.args[0]}"
                 yield Moment("evict", self.position, name, bundle=node.args[0], gives=gives)
             elif node.op == "call_function" and node.name in positions:
+                loop = loop_of(node)
+                if loop is not None and loop.banded:
+                    yield Moment("bands", self.position, f"link for {node.name}", bundle=BANDS)
                 yield self._operator(positions[node.name], node)
 
     def _take(self, nbytes: int, kind: str, label: str, *, arena: bool = False) -> Allocation:
@@ -180,16 +186,20 @@ class MemoryUse:
 def timed_moments(problem: Problem, emitted: Program, timeline: Timeline) -> Iterator[tuple[Moment, float, float]]:
     """The moments of a call with the seconds from which to which each lasts, in the predicted timeline.
 
-    Operators last; an onload does where compute waits at it; the rest happens between two operators.
+    Operators last; an onload does where compute waits at it, and so does what comes before a loop that needs the link for
+    itself; the rest happens between two operators.
     """
-    stalls = {stall.bundle: stall for stall in timeline.stalls}
+    stalls = deque(timeline.stalls)
     now = 0.0
     for moment in moments(problem, emitted):
         stop = now
         if moment.step == "operator":
             stop += float(problem.seconds[moment.position])
-        elif moment.step == "onload" and moment.bundle in stalls:
-            stop = max(now, stalls[moment.bundle].stop)
+        elif moment.step in ("onload", "bands") and stalls and stalls[0].bundle == moment.bundle:
+            # A wait of the next such loop comes after this one.
+            lasts = float(problem.seconds[moment.position]) if moment.step == "bands" else float("inf")
+            if stalls[0].start - now < lasts / 2:
+                stop = max(now, stalls.popleft().stop)
         yield moment, now, stop
         now = stop
 

@@ -185,12 +185,22 @@ class TileCosts:
         inner = self._inner[key]
         if inner is None:
             return None
-        before = int(self.live_before[start])
-        weights = self._weights(start, stop)
+        before, weights = int(self.live_before[start]), self._weights(start, stop)
+        whole, workspace = self._whole(region)
+        return Estimate(inner, weights + before + whole + max(inner.result_bytes + inner.tile_bytes, workspace))
+
+    def least_bytes(self, start: int, stop: int, seed: fx.Node, dim: int) -> int:
+        """What is live at least, in however many tiles."""
+        region = self.region(start, stop, seed, dim)
+        assert region is not None
+        whole, workspace = self._whole(region)
+        results = sum(_dense_bytes(node) for node in region.results if node not in self.hosted)
+        return self._weights(start, stop) + int(self.live_before[start]) + whole + max(results, workspace)
+
+    def _whole(self, region: Region) -> tuple[int, int]:
+        """Bytes of what runs before the loop, and the most workspace of its operators."""
         whole = sum(nbytes for node in region.whole for nbytes in self.born(node))
-        peak = before + whole + inner.result_bytes + inner.tile_bytes
-        workspace = max((self._workspace(node) for node in region.whole), default=0)
-        return Estimate(inner, weights + max(peak, before + whole + workspace))
+        return whole, max((self._workspace(node) for node in region.whole), default=0)
 
     def holds(self, start: int, stop: int, seed: fx.Node, dim: int, count: int) -> bool:
         """Whether every tile can be computed, not only the usual one; where not, no estimate is given from now on."""

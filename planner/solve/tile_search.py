@@ -203,6 +203,8 @@ class TileSearch:
 
     def _fewest(self, start: int, stop: int, seed: fx.Node, dim: int, cap_bytes: int) -> _Choice | None:
         """The least number of tiles that is under the cap; None where no number is."""
+        if self.costs.least_bytes(start, stop, seed, dim) > cap_bytes:
+            return None
         fixed = [constraint.count for constraint in self.constraints[start:stop] if constraint.count is not None]
         counts = (max(fixed),) if fixed else COUNTS
 

@@ -62,7 +62,7 @@ def test_the_file_is_small_json_without_weights(tmp_path: Path) -> None:
     assert len(text) < 20_000 < sum(p.nbytes for p in module.parameters())
     data = json.loads(text)
     assert set(data) == {
-        "format", "version", "program", "method", "device", "budget", "machine", "call", "keep", "offload", "decisions",
+        "format", "version", "program", "method", "device", "budget", "machine", "call", "keep", "offload", "tile", "decisions",
         "fingerprint", "opaque_bytes", "repeats",
     }  # fmt: skip
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from planner import Plan, plan
 from planner.solve.decide import Solver
+from planner.solve.tilings import Tilings
 from tests.zoo import ZOO, Example
 
 
@@ -26,9 +27,8 @@ def zoo_plans(name: str, device: str = "accounting") -> tuple[Plan, ...]:
     most = plan(module, "1GB", inputs=args, kwargs=kwargs, device=device, machine="rtx-4090")
     plans = []
     for repeats in (1, 3):
-        made = (
-            most if repeats == 1 else Plan(most.target, replace(most._options, repeats=repeats), Solver(most.problem, repeats))
-        )
+        again = replace(most._options, repeats=repeats)
+        made = most if repeats == 1 else Plan(most.target, again, Tilings(Solver(most.problem, repeats)))
         half = (made.minimum_bytes + made.unplanned_bytes) // 2
         plans += [made.replan(budget) for budget in (made.unplanned_bytes, half, made.minimum_bytes)]
     return tuple(plans)
