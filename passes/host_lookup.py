@@ -16,6 +16,7 @@ from passes.big_weights import embeddings_of, why_not_looked_up
 from passes.program import Program
 from passes.spec import TensorSpec
 from runtime import ops
+from runtime.errors import PlanFileError
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class HostLookup:
     current stream, since they may be computed there.
 
     Raises:
-        ValueError: a weight is unknown, or no row of it can be looked up.
+        PlanFileError: a weight is unknown, or no row of it can be looked up.
     """
 
     weights: tuple[str, ...]
@@ -40,10 +41,10 @@ class HostLookup:
         weights, tables = dict(program.weights), dict(program.tables)
         for key in self.weights:
             if key not in weights:
-                raise ValueError(f"a look-up in {key}, which is no weight of {program.name}")
+                raise PlanFileError(f"the plan looks rows up in {key}, which {program.name} has not; plan the model again")
             reason = why_not_looked_up(program, program.node(key))
             if reason is not None:
-                raise ValueError(f"{key} cannot be looked up on the host: {reason}")
+                raise PlanFileError(f"{key} cannot be looked up on the host: {reason}; plan the model again")
             weight = weights[key]
             tables[weight.name] = weight
             for reader in embeddings_of(nodes[key]):

@@ -18,6 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from passes.big_weights import Reader, readers_of, sliceable, why_not_sliced
 from passes.fakes import FaithfulFakes
 from passes.program import Program, Weight, is_symbolic
+from runtime.errors import PlanFileError
 from runtime.executable import Rows
 
 aten = torch.ops.aten
@@ -43,7 +44,7 @@ class SliceWeights:
     reader has the strides that it had.
 
     Raises:
-        ValueError: a weight is unknown or cannot be cut so.
+        PlanFileError: a weight is unknown or cannot be cut so.
     """
 
     slices: tuple[WeightSlices, ...]
@@ -56,7 +57,8 @@ class SliceWeights:
             _refuse_impossible(program, cut, nodes)
         parts = {cut.weight: _parts(program.weights[cut.weight], cut.count) for cut in self.slices}
         if len(parts) != len(self.slices):
-            raise ValueError(f"a weight is cut twice: {', '.join(cut.weight for cut in self.slices)}")
+            names = ", ".join(cut.weight for cut in self.slices)
+            raise PlanFileError(f"the plan cuts a weight twice: {names}; plan the model again")
         for key, own in parts.items():
             _rewrite(graph, nodes[key], own)
         weights: dict[str, Weight] = {}
@@ -84,12 +86,12 @@ def slices_of(program: Program, most_bytes: int) -> tuple[WeightSlices, ...]:
 
 def _refuse_impossible(program: Program, cut: WeightSlices, nodes: Mapping[str, fx.Node]) -> None:
     if cut.weight not in program.weights:
-        raise ValueError(f"slices of {cut.weight}, which is no weight of {program.name}")
+        raise PlanFileError(f"the plan has slices of {cut.weight}, which {program.name} has not; plan the model again")
     reason, rows = why_not_sliced(program, nodes[cut.weight]), program.weights[cut.weight].spec.shape[:1]
     if reason is None and not 2 <= cut.count <= rows[0]:
         reason = f"it has {rows[0]} rows, and comes in 2 parts or more"
     if reason is not None:
-        raise ValueError(f"{cut.weight} cannot be cut into {cut.count} parts: {reason}")
+        raise PlanFileError(f"{cut.weight} cannot be cut into {cut.count} parts: {reason}; plan the model again")
 
 
 def _parts(weight: Weight, count: int) -> list[Weight]:

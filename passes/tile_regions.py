@@ -110,9 +110,11 @@ class _Tiler:
     def _result(self, node: fx.Node, dim: int) -> fx.Node:
         """Where a result is written."""
         if node.name not in self._hosted:
-            return _buffer(self._graph, node, tensors_of(node)[0])
-        made = _host(self._graph, len(self._on_host), node, dim)
-        self._on_host.add(made)
+            made = _buffer(self._graph, node, tensors_of(node)[0])
+        else:
+            made = _host(self._graph, len(self._on_host), node, dim)
+            self._on_host.add(made)
+        made.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         return made
 
     def _loop(

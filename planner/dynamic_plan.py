@@ -20,6 +20,7 @@ from planner.dynamic import capture_dynamic
 from planner.dynamic_bytes import DynamicBytes, spell
 from planner.options import Options
 from planner.pipeline import annotate_workspace, placements_of
+from planner.prepare import tilings_of
 from planner.schedule import staged_bytes
 from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions
@@ -157,7 +158,7 @@ def largest(plan: Plan, target: nn.Module, options: Options, dim: str, sizes: Ma
     if ones:  # a constant to torch.export: another program, in which only the others vary
         in_symbols = _fixed(plan, target, options, {name: sizes[name] for name in ones}, dim)
         there = {name: n for name, n in there.items() if name in in_symbols.dims.ranges}
-    return _Search(in_symbols, dim, there, plan.budget_bytes).run()
+    return _Search(in_symbols, dim, there, plan.budget_bytes, options).run()
 
 
 def _fixed(plan: Plan, target: nn.Module, options: Options, ones: Mapping[str, int], dim: str) -> DynamicBytes:
@@ -178,8 +179,9 @@ def _fixed(plan: Plan, target: nn.Module, options: Options, ones: Mapping[str, i
 class _Search:
     """Bisection over one dim. A size counts as too large where no plan fits or the guards do not let it in."""
 
-    def __init__(self, in_symbols: DynamicBytes, dim: str, sizes: dict[str, int], budget_bytes: int) -> None:
+    def __init__(self, in_symbols: DynamicBytes, dim: str, sizes: dict[str, int], budget_bytes: int, options: Options) -> None:
         self._bytes, self._dim, self._sizes, self._budget = in_symbols, dim, sizes, budget_bytes
+        self._options = options
         self._estimate = in_symbols.minimum_expr()
         self._evaluate = Evaluator(self._estimate) if self._estimate is not None else None
 
@@ -230,8 +232,15 @@ class _Search:
 
     def _fits(self, n: int) -> bool:
         if self._evaluate is not None and self._bytes.assumes(self._at(n)):
-            return bool(self._evaluate(self._at(n)) <= self._budget)
-        return Solver(self._bytes.problem_at(self._at(n))).minimum.peak_bytes <= self._budget
+            whole = bool(self._evaluate(self._at(n)) <= self._budget)
+        else:
+            whole = Solver(self._bytes.problem_at(self._at(n))).minimum.peak_bytes <= self._budget
+        return whole or self._fits_rewritten(n)
+
+    def _fits_rewritten(self, n: int) -> bool:
+        """Whether a program of this size alone fits: it may be tiled, and its tables be looked up."""
+        program = replace(self._bytes.problem_at(self._at(n)).program, origin=None)
+        return tilings_of(program, self._options).least_bytes(self._budget) <= self._budget
 
 
 # The guard of a call.

@@ -79,7 +79,8 @@ class Plan(PlanFacts):
         """The largest size of a dim for which a plan within the budget exists, others at `sizes` or their largest.
 
         The range given to `dynamic=` does not bound it; what the model takes for granted does (a table of positions, say). To
-        have the plan, plan again with that size as the largest.
+        have the plan, plan again with inputs of that size, without `dynamic=` where it has to be tiled: programs for many sizes
+        are not.
 
         Raises:
             PlannerError: the plan has fixed sizes, there is no such dim, or not even the least size fits.

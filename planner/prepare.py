@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import fx, nn
 
 from passes.base import run_passes
+from passes.big_weights import embeddings_of, host_lookups
 from passes.canonicalise import CANONICALISE
 from passes.concretise import Concretise
-from passes.program import Program, module_path
+from passes.program import Program, module_path, tensors_of
 from planner.capture import capture
 from planner.dynamic import capture_dynamic
 from planner.frontends.caches import refuse_caches, register_containers
@@ -18,10 +19,14 @@ from planner.refuse import refuse_shared_state
 from planner.sizes import format_bytes
 from planner.solve.constraints import TileConstraint
 from planner.solve.decide import Solver
-from planner.solve.decisions import Tiling
+from planner.solve.decisions import UNTILED, Tiling
+from planner.solve.levels import Freedom
 from planner.solve.problem import Problem, build_problem
 from planner.solve.tilings import Tilings
 from runtime.errors import InfeasibleBudget
+
+# Rows are looked up on the host where they are no more than this share of their table.
+_FEW_ROWS = 0.5
 
 
 def prepare(model: nn.Module, options: Options) -> Tilings:
@@ -47,14 +52,26 @@ def tilings_of(program: Program, options: Options) -> Tilings:
     def build(program: Program, tiling: Tiling) -> Problem:
         return build_problem(program, options.machine, memory, options.keeps_resident, profiler, tiling)
 
-    base = Solver(build(program, Tiling()), options.repeats)
-    hosting = options.offload and memory.device != "cpu"  # where the device is not the host itself
-    tiles = options.tile and program.origin is None
+    base = Solver(build(program, UNTILED), options.repeats)
+    if program.origin is not None:  # sizes that vary
+        return Tilings(base)
+    return Tilings(base, build, _freedom(program, options, memory))
+
+
+def _freedom(program: Program, options: Options, memory: MemoryModel) -> Freedom:
+    """What the options let be done to a program."""
 
     def constraint(node: fx.Node) -> TileConstraint:
         return options.tile_of(module_path(node))
 
-    return Tilings(base, build if tiles else None, hosting, constraint)
+    tables = []
+    for key in host_lookups(program):
+        weight = program.weights[key]
+        rows = sum(tensor.nbytes for reader in embeddings_of(program.node(key)) for tensor in tensors_of(reader))
+        if not options.keeps_resident(weight.name) and rows <= _FEW_ROWS * weight.nbytes:
+            tables.append(key)
+    hosting = options.offload and memory.device != "cpu"  # where the device is not the host itself
+    return Freedom(options.tile, hosting, tuple(tables), constraint)
 
 
 def infeasible(solver: Solver, budget_bytes: int) -> InfeasibleBudget:

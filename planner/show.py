@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from passes.program import module_path
+from passes.program import Weight, module_path
 from planner.dynamic_plan import describe_sizes
 from planner.show_tiles import tile_rows
 from planner.sizes import format_bytes, format_seconds
@@ -20,9 +20,10 @@ _STAGING = {"arena": "a static arena", "allocator": "allocator blocks"}
 
 @dataclass
 class _Group:
-    count: int = 0
-    nbytes: int = 0
-    streamed_bytes: int = 0
+    """Weights of modules that are shown in one line: their names, and bytes by where they are."""
+
+    names: set[str] = field(default_factory=set)
+    shares: dict[str, int] = field(default_factory=lambda: {"looked up": 0, "streamed": 0, "resident": 0})
 
 
 def describe(plan: Plan) -> str:
@@ -54,7 +55,7 @@ def describe(plan: Plan) -> str:
 
 def where(plan: Plan) -> str:
     """The operator at which the peak is, with its module."""
-    node = next((n for n in plan.program.graph.nodes if n.name == plan.proof.peak_node), None)
+    node = next((n for n in plan.problem.program.graph.nodes if n.name == plan.proof.peak_node), None)
     name = plan.proof.peak_node
     owner = module_path(node) if node is not None else ""
     return f"{name} in {owner}" if owner else name
@@ -87,42 +88,60 @@ def _gap(plan: Plan) -> list[tuple[str, str]]:
 
 
 def _weights(plan: Plan) -> str:
-    streamed = plan.layout.streamed_bytes
-    total = sum(w.nbytes for w in plan.program.weights.values())
-    kept = plan.layout.resident_bytes + plan.layout.state_bytes
-    if not streamed:
-        return f"{format_bytes(total)}, all resident"
-    how = f"in {_count(len(plan.layout.bundles), 'bundle')} staged in {_STAGING[plan.decisions.staging]}"
-    return f"{format_bytes(total)}: {format_bytes(kept)} resident, {format_bytes(streamed)} streamed per step {how}"
+    total, streamed = format_bytes(plan.weight_bytes), plan.layout.streamed_bytes
+    program = plan.problem.program
+    kept = {weight.name for weight in program.weights.values()}
+    looked_up = sum(table.nbytes for name, table in program.tables.items() if name not in kept)
+    shares = []
+    if streamed or looked_up:
+        shares.append(f"{format_bytes(plan.resident_bytes)} resident")
+    if streamed:
+        how = f"in {_count(len(plan.layout.bundles), 'bundle')} staged in {_STAGING[plan.decisions.staging]}"
+        shares.append(f"{format_bytes(streamed)} streamed per step {how}")
+    if looked_up:
+        shares.append(f"{format_bytes(looked_up)} on the host, where rows are looked up")
+    return f"{total}: {', '.join(shares)}" if shares else f"{total}, all resident"
 
 
 def _decisions(plan: Plan) -> list[str]:
-    streamed = {s.weight for b in plan.layout.bundles for s in b.slots}
     depth = 4
-    groups = _groups(plan, streamed, depth)
+    groups = _groups(plan, depth)
     while len(groups) > MAX_GROUPS and depth > 1:
         depth -= 1
-        groups = _groups(plan, streamed, depth)
+        groups = _groups(plan, depth)
     width = max((len(name) for name in groups), default=0)
     lines = []
     for name, group in groups.items():
-        share = f"{format_bytes(group.streamed_bytes)} streamed" if group.streamed_bytes else "resident"
-        if 0 < group.streamed_bytes < group.nbytes:
-            share += f", {format_bytes(group.nbytes - group.streamed_bytes)} resident"
         label = name if len(name) <= 48 else name[:45] + "..."
-        size = f"{_count(group.count, 'weight'):>12}  {format_bytes(group.nbytes):>8}"
-        lines.append(f"    {label:<{min(width, 48)}}  {size}  {share}"[:WIDTH])
+        size = f"{_count(len(group.names), 'weight'):>12}  {format_bytes(sum(group.shares.values())):>8}"
+        lines.append(f"    {label:<{min(width, 48)}}  {size}  {_share(group)}"[:WIDTH])
     return lines
 
 
-def _groups(plan: Plan, streamed: set[str], depth: int) -> dict[str, _Group]:
+def _share(group: _Group) -> str:
+    """`resident`; `1.2 GB streamed, 3.4 GB resident`."""
+    found = {how: nbytes for how, nbytes in group.shares.items() if nbytes}
+    if not found or set(found) == {"resident"}:
+        return "resident"
+    return ", ".join(f"{format_bytes(nbytes)} {how}" for how, nbytes in found.items())
+
+
+def _groups(plan: Plan, depth: int) -> dict[str, _Group]:
+    program = plan.problem.program
+    streamed = {s.weight for b in plan.layout.bundles for s in b.slots}
     groups: dict[str, _Group] = {}
-    for node, weight in plan.program.weights.items():
+
+    def add(weight: Weight, how: str, nbytes: int) -> None:
         parts = ["*" if part.isdigit() else part for part in weight.name.split(".")[:-1][:depth]]
         group = groups.setdefault(".".join(parts) or "(root)", _Group())
-        group.count += 1
-        group.nbytes += weight.nbytes
-        group.streamed_bytes += weight.nbytes if node in streamed else 0
+        group.names.add(weight.name)
+        group.shares[how] += nbytes
+
+    kept = {weight.name for weight in program.weights.values()}
+    for name, table in program.tables.items():
+        add(table, "looked up", 0 if name in kept else table.nbytes)
+    for node, weight in program.weights.items():
+        add(weight, "streamed" if node in streamed else "resident", weight.nbytes)
     return groups
 
 

@@ -31,6 +31,12 @@ def tile_rows(plan: PlanFacts) -> list[tuple[str, str]]:
             values = "1 value lives" if hosted == 1 else f"{hosted} values live"
             text += f"; {values} on the host, in bands ({format_bytes(plan.layout.host_bytes)} page-locked)"
         rows.append(("tiles", text))
+    slices = plan.decisions.tiling.slices
+    if slices:
+        weights = "1 weight comes" if len(slices) == 1 else f"{len(slices)} weights come"
+        largest = max(weight.nbytes for weight in plan.problem.program.weights.values() if weight.rows is not None)
+        parts = f"{sum(cut.count for cut in slices)} slices of rows, the largest of {format_bytes(largest)}"
+        rows.append(("slices", f"{weights} in {parts}"))
     stopped = what_stops(plan._tilings)
     if stopped:
         rows.append(("floor", f"no budget below {format_bytes(plan.minimum_bytes)}, since {stopped}"))
@@ -39,13 +45,14 @@ def tile_rows(plan: PlanFacts) -> list[tuple[str, str]]:
 
 def what_stops(tilings: Tilings) -> str:
     """The operator without a rule that keeps the least peak from being lower; empty where it is something else."""
-    if tilings.build is None:
+    if not tilings.freedom.tiles:
         return ""
     least = tilings.minimum
+    captured = {node.name: node.target for node in tilings.base.problem.liveness.nodes}
     node = least.problem.liveness.nodes[least.minimum.peak_position]
     for near in (node, *node.all_input_nodes, *node.users):
         reason = _refusal(near)
-        if reason:
+        if reason and captured.get(near.name) == near.target:  # not what rewriting put there
             place = module_path(near)
             where = f" in {place}" if place else ""
             return f"{near.name}{where} runs whole: {operator_name(near.target)} {reason}"

@@ -98,9 +98,23 @@ def show_command(arguments: Namespace) -> Answer:
     for key, part in data["decisions"].get("parts", {"": data["decisions"]}).items():
         if key:
             lines.append(f"  part      {key}, its arenas {'kept' if part['kept'] else 'made for each call'}")
+        lines += _tiling_lines(part.get("tiling", {}))
         lines.append(f"  streams   {len(part['streams'])} bundles through the {part['staging']}")
         lines += [f"    before {s['prefetch']} for {s['first']}: {', '.join(s['weights'])}" for s in part["streams"]]
     return Answer("\n".join(lines), data)
+
+
+def _tiling_lines(tiling: dict[str, Any]) -> list[str]:
+    """What a plan's file says of tables, slices and tiles, a line each."""
+    lines = [f"  lookup    rows of {name}, on the host" for name in tiling.get("lookups", ())]
+    lines += [f"  slices    {cut['weight']} in {cut['count']} parts" for cut in tiling.get("slices", ())]
+    for tile in tiling.get("tiles", ()):
+        lines.append(
+            f"  tiles     {tile['count']}, from {tile['first']} to {tile['last']}, by dim {tile['dim']} of {tile['seed']}"
+        )
+    if tiling.get("hosted"):
+        lines.append(f"  host      {', '.join(tiling['hosted'])}, in bands")
+    return lines
 
 
 def machines_command(arguments: Namespace) -> Answer:

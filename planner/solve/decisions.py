@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from passes.regions import Tile
+from passes.slice_weights import WeightSlices
 from passes.stream_weights import Stream
 
 StagingMode = Literal["arena", "allocator"]
@@ -16,15 +17,24 @@ class Tiling:
     """How the program is rewritten before its weights are streamed.
 
     `norms` are split into statistics and what applies them; `tiles` are the regions that run tile by tile, in program order;
-    `hosted` are those of their results that live on the host.
+    `hosted` are those of their results that live on the host. `lookups` are the weights whose rows are looked up there, and
+    `slices` those that come in parts, by placeholder.
     """
 
     norms: tuple[str, ...] = ()
     tiles: tuple[Tile, ...] = ()
     hosted: tuple[str, ...] = ()
+    lookups: tuple[str, ...] = ()
+    slices: tuple[WeightSlices, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.norms or self.tiles)
+        return self != UNTILED
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Tiling:
+        given = {name: tuple(values) for name, values in data.items()}
+        made = {"tiles": Tile, "slices": WeightSlices}
+        return cls(**{k: tuple(made[k](**value) for value in v) if k in made else v for k, v in given.items()})
 
 
 UNTILED = Tiling()
@@ -49,7 +59,4 @@ class Decisions:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Decisions:
         streams = tuple(Stream(**{**s, "weights": tuple(s["weights"])}) for s in data["streams"])
-        given = data.get("tiling", {})
-        tiles = tuple(Tile(**tile) for tile in given.get("tiles", ()))
-        tiling = Tiling(tuple(given.get("norms", ())), tiles, tuple(given.get("hosted", ())))
-        return cls(streams, data["staging"], tiling)
+        return cls(streams, data["staging"], Tiling.from_json(data.get("tiling", {})))

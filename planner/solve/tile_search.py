@@ -47,10 +47,9 @@ class _Choice:
 
 @dataclass(frozen=True)
 class Found:
-    """The regions for a cap, the bytes that are then needed, and the seconds that they add."""
+    """The regions for a cap, and the seconds that they add."""
 
     tiles: tuple[Tile, ...]
-    peak_bytes: int
     added_seconds: float
 
 
@@ -75,31 +74,32 @@ class TileSearch:
         """The operators that have to be tiled wherever that is possible; bool[n]."""
         return np.array([constraint.forced for constraint in self.constraints])
 
-    def tiles(self, cap_bytes: int) -> Found:
-        """Regions that bring every operator to at most the cap, or as close to it as they can."""
+    def tiles(self, cap_bytes: int) -> Found | None:
+        """Regions that bring every operator to at most the cap; None where none are found."""
         while True:
             chosen = self._cover_all(cap_bytes)
+            if chosen is None:
+                return None
             if all(self.costs.holds(c.start, c.stop, c.seed, c.tile.dim, c.tile.count) for c in chosen):
                 break
-        total = self.costs.total
-        covered = np.zeros(len(total), dtype=bool)
-        for choice in chosen:
-            covered[choice.start : choice.stop] = True
-        left = [choice.estimate.peak_bytes for choice in chosen] + [int(total[~covered].max(initial=0))]
-        if (self.costs.touching & ~covered).any():
-            left.append(int(_ALL))
         added = sum(choice.estimate.inner.added_seconds for choice in chosen)
-        return Found(tuple(choice.tile for choice in chosen), max(left), added)
+        return Found(tuple(choice.tile for choice in chosen), added)
 
-    def _cover_all(self, cap_bytes: int) -> list[_Choice]:
-        """Regions for every run of operators above the cap."""
+    def _cover_all(self, cap_bytes: int) -> list[_Choice] | None:
+        """Regions for every run of operators above the cap; None where some run has none."""
         chosen: list[_Choice] = []
-        total = self.costs.total
+        needed = (self.costs.total > cap_bytes) | self.costs.touching
         for first, last in self._hot(cap_bytes):
             free = chosen[-1].stop if chosen else 0
-            if last >= free:
-                begin, end = max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(total))
-                chosen += self._cover(max(first, free), last + 1, begin, end, cap_bytes)
+            if last < free:
+                continue
+            begin, end = max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(needed))
+            found = self._cover(max(first, free), last + 1, begin, end, cap_bytes)
+            for choice in found:
+                needed[choice.start : choice.stop] = False
+            if needed[: last + 1].any():
+                return None
+            chosen += found
         return chosen
 
     def _hot(self, cap_bytes: int) -> list[tuple[int, int]]:
@@ -132,9 +132,7 @@ class TileSearch:
                 choice = self._choose(places[i], places[j], cap_bytes)
                 if choice is None:
                     continue
-                over = float(max(0, choice.estimate.peak_bytes - cap_bytes)) * (places[j] - places[i])
-                over += _FORCED * choice.missed
-                rank = best[i][0][0] + over, best[i][0][1] + choice.estimate.inner.added_seconds
+                rank = best[i][0][0] + _FORCED * choice.missed, best[i][0][1] + choice.estimate.inner.added_seconds
                 if rank < found[0]:
                     found = rank, (i, choice)
             best.append(found)

@@ -107,13 +107,11 @@ def test_minilm_at_30_percent_of_its_memory(device: str) -> None:
     kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.no_grad():
         expected = model(**kwargs)
-    program = canonical(model, **kwargs)
     roomy = plan(model, "1GB", kwargs=kwargs, device=device)
-    unplanned, least = roomy.unplanned_bytes, roomy.minimum_bytes
-    budget = unplanned * 3 // 10
-    assert least > budget
-    table = next(key for key in host_lookups(program) if "word" in key)
-    p = plan_of(run_passes(program, (HostLookup((table,)),)), model, (), kwargs, device).replan(budget)
+    budget = roomy.unplanned_bytes * 3 // 10
+    assert roomy._tilings.base.minimum.peak_bytes > budget
+    p = roomy.replan(budget)
+    assert "w_embeddings_word_embeddings_weight" in p.decisions.tiling.lookups
     m = p.build()
     inner = m._runner.device
     if isinstance(inner, CpuDevice):
@@ -169,3 +167,49 @@ def test_random_modules_run_as_predicted_with_everything_in_parts(case: Case) ->
         assert m.report().peak_bytes == p.peak_bytes <= p.budget_bytes
         p.restore()
         assert_same(given, expected, close)
+
+
+class TestChosen:
+    """What a plan does of its own accord."""
+
+    def test_a_table_is_looked_up_where_that_is_faster(self) -> None:
+        module, args, kwargs = t5()
+        p = plan(module, "1GB", inputs=args, kwargs=kwargs, device="accounting", machine="rtx-4090")
+        assert not p.decisions.tiling  # everything is resident
+        budget = p.unplanned_bytes * 9 // 10
+        tight = p.replan(budget)
+        assert tight.decisions.tiling.lookups == ("w_encoder_embed_tokens_weight",)
+        assert "1.05 MB on the host, where rows are looked up" in " ".join(str(tight).split())
+        assert tight.step_seconds < tight._tilings.base.solve(budget).time.step_seconds
+
+    def test_a_table_that_has_to_stay_does(self) -> None:
+        module, args, kwargs = t5()
+        for said in ({"keep": {"*embed_tokens*": {"resident": True}}}, {"allow": ("tile",)}):
+            p = plan(module, "1GB", inputs=args, kwargs=kwargs, device="accounting", **said)
+            assert not p.replan(p.minimum_bytes).decisions.tiling.lookups
+
+    @pytest.mark.parametrize("device", ["accounting", "cpu"])
+    def test_a_head_comes_in_slices_where_it_does_not_fit(self, device: str, tmp_path: Path) -> None:
+        config = LlamaConfig(
+            vocab_size=32768, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64,
+        )  # fmt: skip
+        module = LlamaForCausalLM(config).eval()  # table and head of 8 MiB each
+        args, kwargs = (torch.randint(0, 32768, (1, 4)),), {"use_cache": False}
+        with torch.no_grad():
+            expected = module(*args, **kwargs)
+        roomy = plan(module, "1GB", inputs=args, kwargs=kwargs, device=device)
+        p = roomy.replan(roomy.minimum_bytes)
+        assert p.minimum_bytes < 4 << 20 < 8 << 20 < roomy._tilings.base.minimum.peak_bytes
+        (head,) = p.decisions.tiling.slices
+        assert head.weight == "w_lm_head_weight"
+        assert f"1 weight comes in {head.count} slices of rows, the largest of 1.05 MB" in " ".join(str(p).split())
+        m = p.build()
+        for _ in range(2):
+            assert_same(m(*args, **kwargs), expected, close=1e-5)
+            assert m.report().peak_bytes <= p.peak_bytes <= p.budget_bytes
+        p.restore()
+        p.save(tmp_path / "p.json")
+        assert Plan.load(tmp_path / "p.json", module) == p
+        whole = plan(module, "1GB", inputs=args, kwargs=kwargs, device=device, keep={"lm_head": {"tile": False}})
+        assert whole.minimum_bytes > 8 << 20

@@ -20,6 +20,7 @@ from passes.host_lookup import HostLookup
 from planner import PlannerError
 from planner.costs import lookup_seconds
 from planner.machine import Machine
+from runtime.errors import PlanFileError
 from tests.passes.in_parts import assert_same, check_runs, plan_cut, plan_with
 from tests.passes.programs import canonical, text
 
@@ -195,9 +196,9 @@ def test_what_cannot_be_looked_up() -> None:
         ("w_columns", "its rows are not runs of bytes"),
         ("w_cast_weight", "no embedding reads it"),
         ("w_constant", "it is a constant"),
-        ("w_missing", "no weight of Odd.forward"),
+        ("w_missing", "Odd.forward has not"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(PlanFileError, match=words):
             HostLookup((key,)).apply(program)
 
 

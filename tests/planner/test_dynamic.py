@@ -199,7 +199,7 @@ def test_channels_last() -> None:
 
 def test_round_trip(tmp_path: Path) -> None:
     module = Mlp(hidden=64).eval()
-    p = planned(module, x(6), dynamic={"x": {0: Dim("batch", max=9)}}, least=True)
+    p = planned(module, x(6), dynamic={"x": {0: Dim("batch", max=9)}}, least=True, allow=("offload",))
     p.save(tmp_path / "p.json")
     loaded = Plan.load(tmp_path / "p.json", module)
     assert loaded == p
@@ -295,3 +295,22 @@ def test_what_cannot_be_counted_in_symbols_is_looked_at() -> None:
     assert p.peak_bytes_expr.subs(p.symbols["batch"], 3) == p.peak_bytes_at(batch=3)
     with pytest.raises(PlannerError, match="too many to look at each"):
         planned(lstm, torch.randn(6, 4, 8), budget="1GB", dynamic={0: {0: Dim("batch", max=4096)}})
+
+
+def test_largest_image_where_tiles_are_allowed() -> None:
+    """An image and its height are answered for plans of that size, which are tiled."""
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1)).eval()
+
+    def planned_at(height: int, **options: Any) -> Plan:
+        return plan(module, "60KB", inputs=(torch.randn(1, 3, height, height),), device="accounting", **options)
+
+    square = {0: {2: "height", 3: "height"}}
+    small = planned_at(16, dynamic=square)
+    whole = planned_at(16, dynamic=square, allow=("offload",)).largest("height")
+    tiled = small.largest("height")
+    assert tiled > 1.5 * whole
+    p = planned_at(tiled)
+    assert p.decisions.tiling.tiles
+    assert p.reserved_bytes <= p.budget_bytes
+    with pytest.raises(InfeasibleBudget):
+        planned_at(tiled + 1)

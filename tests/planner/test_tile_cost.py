@@ -30,7 +30,7 @@ class _Sums(nn.Module):
 def test_partial_sums_of_all_tiles_are_counted(dim: int, count: int, dtype: torch.dtype) -> None:
     module = _Sums().to(dtype).eval()
     tilings = plan(module, "1GB", inputs=(torch.randn(2, 96, 64, dtype=dtype),), device="accounting")._tilings
-    costs = tilings._search.costs
+    costs = tilings._levels._costs
     nodes = costs.nodes
     (seed,) = (n for n in nodes[0].all_input_nodes if n.name not in tilings.base.problem.program.weights)
     estimate = costs.estimate(0, len(nodes), seed, dim, count, grain=1)

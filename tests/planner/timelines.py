@@ -21,10 +21,10 @@ def wide() -> Example:
 
 
 @cache
-def zoo_plans(name: str, device: str = "accounting") -> tuple[Plan, ...]:
+def zoo_plans(name: str, device: str = "accounting", allow: tuple[str, ...] = ("offload", "tile")) -> tuple[Plan, ...]:
     """The plans of one model, captured once."""
     module, args, kwargs = wide() if name == "wide" else ZOO[name]()
-    most = plan(module, "1GB", inputs=args, kwargs=kwargs, device=device, machine="rtx-4090")
+    most = plan(module, "1GB", inputs=args, kwargs=kwargs, device=device, machine="rtx-4090", allow=allow)
     plans = []
     for repeats in (1, 3):
         again = replace(most._options, repeats=repeats)

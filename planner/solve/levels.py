@@ -1,0 +1,227 @@
+"""Levels: rewritings of one program that bring every operator under a cap, for caps that fall by a fixed ratio.
+
+Caps do not depend on the budget: a larger budget has all the levels of a smaller one.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from torch import fx
+
+from passes.base import Pass, run_passes
+from passes.big_weights import readers_of, sliceable
+from passes.functionalise import Functionalise
+from passes.host_lookup import HostLookup
+from passes.program import Program
+from passes.regions import Tile, find_region
+from passes.slice_weights import SliceWeights, WeightSlices, slices_of
+from passes.split_norms import SplitNorms, splittable_norms
+from passes.tile_regions import TileRegions, stretch_of
+from planner.solve.constraints import FREE, TileConstraint
+from planner.solve.decisions import UNTILED, Tiling
+from planner.solve.problem import Problem
+from planner.solve.tile_cost import Hosting, TileCosts
+from planner.solve.tile_search import TileSearch
+
+# Caps fall by this share for as long as they can be kept.
+_RATIO = 0.8
+# A cap that everything keeps.
+_ANY = 1 << 62
+# Values of more than some such share of the cap live on the host, where no tiling without that keeps the cap.
+_HOSTED = (0.5, 0.3, 0.12)
+# Along which dimension they are cut: rows of an image, tokens; then columns, samples.
+_AXES = (-2, -1)
+# A weight comes in slices of at most this share of the cap, rounded down to a power of two, so that caps share them; and of no
+# less than what a link copies in the time that it takes to begin.
+_SLICE = 0.25
+_LEAST_SLICE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Freedom:
+    """What may be done to a program.
+
+    `tiles`: regions run in tiles, and weights come in slices, as far as `constraint` lets the operators. `hosting`: activations
+    live on the host. `tables`: the weights whose rows may be looked up there, by placeholder.
+    """
+
+    tiles: bool = False
+    hosting: bool = False
+    tables: tuple[str, ...] = ()
+    constraint: Callable[[fx.Node], TileConstraint] = lambda node: FREE
+
+
+NONE = Freedom()
+
+
+def tile_program(program: Program, tiling: Tiling) -> Program:
+    """The canonical program as a tiling says.
+
+    Raises:
+        PlanFileError: it names what the program does not have. Untileable: a region that cannot be cut so.
+    """
+    passes: tuple[Pass, ...] = (HostLookup(tiling.lookups), SliceWeights(tiling.slices))
+    return run_passes(program, (*passes, *_tile_passes(tiling)) if tiling.norms or tiling.tiles else passes)
+
+
+def _tile_passes(tiling: Tiling) -> tuple[Pass, ...]:
+    return (
+        Functionalise(),  # first: a tile must not write into what is not its own
+        SplitNorms(tiling.norms),  # regions begin and end at the halves
+        TileRegions(tiling.tiles, tiling.hosted),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """The levels of one problem. `build` analyses a rewritten program."""
+
+    base: Problem
+    build: Callable[[Program, Tiling], Problem]
+    freedom: Freedom
+
+    @property
+    def looked_up(self) -> Tiling:
+        """Rows of tables looked up on the host, nothing in tiles."""
+        return Tiling(lookups=self.freedom.tables)
+
+    @cached_property
+    def forced(self) -> Tiling | None:
+        """The tiling of what has to be tiled and no more; None where nothing has to be."""
+        if not any(self.freedom.constraint(node).forced for node in self.base.liveness.nodes):
+            return None
+        return self._tiled(_ANY, UNTILED)
+
+    def __getitem__(self, index: int) -> Tiling | None:
+        """The tiling for a cap; level 0 is the coarsest. None where no tiling is found that keeps the cap."""
+        if index not in self._known:
+            self._known[index] = self._level(self.cap(index))
+        return self._known[index]
+
+    def cap(self, index: int) -> int:
+        return int(self._costs.total.max() * _RATIO ** (index + 1))
+
+    def __iter__(self) -> Iterator[tuple[int, Tiling]]:
+        """Caps, falling, with their tilings, each looked for when it is asked for; the last one needs the least memory."""
+        for index in itertools.count():
+            tiling = self[index] if self.cap(index) >= max(self._floor, 1) else None
+            if tiling is None:
+                return
+            yield self.cap(index), tiling
+
+    @cached_property
+    def _known(self) -> dict[int, Tiling | None]:
+        return {}
+
+    @cached_property
+    def _whole(self) -> Program:
+        """The program whose tables are looked up, nothing sliced."""
+        return tile_program(self.base.program, self.looked_up)
+
+    @property
+    def _costs(self) -> TileCosts:
+        """Of the program whose tables are looked up."""
+        return self._search(self.looked_up).costs
+
+    @cached_property
+    def _floor(self) -> int:
+        """What no level gets below: inputs, results, what of the weights cannot be cut."""
+        if not self._sliceable:
+            return self._costs.floor_bytes
+        whole = [n for key, n in self._costs.problem.weight_bytes.items() if key not in self._sliceable]
+        live = self._costs.live_before
+        return max(int(live[0]), int(live[-1])) + max(whole, default=0)
+
+    @cached_property
+    def _sliceable(self) -> dict[str, list[int]]:
+        """The weights that may come in slices, with the positions of the operators that read them."""
+        found, position = {}, {name: i for i, name in enumerate(self._costs.problem.names)}
+        for key in sliceable(self._whole):
+            if self._whole.weights[key].nbytes <= _LEAST_SLICE:
+                continue
+            readers = [reader.node for reader in readers_of(self._whole.node(key))]
+            if key not in self.base.pinned and all(self.freedom.constraint(reader).allowed for reader in readers):
+                found[key] = [position[reader.name] for reader in readers]
+        return found
+
+    def _level(self, cap: int) -> Tiling | None:
+        """The tiling for a cap, with slices of weights where it cannot be kept otherwise."""
+        tiling = self._tiled(cap, self.looked_up)
+        if tiling is None and (slices := self._slices(cap)):
+            return self._tiled(cap, replace(self.looked_up, slices=slices))
+        return tiling
+
+    def _slices(self, cap: int) -> tuple[WeightSlices, ...]:
+        """Of the large weights, where that brings their readers under the cap: others need tiles, which read weights whole."""
+        most = max(1 << int(cap * _SLICE).bit_length() - 1, _LEAST_SLICE)
+        found = []
+        for cut in slices_of(self._whole, most):
+            saved = self._costs.problem.weight_bytes[cut.weight] - most
+            fits = [self._costs.total[i] - saved <= cap for i in self._sliceable.get(cut.weight, ())]
+            if fits and all(fits):
+                found.append(cut)
+        return tuple(found)
+
+    def _tiled(self, cap: int, parts: Tiling) -> Tiling | None:
+        """The regions for a cap, with values on the host where it cannot be kept otherwise."""
+        search = self._search(parts)
+        if cap < search.costs.floor_bytes:
+            return None
+        for tried in itertools.chain((search,), self._hostings(cap, parts) if self.freedom.hosting else ()):
+            found = tried.tiles(cap)
+            if found is not None:
+                return _with_regions(parts, tried.costs, found.tiles)
+        return None
+
+    def _hostings(self, cap: int, parts: Tiling) -> Iterator[TileSearch]:
+        """Searches with values on the host, the largest alone first; those that host the same are one for all caps."""
+        seen, base = set(), self._search(parts).costs
+        for axis, share in itertools.product(_AXES, _HOSTED):
+            costs = TileCosts(base.problem, Hosting(int(cap * share), axis), base.calls)
+            key = parts, costs.hosted, axis
+            if costs.hosted and key not in seen:
+                seen.add(key)
+                yield self._hosted.setdefault(key, TileSearch(costs, self.freedom.constraint))
+
+    @cached_property
+    def _hosted(self) -> dict[object, TileSearch]:
+        return {}
+
+    def _search(self, parts: Tiling) -> TileSearch:
+        """For regions in the program with weights in parts and all norms split."""
+        if parts not in self._searches:
+            program = tile_program(self.base.program, parts)
+            whole = replace(parts, norms=splittable_norms(program))
+            program = run_passes(program, _tile_passes(whole))
+            same = not parts and _same_operators(program, self.base.program)
+            problem = self.base if same else self.build(program, whole)
+            self._searches[parts] = TileSearch(TileCosts(problem), self.freedom.constraint)
+        return self._searches[parts]
+
+    @cached_property
+    def _searches(self) -> dict[Tiling, TileSearch]:
+        return {}
+
+
+def _same_operators(one: Program, other: Program) -> bool:
+    """Whether the passes left everything as it was."""
+    return [(n.name, n.target) for n in one.ops()] == [(n.name, n.target) for n in other.ops()]
+
+
+def _with_regions(parts: Tiling, costs: TileCosts, tiles: tuple[Tile, ...]) -> Tiling:
+    """With the norms that lie in a region's stretch, whole or in part, and the results that live on the host."""
+    names: set[str] = set()
+    hosted: list[str] = []
+    nodes = {node.name: node for node in costs.problem.program.graph.nodes}
+    for tile in tiles:
+        stretch, seed = stretch_of(nodes, tile)
+        names |= {node.name for node in stretch}
+        region = find_region(stretch, seed, tile.dim, costs.calls, costs.hosted)
+        hosted += [node.name for node in region.results if node in costs.hosted]
+    halves = {name: {name, f"{name}_statistics"} for name in costs.problem.tiling.norms}
+    norms = tuple(name for name, both in halves.items() if both & names)
+    return replace(parts, norms=norms, tiles=tiles, hosted=tuple(hosted))
