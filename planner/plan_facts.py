@@ -36,7 +36,7 @@ class PlanFacts:
         self._target, self._options, self._tilings = target, options, tilings
         if decisions is None:
             if options.budget.device_bytes < tilings.least_bytes(options.budget.device_bytes):
-                raise infeasible(tilings.minimum, options.budget.device_bytes)
+                raise infeasible(tilings, options.budget.device_bytes)
             solver, schedule = tilings.solve(options.budget.device_bytes, options.budget.host_bytes)
             decisions = schedule.decisions(solver.problem)
         else:

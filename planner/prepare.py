@@ -74,9 +74,9 @@ def _freedom(program: Program, options: Options, memory: MemoryModel) -> Freedom
     return Freedom(options.tile, hosting, tuple(tables), constraint)
 
 
-def infeasible(solver: Solver, budget_bytes: int) -> InfeasibleBudget:
+def infeasible(tilings: Tilings, budget_bytes: int) -> InfeasibleBudget:
     """The error that says the least possible budget, where it is needed and for what."""
-    problem, least = solver.problem, solver.minimum
+    problem, least = tilings.minimum.problem, tilings.minimum.minimum
     i = least.peak_position
     node = problem.liveness.nodes[i]
     activations = int(problem.activation_bytes[i]) - problem.liveness.costs[i].workspace_bytes
@@ -90,6 +90,8 @@ def infeasible(solver: Solver, budget_bytes: int) -> InfeasibleBudget:
         parts.append(f"libraries {format_bytes(problem.memory.fixed_bytes)}")
     place = f"{node.name} in {module_path(node)}" if module_path(node) else node.name
     help_ = "smaller inputs (batch, tokens, height)" if activations >= weights else "a model in a smaller dtype"
+    stopped = tilings.what_stops
+    help_ += f"; what runs in no tiles: {stopped}" if stopped else ""
     return InfeasibleBudget(
         f"budget {format_bytes(budget_bytes)} ({budget_bytes} B); the least possible is {format_bytes(least.peak_bytes)} "
         f"({least.peak_bytes} B), at {place} ({' + '.join(parts)}); what would help: {help_}",

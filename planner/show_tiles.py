@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import fx
-
-from passes.program import module_path, operator_name, tensors_of
-from passes.tile_rules.base import rule_of
 from planner.sizes import format_bytes
-from planner.solve.tilings import Tilings
 
 if TYPE_CHECKING:
     from planner.plan_facts import PlanFacts
@@ -37,32 +31,7 @@ def tile_rows(plan: PlanFacts) -> list[tuple[str, str]]:
         largest = max(weight.nbytes for weight in plan.problem.program.weights.values() if weight.rows is not None)
         parts = f"{sum(cut.count for cut in slices)} slices of rows, the largest of {format_bytes(largest)}"
         rows.append(("slices", f"{weights} in {parts}"))
-    stopped = what_stops(plan._tilings)
+    stopped = plan._tilings.what_stops
     if stopped:
         rows.append(("floor", f"no budget below {format_bytes(plan.minimum_bytes)}, since {stopped}"))
     return rows
-
-
-def what_stops(tilings: Tilings) -> str:
-    """The operator without a rule that keeps the least peak from being lower; empty where it is something else."""
-    if not tilings.freedom.tiles:
-        return ""
-    least = tilings.minimum
-    captured = {node.name: node.target for node in tilings.base.problem.liveness.nodes}
-    node = least.problem.liveness.nodes[least.minimum.peak_position]
-    for near in (node, *node.all_input_nodes, *node.users):
-        reason = _refusal(near)
-        if reason and captured.get(near.name) == near.target:  # not what rewriting put there
-            place = module_path(near)
-            where = f" in {place}" if place else ""
-            return f"{near.name}{where} runs whole: {operator_name(near.target)} {reason}"
-    return ""
-
-
-def _refusal(node: fx.Node) -> str:
-    """Why an operator can be cut along none of its dimensions, where it has no rule at all."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not any(t.numel() > 1 for t in tensors_of(node)):
-        return ""
-    if node.target._schema.is_mutable:
-        return "writes to its argument"
-    return "" if rule_of(node.target) is not None else "has no tile rule"

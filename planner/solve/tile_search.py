@@ -21,7 +21,7 @@ from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.tile_cost import Estimate, TileCosts
 
 # Numbers of tiles that are tried, rising.
-COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+COUNTS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # A region has at most so many operators, and spans at most so many places where it could have been cut.
 _LONGEST = 96
 _MOST_CUTS = 8
@@ -29,6 +29,8 @@ _MOST_CUTS = 8
 _MARGIN = 24
 # How many more counts are tried for bands.
 _FINER = 3
+# Where a dimension has no more elements than this, few tiles may be possible where many are not.
+_FEW = 128
 # Bytes that nothing has; and what an operator counts for that has to be tiled and is not: more than any bytes above the cap.
 _ALL, _FORCED = 1e18, 1e14
 
@@ -227,8 +229,8 @@ class TileSearch:
 
     @staticmethod
     def _odd(seed: fx.Node, dim: int) -> bool:
-        """Whether few tiles may be possible where many are not: parts of a few elements, as groups of channels are."""
-        return bool(seed.meta["val"].shape[dim] <= COUNTS[-1])
+        """Whether parts may be of a few elements, as groups of channels are."""
+        return bool(seed.meta["val"].shape[dim] <= _FEW)
 
     def _missed(self, start: int, stop: int, seed: fx.Node, dim: int) -> int:
         """How many operators that have to be tiled run whole."""

@@ -7,11 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from passes.program import Program
+import torch
+from torch import fx
+
+from passes.program import Program, module_path, operator_name, tensors_of
+from passes.tile_rules.base import rule_of
+from planner.sizes import format_bytes
 from planner.solve.decide import Schedule, Solver
 from planner.solve.decisions import UNTILED, Tiling
 from planner.solve.levels import NONE, Freedom, Levels, tile_program
 from planner.solve.problem import Problem
+from runtime.errors import InfeasibleBudget
 
 # What a tiling needs in the end may be less than its cap by this share.
 _BELOW = 0.75
@@ -45,30 +51,69 @@ class Tilings:
 
     def least_bytes(self, budget_bytes: int) -> int:
         """The least feasible budget where it is above `budget_bytes`; else some feasible one, without looking further."""
-        first = next(self._candidates(budget_bytes), None)
-        if first is not None and first.minimum.peak_bytes <= budget_bytes:
-            return first.minimum.peak_bytes
+        for solver in self._candidates(budget_bytes):
+            if solver.minimum.peak_bytes <= budget_bytes:
+                return solver.minimum.peak_bytes
         return self.minimum.minimum.peak_bytes
 
     def solve(self, budget_bytes: int, host_bytes: int | None = None) -> tuple[Solver, Schedule]:
-        """The fastest schedule of all tilings; requires `budget_bytes >= minimum.minimum.peak_bytes`."""
+        """The fastest schedule of all tilings; requires `budget_bytes >= minimum.minimum.peak_bytes`.
+
+        `host_bytes`: what streamed weights, and values that live on the host, may take of page-locked memory there.
+
+        Raises:
+            InfeasibleBudget: the values that live on the host do not fit there.
+        """
         best: tuple[Solver, Schedule] | None = None
         perfect: float | None = None
         for solver in self._candidates(budget_bytes):
+            left = _left(solver, host_bytes)
             least = solver.problem.compute_seconds
             perfect = _PERFECT * least if perfect is None else perfect
             if best is not None and least > _HOPELESS * best[1].time.step_seconds:
                 break
-            if solver.minimum.peak_bytes > budget_bytes or (best is not None and _cannot_beat(solver, best[1], budget_bytes)):
+            if solver.minimum.peak_bytes > budget_bytes or (left is not None and left < 0):
                 continue
-            schedule = solver.solve(budget_bytes, host_bytes)
+            if best is not None and _cannot_beat(solver, best[1], budget_bytes):
+                continue
+            schedule = solver.solve(budget_bytes, left)
             if best is None or schedule.time.step_seconds < best[1].time.step_seconds:
                 best = solver, schedule
             if best[1].time.step_seconds <= max(perfect, self._worthwhile(budget_bytes)):
                 break
         if best is None:
-            best = self.minimum, self.minimum.solve(budget_bytes, host_bytes)
+            left = _left(self.minimum, host_bytes)
+            if left is not None and left < 0:
+                raise self._too_much_on_the_host(budget_bytes, left)
+            best = self.minimum, self.minimum.solve(budget_bytes, left)
         return best
+
+    def _too_much_on_the_host(self, budget_bytes: int, left: int) -> InfeasibleBudget:
+        least = self.minimum
+        node = least.problem.liveness.nodes[least.minimum.peak_position].name
+        hosted = format_bytes(least.problem.hosted[1])
+        return InfeasibleBudget(
+            f"budget {format_bytes(budget_bytes)}: it is kept only with {hosted} of values on the host, {format_bytes(-left)} "
+            "more than the budget there; raise one of the two",
+            budget_bytes=budget_bytes,
+            minimum_bytes=least.minimum.peak_bytes,
+            node=node,
+        )
+
+    @cached_property
+    def what_stops(self) -> str:
+        """The operator without a rule that keeps the least peak from being lower; empty where it is something else."""
+        if self._levels is None:
+            return ""
+        least = self.minimum
+        captured = {node.name: node.target for node in self.base.problem.liveness.nodes}
+        node = least.problem.liveness.nodes[least.minimum.peak_position]
+        for near in (node, *node.all_input_nodes, *node.users):
+            reason = _refusal(near)
+            if reason and captured.get(near.name) == near.target:  # not what rewriting put there
+                where = f" in {module_path(near)}" if module_path(near) else ""
+                return f"{near.name}{where} runs whole: {operator_name(near.target)} {reason}"
+        return ""
 
     def _worthwhile(self, budget_bytes: int) -> float:
         """Seconds from which on tilings are looked for in a large program: more than what they could save at most.
@@ -76,7 +121,7 @@ class Tilings:
         No tiling beats the untiled arithmetic, nor the copies of what weights take beyond the whole budget. In a small program
         all are looked at.
         """
-        problem = self.base.problem
+        *_, problem = (solver.problem for solver in self._coarse())
         if len(problem.names) <= _LARGE:
             return 0.0
         over = problem.total_weight_bytes + problem.memory.fixed_bytes - budget_bytes
@@ -129,6 +174,11 @@ class Tilings:
         return {}
 
 
+def _left(solver: Solver, host_bytes: int | None) -> int | None:
+    """What streamed weights may take of the host's memory beside the values that live there; below 0 where those do not fit."""
+    return None if host_bytes is None else host_bytes - solver.problem.hosted[1]
+
+
 def _cannot_beat(solver: Solver, best: Schedule, budget_bytes: int) -> bool:
     """Whether no schedule of this solver is faster: its arithmetic alone is not, or the linear program's bound."""
     if solver.problem.compute_seconds >= best.time.step_seconds:
@@ -137,3 +187,12 @@ def _cannot_beat(solver: Solver, best: Schedule, budget_bytes: int) -> bool:
         return False
     relaxation = solver.relaxed(budget_bytes)
     return relaxation is not None and relaxation.seconds >= best.time.step_seconds
+
+
+def _refusal(node: fx.Node) -> str:
+    """Why an operator can be cut along none of its dimensions, where it has no rule at all."""
+    if not isinstance(node.target, torch._ops.OpOverload) or not any(t.numel() > 1 for t in tensors_of(node)):
+        return ""
+    if node.target._schema.is_mutable:
+        return "writes to its argument"
+    return "" if rule_of(node.target) is not None else "has no tile rule"
