@@ -39,6 +39,7 @@ DIMS: dict[str, dict[int, float]] = {
     "asymmetric": IMAGE,
     "cogvideox": VIDEO,
     "wan": {**VIDEO, -3: 0.3},  # decoded frame by frame
+    "qwen": {**VIDEO, -3: 0.3},
     "ltx": VIDEO,
     "unet": {-2: 0.9, -1: 0.5},
     "sd3": {1: 0.8, 2: 0.5},

@@ -203,6 +203,12 @@ def wan_vae() -> nn.Module:
     )
 
 
+def qwen_vae() -> nn.Module:
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    )
+
+
 def ltx_vae() -> nn.Module:
     return diffusers.AutoencoderKLLTXVideo(
         latent_channels=8,
@@ -393,6 +399,7 @@ MODELS: dict[str, Callable[[], Subject]] = {
     "wan.decoder": partial(_part, wan_vae, "decoder", 2, 16, 3, 5, 7),
     "wan.encoder": partial(_part, wan_vae, "encoder", 2, 3, 5, 33, 49),
     "wan.decode": partial(_method, wan_vae, "decode", 2, 16, 2, 5, 7),
+    "qwen.decode": partial(_method, qwen_vae, "decode", 2, 16, 2, 5, 7),
     "ltx.decoder": partial(_part, ltx_vae, "decoder", 2, 8, 2, 5, 7),
     "ltx.encoder": partial(_part, ltx_vae, "encoder", 2, 3, 9, 20, 28),
     "ltx.decode": partial(_method, ltx_vae, "decode", 2, 8, 2, 5, 7),
