@@ -16,9 +16,9 @@ StagingMode = Literal["arena", "allocator"]
 class Tiling:
     """How the program is rewritten before its weights are streamed.
 
-    `norms` are split into statistics and what applies them; `tiles` are the regions that run tile by tile, in program order;
-    `hosted` are those of their results that live on the host. `lookups` are the weights whose rows are looked up there, and
-    `slices` those that come in parts, by placeholder.
+    `norms` are split into statistics and what applies them, of which `recomputed` have their input computed twice; `tiles` are
+    the regions that run tile by tile, in program order; `hosted` are those of their results that live on the host. `lookups`
+    are the weights whose rows are looked up there, and `slices` those that come in parts, by placeholder.
     """
 
     norms: tuple[str, ...] = ()
@@ -26,6 +26,7 @@ class Tiling:
     hosted: tuple[str, ...] = ()
     lookups: tuple[str, ...] = ()
     slices: tuple[WeightSlices, ...] = ()
+    recomputed: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self != UNTILED

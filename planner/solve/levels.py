@@ -6,7 +6,7 @@ Caps do not depend on the budget: a larger budget has all the levels of a smalle
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -17,6 +17,7 @@ from passes.big_weights import readers_of, sliceable
 from passes.functionalise import Functionalise
 from passes.host_lookup import HostLookup
 from passes.program import Program
+from passes.recompute import Recompute, recomputable
 from passes.regions import Tile, find_region
 from passes.slice_weights import SliceWeights, WeightSlices, slices_of
 from passes.split_norms import SplitNorms, splittable_norms
@@ -29,6 +30,8 @@ from planner.solve.tile_search import TileSearch
 
 # Caps fall by this share for as long as they can be kept.
 _RATIO = 0.8
+# So many halvings between two caps find what a means comes to.
+_BISECTIONS = 4
 # A cap that everything keeps.
 _ANY = 1 << 62
 # Values of more than some such share of the cap live on the host, where no tiling without that keeps the cap.
@@ -72,6 +75,7 @@ def _tile_passes(tiling: Tiling) -> tuple[Pass, ...]:
     return (
         Functionalise(),  # first: a tile must not write into what is not its own
         SplitNorms(tiling.norms),  # regions begin and end at the halves
+        Recompute(tiling.recomputed),
         TileRegions(tiling.tiles, tiling.hosted),
     )
 
@@ -107,11 +111,33 @@ class Levels:
 
     def __iter__(self) -> Iterator[tuple[int, Tiling]]:
         """Caps, falling, with their tilings, each looked for when it is asked for; the last one needs the least memory."""
+        before: Tiling | None = None
         for index in itertools.count():
             tiling = self[index] if self.cap(index) >= max(self._floor, 1) else None
+            if before is not None and not before.hosted and (tiling is None or _means(tiling) != _means(before)):
+                yield from self._finest(index, before)
             if tiling is None:
                 return
             yield self.cap(index), tiling
+            before = tiling
+
+    def _finest(self, index: int, like: Tiling) -> Iterator[tuple[int, Tiling]]:
+        """What the same means as those of a tiling come to between two levels: others cost more. By bisection."""
+        if index not in self._between:
+            low, high, found = self.cap(index), self.cap(index - 1), None
+            parts = Tiling(lookups=like.lookups, slices=like.slices, recomputed=like.recomputed)
+            for _ in range(_BISECTIONS):
+                middle = (low + high) // 2
+                kept = self._first(middle, parts, (self._search(parts),))
+                low, high, found = (low, middle, kept[1]) if kept is not None else (middle, high, found)
+            self._between[index] = (high, found)
+        cap, tiling = self._between[index]
+        if tiling is not None:
+            yield cap, tiling
+
+    @cached_property
+    def _between(self) -> dict[int, tuple[int, Tiling | None]]:
+        return {}
 
     @cached_property
     def _known(self) -> dict[int, Tiling | None]:
@@ -167,18 +193,40 @@ class Levels:
         return tuple(found)
 
     def _tiled(self, cap: int, parts: Tiling) -> Tiling | None:
-        """The regions for a cap, with values on the host where it cannot be kept otherwise."""
-        search = self._search(parts)
-        if cap < search.costs.floor_bytes:
+        """The regions for a cap; where it cannot be kept otherwise, with values that live on the host or are computed twice."""
+        if cap < self._search(parts).costs.floor_bytes:
             return None
-        for tried in itertools.chain((search,), self._hostings(cap, parts) if self.freedom.hosting else ()):
-            found = tried.tiles(cap)
+        found = self._first(cap, parts, (self._search(parts),))
+        if found is not None:
+            return found[1]
+        twice = replace(parts, recomputed=self._recomputed(cap, parts))
+        options = [self._first(cap, parts, self._hostings(cap, parts))]
+        if twice.recomputed:
+            options.append(self._first(cap, twice, (self._search(twice),)))
+            if options == [None, None]:
+                options.append(self._first(cap, twice, self._hostings(cap, twice)))
+        kept = [option for option in options if option is not None]
+        return min(kept, key=lambda option: option[0])[1] if kept else None
+
+    def _first(self, cap: int, parts: Tiling, searches: Iterable[TileSearch]) -> tuple[float, Tiling] | None:
+        """Of the searches the first that keeps the cap: the seconds of the arithmetic by estimate, and the tiling."""
+        for search in searches:
+            found = search.tiles(cap)
             if found is not None:
-                return _with_regions(parts, tried.costs, found.tiles)
+                seconds = search.costs.problem.compute_seconds + found.added_seconds
+                return seconds, _with_regions(parts, search.costs, found.tiles)
         return None
+
+    def _recomputed(self, cap: int, parts: Tiling) -> tuple[str, ...]:
+        """The norms whose input can be computed again, and that stay above the cap together with it."""
+        search = self._search(parts)
+        left = {search.costs.nodes[i].name for i in search.left(cap)}
+        return tuple(name for name in recomputable(search.costs.problem.program) if name in left)
 
     def _hostings(self, cap: int, parts: Tiling) -> Iterator[TileSearch]:
         """Searches with values on the host, the largest alone first; those that host the same are one for all caps."""
+        if not self.freedom.hosting:
+            return
         seen, base = set(), self._search(parts).costs
         for axis, share in itertools.product(_AXES, _HOSTED):
             costs = TileCosts(base.problem, Hosting(int(cap * share), axis), base.calls)
@@ -207,6 +255,11 @@ class Levels:
         return {}
 
 
+def _means(tiling: Tiling) -> tuple[bool, bool, bool]:
+    """What a tiling does besides tiles, all of which costs more."""
+    return bool(tiling.slices), bool(tiling.recomputed), bool(tiling.hosted)
+
+
 def _same_operators(one: Program, other: Program) -> bool:
     """Whether the passes left everything as it was."""
     return [(n.name, n.target) for n in one.ops()] == [(n.name, n.target) for n in other.ops()]
@@ -223,5 +276,5 @@ def _with_regions(parts: Tiling, costs: TileCosts, tiles: tuple[Tile, ...]) -> T
         region = find_region(stretch, seed, tile.dim, costs.calls, costs.hosted)
         hosted += [node.name for node in region.results if node in costs.hosted]
     halves = {name: {name, f"{name}_statistics"} for name in costs.problem.tiling.norms}
-    norms = tuple(name for name, both in halves.items() if both & names)
+    norms = tuple(name for name, both in halves.items() if both & names or name in parts.recomputed)
     return replace(parts, norms=norms, tiles=tiles, hosted=tuple(hosted))

@@ -20,6 +20,10 @@ from passes.regions import Calls, Region, TileNeeds, find_region
 from passes.tile_rules import Part, Untileable
 from planner.solve.problem import Problem
 
+_CONVOLUTIONS = {
+    getattr(getattr(torch.ops.aten, f"conv{rank}d"), overload) for rank in (1, 2, 3) for overload in ("default", "padding")
+}
+
 
 @dataclass(frozen=True)
 class Inner:
@@ -275,6 +279,16 @@ class TileCosts:
     def _workspace(self, node: fx.Node) -> int:
         return int(self.problem.liveness.costs[self.position[node]].workspace_bytes)
 
+    def _tile_workspace(self, region: Region, tile: TileNeeds, node: fx.Node, share: float) -> int:
+        """Of an operator in a tile. cuDNN's convolutions take the same for smaller images, and parts are copied for them."""
+        workspace, step = self._workspace(node), tile.steps[node]
+        if self.problem.memory.device != "cuda" or node.target not in _CONVOLUTIONS or step is None:
+            return int(workspace * share)
+        image, need = region.calls.arguments(node)[0], step.needs[0]
+        if need is None or need.dim == 0 or ([need] == tile.parts.get(image) and "upsample" not in str(image.target)):
+            return workspace
+        return workspace + _part_bytes(image, need)
+
     def _measure(self, region: Region, count: int, grain: int) -> Inner:
         """The tile from the middle, replayed: what it makes, until its last reader has run."""
         tile, number = region.usual_tile(count, grain)
@@ -286,7 +300,7 @@ class TileCosts:
         held: dict[int, int] = {}
         for i, node in enumerate(region.ordered):
             share = ratios.get(node, 1 / number)
-            workspace = int(self._workspace(node) * share)
+            workspace = self._tile_workspace(region, tile, node, share)
             for storage, nbytes in self.problem.liveness.born[self.position[node]]:
                 if node in ratios:
                     held[storage] = int(nbytes * share)

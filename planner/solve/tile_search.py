@@ -8,7 +8,7 @@ that add the fewest seconds.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,30 +79,39 @@ class TileSearch:
     def tiles(self, cap_bytes: int) -> Found | None:
         """Regions that bring every operator to at most the cap; None where none are found."""
         while True:
-            chosen = self._cover_all(cap_bytes)
-            if chosen is None:
-                return None
-            if all(self.costs.holds(c.start, c.stop, c.seed, c.tile.dim, c.tile.count) for c in chosen):
-                break
-        added = sum(choice.estimate.inner.added_seconds for choice in chosen)
-        return Found(tuple(choice.tile for choice in chosen), added)
+            chosen: list[_Choice] = []
+            for found, left in self._covers(cap_bytes):
+                chosen += found
+                if left:
+                    return None
+            if self._hold(chosen):
+                added = sum(choice.estimate.inner.added_seconds for choice in chosen)
+                return Found(tuple(choice.tile for choice in chosen), added)
 
-    def _cover_all(self, cap_bytes: int) -> list[_Choice] | None:
-        """Regions for every run of operators above the cap; None where some run has none."""
-        chosen: list[_Choice] = []
+    def left(self, cap_bytes: int) -> list[int]:
+        """The operators that stay above the cap whatever is tiled, by position."""
+        while True:
+            covers = list(self._covers(cap_bytes))
+            if self._hold([choice for found, _ in covers for choice in found]):
+                return [i for _, left in covers for i in left]
+
+    def _hold(self, chosen: Sequence[_Choice]) -> bool:
+        """Whether every tile can be computed; where not, the choice is not made again."""
+        return all(self.costs.holds(c.start, c.stop, c.seed, c.tile.dim, c.tile.count) for c in chosen)
+
+    def _covers(self, cap_bytes: int) -> Iterator[tuple[list[_Choice], list[int]]]:
+        """Regions for every run of operators above the cap, and those of them that none of these brings below it."""
+        free = 0
         needed = (self.costs.total > cap_bytes) | self.costs.touching
         for first, last in self._hot(cap_bytes):
-            free = chosen[-1].stop if chosen else 0
             if last < free:
                 continue
             begin, end = max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(needed))
             found = self._cover(max(first, free), last + 1, begin, end, cap_bytes)
             for choice in found:
                 needed[choice.start : choice.stop] = False
-            if needed[: last + 1].any():
-                return None
-            chosen += found
-        return chosen
+            free = max([free, *(choice.stop for choice in found)])
+            yield found, [int(i) for i in np.flatnonzero(needed[first : last + 1]) + first]
 
     def _hot(self, cap_bytes: int) -> list[tuple[int, int]]:
         """Runs of operators above the cap; those with few operators between them are one."""
