@@ -104,10 +104,10 @@ class TileSearch:
         free = 0
         needed = (self.costs.total > cap_bytes) | self.costs.touching
         for first, last in self._hot(cap_bytes):
-            if last < free:
-                continue
-            begin, end = max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(needed))
-            found = self._cover(max(first, free), last + 1, begin, end, cap_bytes)
+            found: list[_Choice] = []
+            if last >= free:
+                begin, end = max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(needed))
+                found = self._cover(max(first, free), last + 1, begin, end, cap_bytes)
             for choice in found:
                 needed[choice.start : choice.stop] = False
             free = max([free, *(choice.stop for choice in found)])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from planner import InfeasibleBudget, Plan, plan
+from tests.zoo import ZOO
 
 
 class Spectrum(nn.Module):
@@ -84,3 +85,13 @@ def test_values_on_the_host_count_there() -> None:
     assert enough.decisions.tiling == p.decisions.tiling
     with pytest.raises(InfeasibleBudget, match=r"only with 2\.56 MB of values on the host, 1.00 KB more"):
         roomy.replan({"accounting": p.budget_bytes, "cpu": p.layout.host_bytes - 1000})
+
+
+def test_every_level_is_a_program() -> None:
+    """Of a model where regions of one run of large values reach into the next, and do not cover it."""
+    module, args, kwargs = ZOO["t5_encoder"]()
+    p = plan(module, "1GB", inputs=args, kwargs=kwargs, device="accounting", machine="rtx-4090")
+    levels = p._tilings._levels
+    assert levels is not None
+    for cap, tiling in levels:
+        assert p._tilings.of(tiling).minimum.peak_bytes <= 1.1 * cap
