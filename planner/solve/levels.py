@@ -15,6 +15,7 @@ from torch import fx
 from passes.base import Pass, run_passes
 from passes.big_weights import readers_of, sliceable
 from passes.functionalise import Functionalise
+from passes.gather_writes import GatherWrites
 from passes.host_lookup import HostLookup
 from passes.program import Program
 from passes.recompute import Recompute, recomputable
@@ -73,7 +74,8 @@ def tile_program(program: Program, tiling: Tiling) -> Program:
 
 def _tile_passes(tiling: Tiling) -> tuple[Pass, ...]:
     return (
-        Functionalise(),  # first: a tile must not write into what is not its own
+        GatherWrites(),  # first, as the next: a tile must not write into what is not its own
+        Functionalise(),
         SplitNorms(tiling.norms),  # regions begin and end at the halves
         Recompute(tiling.recomputed),
         TileRegions(tiling.tiles, tiling.hosted),

@@ -14,6 +14,7 @@ from torch.export import Dim
 from planner import CaptureError, InfeasibleBudget, Plan, PlanFileError, PlannerError, plan
 from planner.dynamic import DynamicShapes, read_dynamic
 from tests.planner.toys import Counter, Mlp, planned, x
+from tests.zoo import ZOO
 
 BATCH = {"x": {0: "batch"}}
 
@@ -314,3 +315,21 @@ def test_largest_image_where_tiles_are_allowed() -> None:
     assert p.reserved_bytes <= p.budget_bytes
     with pytest.raises(InfeasibleBudget):
         planned_at(tiled + 1)
+
+
+@pytest.mark.slow
+def test_largest_image_of_a_decoder() -> None:
+    """AutoencoderKL, height and width equal: the answer can be planned, one row and column more cannot."""
+    module, _, _ = ZOO["vae_decoder"]()
+
+    def planned_at(height: int, **options: Any) -> Plan:
+        return plan(module, "2MB", inputs=(torch.randn(1, 4, height, height),), device="accounting", **options)
+
+    p = planned_at(8, dynamic={0: {2: "height", 3: "height"}})
+    most = p.largest("height")
+    assert planned_at(most).decisions.tiling.tiles
+    with pytest.raises(InfeasibleBudget):
+        planned_at(most + 1)
+    untiled = planned_at(8, dynamic={0: {2: "height", 3: "height"}}, allow=("offload",)).largest("height")
+    print(f"\n{most} rows of latents, {untiled} without tiles")
+    assert most > untiled
