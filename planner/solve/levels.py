@@ -201,12 +201,15 @@ class Levels:
         found = self._first(cap, parts, (self._search(parts),))
         if found is not None:
             return found[1]
-        twice = replace(parts, recomputed=self._recomputed(cap, parts))
-        options = [self._first(cap, parts, self._hostings(cap, parts))]
-        if twice.recomputed:
-            options.append(self._first(cap, twice, (self._search(twice),)))
-            if options == [None, None]:
-                options.append(self._first(cap, twice, self._hostings(cap, twice)))
+        twice = self._recomputed(cap, parts, self._search(parts))
+        options = [self._first(cap, twice, (self._search(twice),)) if twice != parts else None]
+        for hosting in self._hostings(cap, parts):
+            hosted = self._first(cap, parts, (hosting,))
+            if hosted is None and (twice := self._recomputed(cap, parts, hosting)) != parts:
+                hosted = self._first(cap, twice, (self._hosting(twice, hosting.costs.hosting),))
+            if hosted is not None:
+                options.append(hosted)
+                break
         kept = [option for option in options if option is not None]
         return min(kept, key=lambda option: option[0])[1] if kept else None
 
@@ -219,23 +222,29 @@ class Levels:
                 return seconds, _with_regions(parts, search.costs, found.tiles)
         return None
 
-    def _recomputed(self, cap: int, parts: Tiling) -> tuple[str, ...]:
-        """The norms whose input can be computed again, and that stay above the cap together with it."""
-        search = self._search(parts)
-        left = {search.costs.nodes[i].name for i in search.left(cap)}
-        return tuple(name for name in recomputable(search.costs.problem.program) if name in left)
+    def _recomputed(self, cap: int, parts: Tiling, search: TileSearch) -> Tiling:
+        """With the norms whose input can be computed again, and that a search leaves above the cap together with it."""
+        norms = recomputable(self._search(parts).costs.problem.program)
+        left = {search.costs.nodes[i].name for i in search.left(cap)} if norms else set()
+        return replace(parts, recomputed=tuple(name for name in norms if name in left))
 
     def _hostings(self, cap: int, parts: Tiling) -> Iterator[TileSearch]:
-        """Searches with values on the host, the largest alone first; those that host the same are one for all caps."""
+        """Searches with values on the host, the largest alone first."""
         if not self.freedom.hosting:
             return
-        seen, base = set(), self._search(parts).costs
+        seen: list[TileSearch] = []
         for axis, share in itertools.product(_AXES, _HOSTED):
-            costs = TileCosts(base.problem, Hosting(int(cap * share), axis), base.calls)
-            key = parts, costs.hosted, axis
-            if costs.hosted and key not in seen:
-                seen.add(key)
-                yield self._hosted.setdefault(key, TileSearch(costs, self.freedom.constraint))
+            search = self._hosting(parts, Hosting(int(cap * share), axis))
+            if search.costs.hosted and search not in seen:
+                seen.append(search)
+                yield search
+
+    def _hosting(self, parts: Tiling, hosting: Hosting | None) -> TileSearch:
+        """A search with such values on the host; where they are the same, the same for all caps."""
+        base = self._search(parts).costs
+        costs = TileCosts(base.problem, hosting, base.calls)
+        key = parts, costs.hosted, hosting.axis if hosting is not None else 0
+        return self._hosted.setdefault(key, TileSearch(costs, self.freedom.constraint))
 
     @cached_property
     def _hosted(self) -> dict[object, TileSearch]:

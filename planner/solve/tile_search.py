@@ -59,7 +59,7 @@ class Found:
 _Best = tuple[tuple[float, float], tuple[int, _Choice | None]]
 
 
-@dataclass
+@dataclass(eq=False)
 class TileSearch:
     """Chooses regions for any cap on one problem, as far as `constraint` lets it."""
 
