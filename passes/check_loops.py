@@ -55,11 +55,15 @@ class _Room:
 
 @dataclass
 class _Tile:
-    """One round: storages from `first` on are its own, names that are `given` are not; what is `written`, by storage."""
+    """One round: storages from `first` on are its own, names that are `given` are not.
+
+    By storage what is `written` and `read`, which None stands for where it is more than an interval.
+    """
 
     first: int
     given: frozenset[str]
     written: dict[int, Cut] = field(default_factory=dict)
+    read: dict[int, list[Cut | None]] = field(default_factory=dict)
 
 
 @dataclass
@@ -157,6 +161,10 @@ class Loops:
         loop.rooms.clear()
         for key, part in tile.written.items():
             loop.written.setdefault(key, []).append(part)
+        for key, parts in tile.read.items():
+            own = tile.written.get(key)
+            if own is None or any(seen is None or not _is_within(seen, own) for seen in parts):
+                loop.read.add(key)
 
     def _check_shape(self, node: fx.Node) -> None:
         """A body is for parts of some sizes."""
@@ -176,11 +184,11 @@ class Loops:
                 continue
             if key in loop.written and key in loop.read:
                 raise self._error("I5", f"the tiles of {loop.node.name} read {operand.name}, which they write")
-            unwritten = storage.blank or (storage.host is not None and not storage.complete)
+            unwritten = storage.blank or storage.over or (storage.host is not None and not storage.complete)
             if (key in loop.written or unwritten) and not _is_whole(loop.written.get(key, []), loop.whole[key].shape):
                 raise self._error("I5", f"the tiles of {loop.node.name} do not write every element of {operand.name} once")
             if key in loop.written:
-                storage.complete, storage.blank = True, False
+                storage.complete, storage.blank, storage.over = True, False, False
 
     # Operators within a tile.
 
@@ -198,10 +206,17 @@ class Loops:
             where = ":".join(map(str, at))
             raise self._error("I5", f"{node.name} takes {where} of the {size} elements of {source} along dimension {dim}")
 
-    def reads(self, keys: set[int]) -> None:
+    def reads(self, node: fx.Node, keys: set[int]) -> None:
         """Notes what an operator of a tile reads of what was there before."""
-        if self._now is not None:
-            self._now.read |= {key for key in keys if key < self._now.tile.first}
+        if self._now is None:
+            return
+        tile = self._now.tile
+        for spec, key in (v for value in node.all_input_nodes for v in self._memory.values[value.name] if v is not None):
+            if key not in keys or key >= tile.first or key in self._now.slots:
+                continue
+            if key in tile.written:
+                raise self._error("I5", f"{node.name} reads what the same tile has written over")
+            tile.read.setdefault(key, []).append(_interval(spec, self._now.whole[key]) if key in self._now.whole else None)
 
     def writes(self, node: fx.Node, key: int) -> None:
         """Notes which interval of which operand an operator of a tile writes."""
@@ -334,6 +349,10 @@ def _interval(part: TensorSpec, whole: TensorSpec) -> Cut | None:
     dim = cut[0] if cut else 0
     start, rest = divmod(at, whole.stride[dim]) if whole.stride[dim] else (0, at)
     return Cut(dim, start, start + part.shape[dim]) if not rest else None
+
+
+def _is_within(part: Cut, other: Cut) -> bool:
+    return part.dim == other.dim and other.start <= part.start and part.stop <= other.stop
 
 
 def _is_whole(parts: list[Cut], shape: Sequence[int]) -> bool:

@@ -21,6 +21,7 @@ class Storage:
         host, bands: its place, for what lives on the host, and the dimension of its bands.
         complete: of what lives on the host all has been written.
         blank: it was made uninitialised, and nothing has written it so far.
+        over: a result is to be written over what it holds, which only tiles still read.
         values: the names that refer to it.
     """
 
@@ -31,6 +32,7 @@ class Storage:
     bands: int = 0
     complete: bool = False
     blank: bool = False
+    over: bool = False
     values: set[str] = field(default_factory=set)
 
 

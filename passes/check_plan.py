@@ -286,6 +286,8 @@ class _Replay:
             result.append((spec, fresh[identity] if key is None else key))
         self._note(node, self._round(int(node.meta.get("workspace_bytes", 0))))
         self.memory.name(node, result)
+        if node.target is torch.ops.aten.alias.default:  # canonical programs have none: a name for what a loop will write there
+            self.memory.storages[self.memory.only(node)[1]].over = True
         if not node.users:  # printed without a name: nothing holds it
             for key in self.memory.keys(node.name):
                 self._drop(key, node.name)
@@ -311,9 +313,9 @@ class _Replay:
             for key, storage in self.memory.storages_of(value).items():
                 if storage.host is not None:
                     raise self.error("I3", f"{node.name} reads {value.name}, which lives on the host, as a whole")
-                if storage.blank and key in read:
+                if key in read and (storage.blank or (storage.over and self.loops.node is None)):
                     raise self.error("I5", f"{node.name} reads {value.name}, which nothing has written")
-        self.loops.reads(read)
+        self.loops.reads(node, read)
 
     def readable(self, value: fx.Node) -> None:
         if value.name not in self.memory.values:

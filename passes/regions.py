@@ -46,6 +46,15 @@ class Calls:
         self._calls: dict[fx.Node, TileCall] = {}
         self._arguments: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self._maps: dict[tuple[fx.Node, int], tuple[int | None, ...] | Untileable] = {}
+        self._holders: dict[int, list[fx.Node]] = {}
+
+    def sharing(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes of its graph whose values are in the same memory, itself among them."""
+        if not self._holders:
+            for other in node.graph.nodes:
+                for tensor in tensors_of(other):
+                    self._holders.setdefault(storage_id(tensor), []).append(other)
+        return self._holders[storage_id(node.meta["val"])]
 
     def call(self, node: fx.Node) -> TileCall:
         if node not in self._calls:
@@ -335,6 +344,46 @@ class _Spread:
             return False
         self.merged[node] = dim
         return True
+
+
+def written_over(region: Region, tiles: Sequence[TileNeeds], node: fx.Node) -> fx.Node | None:
+    """The value in whose memory a result of the region can be written; None where there is none.
+
+    Nothing else reads it afterwards, and every tile reads of it, before it writes, just what it writes.
+    """
+    stop = max(region.ordered)
+    for value in region.operands:
+        if not _alike(value, node):
+            continue
+        mine = region.calls.sharing(value)
+        readers = [user for n in mine for user in n.users]
+        inside = [user for user in readers if user in region.dims or user in region.merged]
+        if any(n.op != "call_function" for n in mine) or any(user > stop for user in readers):
+            continue
+        if not inside or any(user > node or _is_view(user) for user in inside):
+            continue
+        if all(_reads_just(region, tile, user, value, tile.written[node]) for tile in tiles for user in inside):
+            return value
+    return None
+
+
+def _alike(value: fx.Node, result: fx.Node) -> bool:
+    """Whether a value has memory of its own, all of it, in which the result can be."""
+    one, other = value.meta.get("val"), result.meta["val"]
+    if not isinstance(value.target, torch._ops.OpOverload) or not isinstance(one, torch.Tensor):
+        return False
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    whole = one.untyped_storage().nbytes() == one.numel() * one.dtype.itemsize
+    return whole and one.is_contiguous() and other.is_contiguous()
+
+
+def _reads_just(region: Region, tile: TileNeeds, user: fx.Node, value: fx.Node, part: Part) -> bool:
+    step = tile.steps[user]
+    if step is None:
+        return True
+    needs = zip(region.calls.arguments(user), step.needs, strict=True)
+    return all(need == part for argument, need in needs if argument is value)
 
 
 def _with_ancestors(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:

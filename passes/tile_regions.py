@@ -20,8 +20,8 @@ from torch import fx
 from passes.fakes import FaithfulFakes
 from passes.loop import Loop
 from passes.program import Program, tensors_of
-from passes.refresh_values import carry_on
-from passes.regions import Calls, Region, Tile, TileNeeds, find_region
+from passes.refresh_values import carry_on, value_of
+from passes.regions import Calls, Region, Tile, TileNeeds, find_region, written_over
 from passes.tile_body import Buffers, bands_of, make_runs, note_tile
 from passes.tile_rules import Reduced, Untileable, reduce_parts
 from passes.tile_rules.base import Part
@@ -92,7 +92,7 @@ class _Tiler:
         with graph.inserting_after(stretch[-1]):
             end = graph.call_function(ops.free, ())  # a place to insert at, taken out below
         with graph.inserting_before(end):
-            results = {node: self._result(node, region.dims[node]) for node in region.results}
+            results = self._results(region, tiles)
             stacks = {node: _stack(graph, region, node, dim, len(tiles)) for node, dim in region.merged.items()}
             loop = self._loop(region, tiles, results, stacks, taken)
             merged = {node: _merge(graph, region, node, dim, stacks[node]) for node, dim in region.merged.items()}
@@ -106,6 +106,20 @@ class _Tiler:
             del self._nodes[node.name]
         made = (*results.values(), *stacks.values(), *merged.values(), *loop.all_input_nodes, loop)
         self._nodes |= {node.name: node for node in made}
+
+    def _results(self, region: Region, tiles: Sequence[TileNeeds]) -> dict[fx.Node, fx.Node]:
+        """Where results are written: over a value that nothing reads any more, where there is one."""
+        results: dict[fx.Node, fx.Node] = {}
+        taken: set[fx.Node] = set()
+        for node in region.results:
+            over = written_over(region, tiles, node) if node.name not in self._hosted else None
+            if over is None or over in taken:
+                results[node] = self._result(node, region.dims[node])
+                continue
+            results[node] = _call(self._graph, aten.alias.default, over, name=node.name)
+            results[node].meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
+            taken.add(over)
+        return results
 
     def _result(self, node: fx.Node, dim: int) -> fx.Node:
         """Where a result is written."""
@@ -141,6 +155,13 @@ class _Tiler:
         loop.meta["loop"] = Loop(make_runs(sheets, operands, taken), _label(region, len(tiles)))
         loop.meta |= {k: v for k, v in region.ordered[-1].meta.items() if k in ("nn_module_stack", "stack_trace")}
         return loop
+
+
+def _call(graph: fx.Graph, target: Any, value: fx.Node, name: str) -> fx.Node:
+    """An operator on one value, with what it gives on fakes."""
+    made = graph.create_node("call_function", target, (value,), name=name)
+    made.meta["val"] = value_of(made)
+    return made
 
 
 def _label(region: Region, count: int) -> str:

@@ -16,7 +16,7 @@ from torch import fx
 
 from passes.probe import call_of
 from passes.program import storage_id, tensors_of
-from passes.regions import Calls, Region, TileNeeds, find_region
+from passes.regions import Calls, Region, TileNeeds, find_region, written_over
 from passes.tile_rules import Part, Untileable
 from planner.solve.problem import Problem
 
@@ -198,8 +198,24 @@ class TileCosts:
         region = self.region(start, stop, seed, dim)
         assert region is not None
         whole, workspace = self._whole(region)
-        results = sum(_dense_bytes(node) for node in region.results if node not in self.hosted)
+        results = self._results(region)
         return self._weights(start, stop) + int(self.live_before[start]) + whole + max(results, workspace)
+
+    def _results(self, region: Region) -> int:
+        """Bytes of the memory that results take: none on the host, none where they are written over something else."""
+        if region not in self._result_bytes:
+            found, taken = 0, set[fx.Node]()
+            for node in region.results:
+                over = written_over(region, (region.usual_tile(2)[0],), node) if node not in self.hosted else None
+                fresh = over is None or over in self.hosted or over in taken
+                found += _dense_bytes(node) if fresh and node not in self.hosted else 0
+                taken |= {over} if over is not None else set()
+            self._result_bytes[region] = found
+        return self._result_bytes[region]
+
+    @cached_property
+    def _result_bytes(self) -> dict[Region, int]:
+        return {}
 
     def _whole(self, region: Region) -> tuple[int, int]:
         """Bytes of what runs before the loop, and the most workspace of its operators."""
@@ -229,6 +245,8 @@ class TileCosts:
                 for n in node.all_input_nodes:
                     at = self.position.get(n, -1)
                     links.append(i - at if start <= at else -1 - outside.setdefault(n, len(outside)))
+                    lasts = start > at and any(self.position.get(user, stop) >= stop for user in n.users)
+                    links.append(int(lasts))
                 leaves = any(self.position.get(user, stop) >= stop for user in node.users)
                 flags = node in self.hosted, tuple(n in self.hosted for n in node.all_input_nodes)
                 rows.append((self._call_ids[i], tuple(links), leaves, flags))
@@ -311,7 +329,7 @@ class TileCosts:
             seconds = float(self.problem.seconds[self.position[node]])
             if seconds:
                 added += launch * number + max(0.0, seconds - launch) * share * number - seconds
-        results = sum(_dense_bytes(node) for node in region.results if node not in self.hosted)
+        results = self._results(region)
         results += sum(number * _partial_bytes(node) for node in region.merged)  # kept until all tiles have run
         traffic = self.problem.machine.memory_bandwidth
         added += sum(2 * _dense_bytes(node) / traffic + number * launch for node in region.results)

@@ -198,7 +198,30 @@ def read_what_is_written(program: Program) -> Iterator[Callable[[], Broken]]:
                     body.call_function(aten.neg.default, (place,)).name = "peek"
 
             changed = with_body(program, node, index, change)
-            yield lambda changed=changed: (changed, ("which they write", "which nothing has written"))
+            words = ("which they write", "which nothing has written", "reads what the same tile has written over")
+            yield lambda changed=changed, words=words: (changed, words)
+
+
+@mutation("I5")
+def read_rows_that_another_tile_writes_over(program: Program) -> Iterator[Callable[[], Broken]]:
+    """A result may be written over what is read, row by row; rows of other tiles may have been written already."""
+    for node, index, run in runs_of(program):
+        for copy in calls(run, aten.copy_.default):
+            place = copy.all_input_nodes[0]
+            outside = place.target is not aten.slice.Tensor or place.args[0] not in run.placeholders
+            if outside or place.args[0].name != "silu":  # which is written over what the norm reads
+                continue
+
+            def change(nodes: dict[str, fx.Node], body: fx.Graph, name: str = place.name) -> None:
+                written = nodes[name].all_input_nodes[0]
+                with body.inserting_before(nodes[name]):
+                    first = body.call_function(aten.slice.Tensor, (written, nodes[name].args[1], 0, 1))
+                    first.name = "first"
+                    body.call_function(aten.neg.default, (first,)).name = "peek"
+                    body.call_function(ops.free, (first,))
+
+            changed = with_body(program, node, index, change)
+            yield lambda changed=changed: (changed, ("which they write", "which the same tile has written over"))
 
 
 @mutation("I4")
@@ -423,13 +446,13 @@ def drop_a_loop(program: Program) -> Iterator[Callable[[], Broken]]:
     for node, _ in loops(program):
         edit = Edit(program)
         detach(edit[node])
-        words = ("which nothing has written", "before all of it was written")
+        words = ("which nothing has written", "before all of it was written", "do not write every element")
         yield lambda changed=edit.program, words=words: (changed, words)
 
 
 @mutation("I3", "I4")
 def run_a_loop_before_the_one_it_reads(program: Program) -> Iterator[Callable[[], Broken]]:
-    (first, _), (second, _) = loops(program)
+    (first, _), (second, _), *_ = loops(program)
     edit = Edit(program)
     edit[first].prepend(edit[second])
     yield lambda: (edit.program, ("is used before it exists",))

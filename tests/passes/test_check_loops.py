@@ -19,7 +19,7 @@ from tests.passes.loop_mutations import LOOP_MUTATIONS, LoopMutation
 from tests.passes.mutations import Edit, layout_of, with_layout
 from tests.passes.programs import Function, run
 from tests.passes.test_check_plan import shared_kernels  # noqa: F401  # one cache of operators
-from tests.passes.tiled import AMPLE, ON_DEVICE, ON_HOST, assert_alike, emitted, loops
+from tests.passes.tiled import AMPLE, ON_DEVICE, ON_HOST, OVER, assert_alike, emitted, loops
 
 TILINGS = {"device": ON_DEVICE, "host": ON_HOST}
 good = pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS.keys())
@@ -63,7 +63,7 @@ def test_workspace_in_a_body_counts_in_every_tile(tiling: Tiling) -> None:
 
 @pytest.mark.parametrize("mutation", LOOP_MUTATIONS, ids=lambda m: m.name)
 def test_a_broken_program_is_refused(mutation: LoopMutation) -> None:
-    places = list(itertools.chain.from_iterable(mutation.make(emitted(tiling).program) for tiling in TILINGS.values()))
+    places = list(itertools.chain.from_iterable(mutation.make(emitted(tiling).program) for tiling in (*TILINGS.values(), OVER)))
     assert places
     for make in places:
         broken, words = make()
@@ -73,6 +73,18 @@ def test_a_broken_program_is_refused(mutation: LoopMutation) -> None:
         assert first[:2] in mutation.invariants, first
         assert any(word in first for word in words), f"{first!r} has none of {words}"
         assert sum(line.startswith("  > ") for line in around) == 1
+
+
+def test_a_result_may_be_written_over_what_is_read() -> None:
+    case = emitted(OVER)
+    assert case.program.node("silu").target is torch.ops.aten.alias.default
+    assert check_plan(case.program, case.proof.peak_bytes) == case.proof
+    module, args, _ = case.example
+    with torch.no_grad():
+        wanted = [module(*args)]
+    for outputs, measured in run(case.program, case.proof, case.example, calls=2):
+        assert_alike(outputs, wanted)
+        assert measured == case.proof.peak_bytes
 
 
 def test_values_on_the_host_at_other_times_may_share_their_place() -> None:

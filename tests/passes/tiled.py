@@ -43,6 +43,11 @@ ROWS = (
 )
 ON_DEVICE = Tiling(("group_norm",), ROWS)
 ON_HOST = Tiling(("group_norm",), ROWS, ("conv2d",))
+# What the norm gives is written over what it reads.
+OVER = Tiling(
+    ("group_norm",),
+    (ROWS[0], Tile("group_norm", "silu", "conv2d", 2, 4), Tile("conv2d_1", "add", "silu", 2, 4)),
+)
 
 
 def block() -> tuple[nn.Module, Tensor]:
