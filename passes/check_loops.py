@@ -340,6 +340,8 @@ class Loops:
 def _interval(part: TensorSpec, whole: TensorSpec) -> Cut | None:
     """Which elements of which dimension of a tensor a view of it is: an interval, or one of a stack; None for others."""
     at = part.offset - whole.offset
+    if not whole.shape:
+        return None
     if part.shape == whole.shape[1:] and part.stride == whole.stride[1:]:
         index, rest = divmod(at, whole.stride[0])
         return Cut(0, index, index + 1) if not rest else None

@@ -96,7 +96,7 @@ def tiled_share(p: Plan, untiled: Plan) -> float:
     What runs whole keeps its name, which what loops write takes over too; a result merged from parts counts as whole.
     """
     names = {node.name for node in untiled.problem.liveness.nodes if _computes(node)}
-    written = torch.ops.aten.empty_strided.default, ops.host
+    written = torch.ops.aten.empty_strided.default, torch.ops.aten.alias.default, ops.host
     whole = [n for n in p.problem.liveness.nodes if n.name in names and n.target not in written]
     return 1 - len(whole) / len(names)
 
