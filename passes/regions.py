@@ -362,6 +362,8 @@ def written_over(region: Region, tiles: Sequence[TileNeeds], node: fx.Node) -> f
             continue
         if not inside or any(user > node or _is_view(user) for user in inside):
             continue
+        if any(n in mine and n is not value for user in inside for n in user.all_input_nodes):
+            continue  # another part of the same memory
         if all(_reads_just(region, tile, user, value, tile.written[node]) for tile in tiles for user in inside):
             return value
     return None

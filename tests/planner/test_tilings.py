@@ -95,3 +95,19 @@ def test_every_level_is_a_program() -> None:
     assert levels is not None
     for cap, tiling in levels:
         assert p._tilings.of(tiling).minimum.peak_bytes <= 1.1 * cap
+
+
+def test_parts_of_one_memory_are_not_written_over_each_other() -> None:
+    """As rotary positions of FLUX: both halves are read after the result of one could be written over it."""
+
+    class Halves(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b = (x * 2).view(2, -1, 8)
+            return torch.cat([a.sin() + b.cos(), b.exp()], 1)
+
+    module, x = Halves().double().eval(), torch.randn(2 * 64 * 8, dtype=torch.float64)
+    p = plan(module, "1GB", inputs=(x,), device="accounting", keep={"*": {"tile": 4}})
+    expected = module(x)
+    m = p.build()
+    assert torch.equal(m(x), expected)
+    p.restore()
