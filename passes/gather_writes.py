@@ -90,9 +90,7 @@ def _gather(graph: fx.Graph, buffer: fx.Node, copies: list[fx.Node]) -> None:
         made.meta["val"] = value_of(made)
         return made
 
-    with graph.inserting_after(max(copies)):
-        end = graph.call_function(aten.sym_size.int, ())  # a place to insert at, taken out below
-    with graph.inserting_before(end):
+    with graph.inserting_before(max(copies).next):
         parts = []
         for copy in copies:
             value: Any = copy.args[1]
@@ -101,7 +99,6 @@ def _gather(graph: fx.Graph, buffer: fx.Node, copies: list[fx.Node]) -> None:
             parts.append(value)
         stacked = call(aten.stack.default, parts, dim + 1, name=f"{buffer.name}_parts")
         made = call(aten.reshape.default, stacked, [int(n) for n in whole.shape], name=f"{buffer.name}_whole")
-    graph.erase_node(end)
     for user in list(buffer.users):
         if user not in views:
             user.replace_input_with(buffer, made)

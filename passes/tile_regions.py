@@ -4,7 +4,8 @@ before:  a = conv2d(x, w); y = silu(a)
 after:   y = empty_strided(...); loop([x, w, y])     y[.., lo:hi, ..] = silu(conv2d(x[.., lo - 1 : hi + 1, ..], w))
 
 Requires: a canonical program; regions do not overlap.
-Ensures: the same mathematics (I5); results of a region are buffers of their own, complete after the loop.
+Ensures: the same mathematics (I5); results of a region are complete after the loop, in buffers of their own, or over a value
+that nothing reads any more: then they are an `alias` of it, which canonical programs do not have.
 Raises: Untileable, where a decision cannot be applied; PlanFileError, where it names what is not there.
 """
 

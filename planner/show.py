@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from passes.program import Weight, module_path
+from passes.program import Program, Weight, module_path
 from planner.dynamic_plan import describe_sizes
 from planner.show_tiles import tile_rows
 from planner.sizes import format_bytes, format_seconds
@@ -89,9 +89,7 @@ def _gap(plan: Plan) -> list[tuple[str, str]]:
 
 def _weights(plan: Plan) -> str:
     total, streamed = format_bytes(plan.weight_bytes), plan.layout.streamed_bytes
-    program = plan.problem.program
-    kept = {weight.name for weight in program.weights.values()}
-    looked_up = sum(table.nbytes for name, table in program.tables.items() if name not in kept)
+    looked_up = sum(_looked_up(plan.problem.program).values())
     shares = []
     if streamed or looked_up:
         shares.append(f"{format_bytes(plan.resident_bytes)} resident")
@@ -118,6 +116,12 @@ def _decisions(plan: Plan) -> list[str]:
     return lines
 
 
+def _looked_up(program: Program) -> dict[str, int]:
+    """Bytes of the tables that are on the host alone: of which nothing but rows is read."""
+    kept = {weight.name for weight in program.weights.values()}
+    return {name: table.nbytes for name, table in program.tables.items() if name not in kept}
+
+
 def _share(group: _Group) -> str:
     """`resident`; `1.2 GB streamed, 3.4 GB resident`."""
     found = {how: nbytes for how, nbytes in group.shares.items() if nbytes}
@@ -137,9 +141,9 @@ def _groups(plan: Plan, depth: int) -> dict[str, _Group]:
         group.names.add(weight.name)
         group.shares[how] += nbytes
 
-    kept = {weight.name for weight in program.weights.values()}
+    only = _looked_up(program)
     for name, table in program.tables.items():
-        add(table, "looked up", 0 if name in kept else table.nbytes)
+        add(table, "looked up", only.get(name, 0))
     for node, weight in program.weights.items():
         add(weight, "streamed" if node in streamed else "resident", weight.nbytes)
     return groups

@@ -6,7 +6,7 @@ Caps do not depend on the budget: a larger budget has all the levels of a smalle
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -58,6 +58,11 @@ class Freedom:
     tables: tuple[str, ...] = ()
     constraint: Callable[[fx.Node], TileConstraint] = lambda node: FREE
 
+    @property
+    def looked_up(self) -> Tiling:
+        """Rows of the tables looked up on the host, nothing in tiles."""
+        return Tiling(lookups=self.tables)
+
 
 NONE = Freedom()
 
@@ -90,11 +95,6 @@ class Levels:
     build: Callable[[Program, Tiling], Problem]
     freedom: Freedom
 
-    @property
-    def looked_up(self) -> Tiling:
-        """Rows of tables looked up on the host, nothing in tiles."""
-        return Tiling(lookups=self.freedom.tables)
-
     @cached_property
     def forced(self) -> Tiling | None:
         """The tiling of what has to be tiled and no more; None where nothing has to be."""
@@ -102,35 +102,35 @@ class Levels:
             return None
         return self._tiled(_ANY, UNTILED)
 
-    def __getitem__(self, index: int) -> Tiling | None:
-        """The tiling for a cap; level 0 is the coarsest. None where no tiling is found that keeps the cap."""
+    def _at(self, index: int) -> Tiling | None:
+        """The tiling of a level, of which 0 is the coarsest; None where none is found that keeps the cap."""
         if index not in self._known:
-            self._known[index] = self._level(self.cap(index))
+            self._known[index] = self._level(self._cap(index))
         return self._known[index]
 
-    def cap(self, index: int) -> int:
+    def _cap(self, index: int) -> int:
         return int(self._costs.total.max() * _RATIO ** (index + 1))
 
     def __iter__(self) -> Iterator[tuple[int, Tiling]]:
         """Caps, falling, with their tilings, each looked for when it is asked for; the last one needs the least memory."""
         before: Tiling | None = None
         for index in itertools.count():
-            tiling = self[index] if self.cap(index) >= max(self._floor, 1) else None
+            tiling = self._at(index) if self._cap(index) >= max(self._floor, 1) else None
             if before is not None and not before.hosted and (tiling is None or _means(tiling) != _means(before)):
                 yield from self._finest(index, before)
             if tiling is None:
                 return
-            yield self.cap(index), tiling
+            yield self._cap(index), tiling
             before = tiling
 
     def _finest(self, index: int, like: Tiling) -> Iterator[tuple[int, Tiling]]:
         """What the same means as those of a tiling come to between two levels: others cost more. By bisection."""
         if index not in self._between:
-            low, high, found = self.cap(index), self.cap(index - 1), None
+            low, high, found = self._cap(index), self._cap(index - 1), None
             parts = Tiling(lookups=like.lookups, slices=like.slices, recomputed=like.recomputed)
             for _ in range(_BISECTIONS):
                 middle = (low + high) // 2
-                kept = self._first(middle, parts, (self._search(parts),))
+                kept = self._kept(middle, parts, self._search(parts))
                 low, high, found = (low, middle, kept[1]) if kept is not None else (middle, high, found)
             self._between[index] = (high, found)
         cap, tiling = self._between[index]
@@ -148,12 +148,12 @@ class Levels:
     @cached_property
     def _whole(self) -> Program:
         """The program whose tables are looked up, nothing sliced."""
-        return tile_program(self.base.program, self.looked_up)
+        return tile_program(self.base.program, self.freedom.looked_up)
 
     @property
     def _costs(self) -> TileCosts:
         """Of the program whose tables are looked up."""
-        return self._search(self.looked_up).costs
+        return self._search(self.freedom.looked_up).costs
 
     @cached_property
     def _floor(self) -> int:
@@ -178,14 +178,14 @@ class Levels:
 
     def _level(self, cap: int) -> Tiling | None:
         """The tiling for a cap, with slices of weights where it cannot be kept otherwise."""
-        tiling = self._tiled(cap, self.looked_up)
+        tiling = self._tiled(cap, self.freedom.looked_up)
         if tiling is None and (slices := self._slices(cap)):
-            return self._tiled(cap, replace(self.looked_up, slices=slices))
+            return self._tiled(cap, replace(self.freedom.looked_up, slices=slices))
         return tiling
 
     def _slices(self, cap: int) -> tuple[WeightSlices, ...]:
         """Of the large weights, where that brings their readers under the cap: others need tiles, which read weights whole."""
-        most = max(1 << int(cap * _SLICE).bit_length() - 1, _LEAST_SLICE)
+        most = 1 << max(int(cap * _SLICE), _LEAST_SLICE).bit_length() - 1
         found = []
         for cut in slices_of(self._whole, most):
             saved = self._costs.problem.weight_bytes[cut.weight] - most
@@ -198,29 +198,28 @@ class Levels:
         """The regions for a cap; where it cannot be kept otherwise, with values that live on the host or are computed twice."""
         if cap < self._search(parts).costs.floor_bytes:
             return None
-        found = self._first(cap, parts, (self._search(parts),))
+        found = self._kept(cap, parts, self._search(parts))
         if found is not None:
             return found[1]
         twice = self._recomputed(cap, parts, self._search(parts))
-        options = [self._first(cap, twice, (self._search(twice),)) if twice != parts else None]
+        options = [self._kept(cap, twice, self._search(twice)) if twice != parts else None]
         for hosting in self._hostings(cap, parts):
-            hosted = self._first(cap, parts, (hosting,))
+            hosted = self._kept(cap, parts, hosting)
             if hosted is None and (twice := self._recomputed(cap, parts, hosting)) != parts:
-                hosted = self._first(cap, twice, (self._hosting(twice, hosting.costs.hosting),))
+                hosted = self._kept(cap, twice, self._hosting(twice, hosting.costs.hosting))
             if hosted is not None:
                 options.append(hosted)
                 break
         kept = [option for option in options if option is not None]
         return min(kept, key=lambda option: option[0])[1] if kept else None
 
-    def _first(self, cap: int, parts: Tiling, searches: Iterable[TileSearch]) -> tuple[float, Tiling] | None:
-        """Of the searches the first that keeps the cap: the seconds of the arithmetic by estimate, and the tiling."""
-        for search in searches:
-            found = search.tiles(cap)
-            if found is not None:
-                seconds = search.costs.problem.compute_seconds + found.added_seconds
-                return seconds, _with_regions(parts, search.costs, found.tiles)
-        return None
+    def _kept(self, cap: int, parts: Tiling, search: TileSearch) -> tuple[float, Tiling] | None:
+        """What a search finds for a cap: the seconds of the arithmetic by estimate, and the tiling."""
+        found = search.tiles(cap)
+        if found is None:
+            return None
+        seconds = search.costs.problem.compute_seconds + found.added_seconds
+        return seconds, _with_regions(parts, search.costs, found.tiles)
 
     def _recomputed(self, cap: int, parts: Tiling, search: TileSearch) -> Tiling:
         """With the norms whose input can be computed again, and that a search leaves above the cap together with it."""

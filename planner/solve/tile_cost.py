@@ -5,7 +5,7 @@ Only a choice is made by these numbers; what is chosen is rewritten, analysed an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -198,20 +198,24 @@ class TileCosts:
         region = self.region(start, stop, seed, dim)
         assert region is not None
         whole, workspace = self._whole(region)
-        results = self._results(region)
-        return self._weights(start, stop) + int(self.live_before[start]) + whole + max(results, workspace)
+        return self._weights(start, stop) + int(self.live_before[start]) + whole + max(self._results(region), workspace)
 
     def _results(self, region: Region) -> int:
         """Bytes of the memory that results take: none on the host, none where they are written over something else."""
         if region not in self._result_bytes:
-            found, taken = 0, set[fx.Node]()
-            for node in region.results:
-                over = written_over(region, (region.usual_tile(2)[0],), node) if node not in self.hosted else None
-                fresh = over is None or over in self.hosted or over in taken
-                found += _dense_bytes(node) if fresh and node not in self.hosted else 0
-                taken |= {over} if over is not None else set()
-            self._result_bytes[region] = found
+            own = [node for node in region.results if node not in self.hosted]
+            over = self._written_over(region, own) - self.hosted
+            self._result_bytes[region] = sum(map(_dense_bytes, own)) - sum(map(_dense_bytes, over))
         return self._result_bytes[region]
+
+    @staticmethod
+    def _written_over(region: Region, results: Sequence[fx.Node]) -> set[fx.Node]:
+        """The values that results are written over, each as large as its result."""
+        try:
+            tile, _ = region.usual_tile(2)
+        except Untileable:  # no estimate is given then
+            return set()
+        return {over for node in results if (over := written_over(region, (tile,), node)) is not None}
 
     @cached_property
     def _result_bytes(self) -> dict[Region, int]:

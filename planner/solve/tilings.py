@@ -46,7 +46,7 @@ class Tilings:
         """The solver with the schedule of least memory."""
         options = list(self._coarse())
         if self._levels is not None:
-            options += [self._solver(tiling) for _, tiling in deque(self._levels, maxlen=1)]
+            options += [self.of(tiling) for _, tiling in deque(self._levels, maxlen=1)]
         return min(options, key=lambda solver: solver.minimum.peak_bytes)
 
     def least_bytes(self, budget_bytes: int) -> int:
@@ -79,7 +79,8 @@ class Tilings:
             schedule = solver.solve(budget_bytes, left)
             if best is None or schedule.time.step_seconds < best[1].time.step_seconds:
                 best = solver, schedule
-            if best[1].time.step_seconds <= max(perfect, self._worthwhile(budget_bytes)):
+            step = best[1].time.step_seconds
+            if step <= perfect or step <= self._worthwhile(budget_bytes):  # the second analyses another program
                 break
         if best is None:
             left = _left(self.minimum, host_bytes)
@@ -127,14 +128,6 @@ class Tilings:
         over = problem.total_weight_bytes + problem.memory.fixed_bytes - budget_bytes
         return _LITTLE * max(problem.compute_seconds, over / problem.machine.link_peak_bandwidth)
 
-    def of(self, tiling: Tiling) -> Solver:
-        """The solver of a given tiling.
-
-        Raises:
-            PlanFileError, Untileable: as `tile_program`.
-        """
-        return self._solver(tiling)
-
     def _candidates(self, budget_bytes: int) -> Iterator[Solver]:
         """As it is, with tables on the host, then tiled finer and finer."""
         yield from self._coarse()
@@ -142,16 +135,16 @@ class Tilings:
         for cap, tiling in self._levels or ():
             if cap * _BELOW <= budget_bytes and tiling not in seen:
                 seen.add(tiling)
-                yield self._solver(tiling)
+                yield self.of(tiling)
 
     def _coarse(self) -> Iterator[Solver]:
         """The program with what has to be tiled in tiles; else as it is, and with tables looked up on the host."""
         if self._levels is not None and self._levels.forced is not None:
-            yield self._solver(self._levels.forced)
+            yield self.of(self._levels.forced)
             return
         yield self.base
         if self.freedom.tables and self.build is not None:
-            yield self._solver(Tiling(lookups=self.freedom.tables))
+            yield self.of(self.freedom.looked_up)
 
     @cached_property
     def _levels(self) -> Levels | None:
@@ -160,7 +153,12 @@ class Tilings:
             return None
         return Levels(self.base.problem, self.build, self.freedom)
 
-    def _solver(self, tiling: Tiling) -> Solver:
+    def of(self, tiling: Tiling) -> Solver:
+        """The solver of a given tiling.
+
+        Raises:
+            PlanFileError, Untileable: as `tile_program`.
+        """
         if not tiling:
             return self.base
         if tiling not in self._solvers:

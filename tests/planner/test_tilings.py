@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from passes.regions import Tile
 from planner import InfeasibleBudget, Plan, plan
+from planner.solve.decisions import Decisions, Tiling
 from tests.zoo import ZOO
 
 
@@ -97,17 +99,29 @@ def test_every_level_is_a_program() -> None:
         assert p._tilings.of(tiling).minimum.peak_bytes <= 1.1 * cap
 
 
-def test_parts_of_one_memory_are_not_written_over_each_other() -> None:
-    """As rotary positions of FLUX: both halves are read after the result of one could be written over it."""
+def test_what_has_other_views_is_not_written_over() -> None:
+    """The result could be in the memory of `x`, but for its first row, which is read in all of the tiles."""
 
-    class Halves(nn.Module):
+    class Shifted(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            a, b = (x * 2).view(2, -1, 8)
-            return torch.cat([a.sin() + b.cos(), b.exp()], 1)
+            x = x * 2
+            first = x[:1]
+            return x.sin() + first
 
-    module, x = Halves().double().eval(), torch.randn(2 * 64 * 8, dtype=torch.float64)
-    p = plan(module, "1GB", inputs=(x,), device="accounting", keep={"*": {"tile": 4}})
+    module, x = Shifted().double().eval(), torch.randn(64, 8, dtype=torch.float64)
+    p = plan(module, "1GB", inputs=(x,), device="accounting")
+    tile = Tile("sin", "add", "mul", 0, 4)
+    p = Plan(p.target, p._options, p._tilings, Decisions(tiling=Tiling(tiles=(tile,))))
     expected = module(x)
     m = p.build()
     assert torch.equal(m(x), expected)
     p.restore()
+
+
+def test_a_program_of_a_few_bytes() -> None:
+    class Small(nn.Module):
+        def forward(self) -> Tensor:
+            return torch.zeros(1, dtype=torch.uint8) + 1
+
+    p = plan(Small().eval(), "1KB", inputs=(), device="accounting")
+    assert p.minimum_bytes <= p.unplanned_bytes < 1000
