@@ -17,7 +17,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from passes.check_kernels import Kernels
+from passes.check_kernels import Kernels, Value
 from passes.check_memory import Memory, Storage
 from passes.loop import Run
 from passes.spec import TensorSpec
@@ -71,13 +71,14 @@ class _Loop:
     """What the tiles of a loop have done so far, by storage.
 
     Attributes:
-        whole: the operands as they are outside. written, read: what tiles write and read of what was there before.
+        wholes: the operands as they are outside; of those in one memory first that which is written there, then what has the
+            same elements in the same places, and more. written, read: what tiles write and read of what was there before.
         slots: what bands come and go through. coming: the band that is on its way. asked: slots to which one has come.
         rooms: by slot, what is written next to the host.
     """
 
     node: fx.Node
-    whole: dict[int, TensorSpec]
+    wholes: dict[int, list[TensorSpec]]
     written: dict[int, list[Cut]] = field(default_factory=dict)
     read: set[int] = field(default_factory=set)
     slots: set[int] = field(default_factory=set)
@@ -121,7 +122,7 @@ class Loops:
             self._replay.readable(value)
         memory, operands = self._memory, cast(Sequence[fx.Node], node.args[0])
         outer, freed = memory.values, memory.freed
-        self._now = _Loop(node, {value[1]: value[0] for o in operands for value in outer[o.name] if value is not None})
+        self._now = _Loop(node, self._wholes([value for o in operands for value in outer[o.name] if value is not None]))
         for run in node.meta["loop"].runs:
             bound, columns = run.placeholders[: len(operands)], run.placeholders[len(operands) :]
             given = {inner.name: outer[o.name] for inner, o in zip(bound, operands, strict=True)}
@@ -136,6 +137,15 @@ class Loops:
         done, self._now = self._now, None
         for operand in operands:
             self._check_operand(done, operand)
+
+    def _wholes(self, values: Sequence[Value]) -> dict[int, list[TensorSpec]]:
+        wholes: dict[int, list[TensorSpec]] = {}
+        for spec, key in values:
+            first = self._memory.storages[key].over or spec
+            known = wholes.setdefault(key, [first])
+            if spec not in known and _begins(first, spec):
+                known.append(spec)
+        return wholes
 
     def _check_names(self, run: Run, columns: Sequence[fx.Node], taken: set[str]) -> None:
         """Names of a body are variables like those outside: each has one meaning."""
@@ -184,11 +194,12 @@ class Loops:
                 continue
             if key in loop.written and key in loop.read:
                 raise self._error("I5", f"the tiles of {loop.node.name} read {operand.name}, which they write")
-            unwritten = storage.blank or storage.over or (storage.host is not None and not storage.complete)
-            if (key in loop.written or unwritten) and not _is_whole(loop.written.get(key, []), loop.whole[key].shape):
+            unwritten = storage.blank or storage.over is not None or (storage.host is not None and not storage.complete)
+            if (key in loop.written or unwritten) and not _is_whole(loop.written.get(key, []), loop.wholes[key][0].shape):
                 raise self._error("I5", f"the tiles of {loop.node.name} do not write every element of {operand.name} once")
             if key in loop.written:
-                storage.complete, storage.blank, storage.over = True, False, False
+                storage.complete, storage.blank, storage.over = True, False, None
+                storage.gone |= storage.before
 
     # Operators within a tile.
 
@@ -216,7 +227,8 @@ class Loops:
                 continue
             if key in tile.written:
                 raise self._error("I5", f"{node.name} reads what the same tile has written over")
-            tile.read.setdefault(key, []).append(_interval(spec, self._now.whole[key]) if key in self._now.whole else None)
+            parts = (_interval(spec, whole) for whole in self._now.wholes.get(key, ()))
+            tile.read.setdefault(key, []).append(next((part for part in parts if part is not None), None))
 
     def writes(self, node: fx.Node, key: int) -> None:
         """Notes which interval of which operand an operator of a tile writes."""
@@ -229,7 +241,7 @@ class Loops:
                 raise self._error("I4", f"{node.name} writes to a slot that was not emptied for it")
             room.filled = True
             return
-        part = _interval(target, self._now.whole[key])
+        part = _interval(target, self._now.wholes[key][0])
         if part is None:
             raise self._error("I5", f"{node.name} writes no interval of its operand")
         if key in tile.written:
@@ -351,6 +363,19 @@ def _interval(part: TensorSpec, whole: TensorSpec) -> Cut | None:
     dim = cut[0] if cut else 0
     start, rest = divmod(at, whole.stride[dim]) if whole.stride[dim] else (0, at)
     return Cut(dim, start, start + part.shape[dim]) if not rest else None
+
+
+def _begins(first: TensorSpec, whole: TensorSpec) -> bool:
+    """Whether each element of a tensor is the one with the same indices of another, whose elements are all apart."""
+    if first.offset != whole.offset or len(first.shape) != len(whole.shape):
+        return False
+    span = 1
+    for stride, size in sorted((s, n) for s, n in zip(whole.stride, whole.shape, strict=True) if n > 1):
+        if stride < span:
+            return False
+        span = stride * size
+    rows = zip(first.shape, first.stride, whole.shape, whole.stride, strict=True)
+    return all(size <= most and (step == stride or size == 1) for size, step, most, stride in rows)
 
 
 def _is_within(part: Cut, other: Cut) -> bool:

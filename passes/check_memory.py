@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from passes.check_kernels import Value
+from passes.spec import TensorSpec
 from runtime.layout import HostPlace
 
 
@@ -21,7 +22,8 @@ class Storage:
         host, bands: its place, for what lives on the host, and the dimension of its bands.
         complete: of what lives on the host all has been written.
         blank: it was made uninitialised, and nothing has written it so far.
-        over: a result is to be written over what it holds, which only tiles still read.
+        over: the result that is to be written over what it holds, which only tiles still read; `before` are the names of that.
+        gone: names of what has been written over.
         values: the names that refer to it.
     """
 
@@ -32,7 +34,9 @@ class Storage:
     bands: int = 0
     complete: bool = False
     blank: bool = False
-    over: bool = False
+    over: TensorSpec | None = None
+    before: frozenset[str] = frozenset()
+    gone: set[str] = field(default_factory=set)
     values: set[str] = field(default_factory=set)
 
 

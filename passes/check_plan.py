@@ -287,7 +287,9 @@ class _Replay:
         self._note(node, self._round(int(node.meta.get("workspace_bytes", 0))))
         self.memory.name(node, result)
         if node.target is torch.ops.aten.alias.default:  # canonical programs have none: a name for what a loop will write there
-            self.memory.storages[self.memory.only(node)[1]].over = True
+            spec, key = self.memory.only(node)
+            storage = self.memory.storages[key]
+            storage.over, storage.before = spec, frozenset(storage.values - {node.name})
         if not node.users:  # printed without a name: nothing holds it
             for key in self.memory.keys(node.name):
                 self._drop(key, node.name)
@@ -313,7 +315,7 @@ class _Replay:
             for key, storage in self.memory.storages_of(value).items():
                 if storage.host is not None:
                     raise self.error("I3", f"{node.name} reads {value.name}, which lives on the host, as a whole")
-                if key in read and (storage.blank or (storage.over and self.loops.node is None)):
+                if key in read and (storage.blank or (storage.over is not None and self.loops.node is None)):
                     raise self.error("I5", f"{node.name} reads {value.name}, which nothing has written")
         self.loops.reads(node, read)
 
@@ -323,6 +325,8 @@ class _Replay:
         if value.name in self.memory.freed:
             raise self.error("I4", f"{value.name} is used after it was freed")
         for key in self.memory.keys(value.name):
+            if value.name in self.memory.storages[key].gone:
+                raise self.error("I5", f"{value.name} is read after it was written over")
             bundle = self.memory.storages[key].bundle
             if bundle is not None and self.staged[bundle].evicted:
                 raise self.error("I3", f"{value.name} is read after bundle {bundle} was evicted")

@@ -239,16 +239,20 @@ def find_region(stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Call
     for node in stretch:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise Untileable(f"{node.name} writes to its argument")
-    forced: set[fx.Node] = set()
-    outer = {seed: dim}
-    while True:
-        spread = _Spread(stretch, outer, calls, forced, hosted)
-        more = spread.demanded - forced
-        if not more:
-            break
-        forced |= _with_ancestors(more, set(stretch))
-        outer |= {node: spread.dims[node] for node in forced if node in spread.dims}  # where others of their readers cut them
     inside = set(stretch)
+    if seed in inside:
+        raise Untileable(f"{seed.name} does not come from before the region")
+    forced: set[fx.Node] = set()
+    outer, pulled = {seed: dim}, dict[fx.Node, int]()
+    while True:
+        spread = _Spread(stretch, outer, calls, forced, hosted, pulled)
+        more = spread.demanded - forced
+        wanted = {n: d for n, d in spread.outer.items() if n in inside and n not in spread.dims and n not in forced | more}
+        if not more and wanted.keys() <= pulled.keys():
+            break
+        pulled |= wanted
+        forced |= _with_ancestors(more, inside)
+        outer |= {node: spread.dims[node] for node in forced if node in spread.dims}  # where others of their readers cut them
     tiled = {n for n in stretch if n in spread.dims}
     merged = {n: d for n, d in spread.merged.items() if any(a in tiled for a in calls.arguments(n))}
     nodes = tuple(n for n in stretch if n in tiled)
@@ -274,13 +278,14 @@ class _Spread:
         calls: Calls,
         forced: set[fx.Node],
         hosted: Collection[fx.Node],
+        pulled: Mapping[fx.Node, int],
     ) -> None:
         self.dims: dict[fx.Node, int] = {}
         self.merged: dict[fx.Node, int] = {}
         self.demanded: set[fx.Node] = set()
-        self._calls, self._hosted = calls, hosted
+        self._calls, self._hosted, self._pulled, self._inside = calls, hosted, pulled, set(stretch)
         # Dimensions of values from before the loop: where a reader of only such values is cut, follows from them.
-        self._outer = dict(outer)
+        self.outer = dict(outer)
         for node in stretch:
             if node in forced or not self._cut(node):
                 self.demanded |= {n for n in node.all_input_nodes if n in self.dims or n in self.merged}
@@ -289,7 +294,7 @@ class _Spread:
         """Gives the node a dimension; False where it has to run whole."""
         if node.target is operator.getitem:
             source = node.args[0]
-            for known in (self.dims, self._outer):
+            for known in (self.dims, self.outer):
                 if source in known:
                     known[node] = known[source]  # type: ignore[index]
             return source in self.dims
@@ -297,16 +302,16 @@ class _Spread:
             return False
         arguments = self._calls.arguments(node)
         inner = [n for n in arguments if n in self.dims]
-        if not inner and not any(n in self._outer for n in arguments):
-            return False
+        if not inner and not any(n in self.outer for n in arguments):
+            return self._pull(node, arguments)
         best: tuple[int, int] | None = None
         for dim in range(max((t.dim() for t in tensors_of(node)), default=0)):
             whole = self._whole(node, arguments, dim)
             if whole is not None and (best is None or whole < best[0]):
                 best = whole, dim
-        if not inner and _is_view(node) and not any(n in self._hosted for n in arguments):
+        if not inner and is_view(node) and not any(n in self._hosted for n in arguments):
             if best is not None:  # it costs nothing, and is cut where it is read
-                self._outer[node] = best[1]
+                self.outer[node] = best[1]
             return False
         if best is None:
             return self._merge(node, arguments)
@@ -315,7 +320,21 @@ class _Spread:
             if cut is None and argument in self.dims:
                 self.demanded.add(argument)
             elif cut is not None and argument not in self.dims:
-                self._outer.setdefault(argument, cut)
+                self.outer.setdefault(argument, cut)
+        return True
+
+    def _pull(self, node: fx.Node, arguments: Sequence[fx.Node]) -> bool:
+        """Whether what reads the result in parts has it computed so, from parts of what nothing else has cut."""
+        if node not in self._pulled or (is_view(node) and not any(n in self._inside for n in arguments)):
+            return False
+        try:
+            cuts = self._calls.dims(node, self._pulled[node])
+        except Untileable:
+            return False
+        if all(cut is None for cut in cuts):
+            return False
+        self.dims[node] = self._pulled[node]
+        self.outer |= {n: cut for n, cut in zip(arguments, cuts, strict=True) if cut is not None}
         return True
 
     def _whole(self, node: fx.Node, arguments: Sequence[fx.Node], dim: int) -> int | None:
@@ -324,7 +343,7 @@ class _Spread:
             cuts = self._calls.dims(node, dim)
         except Untileable:
             return None
-        known = [(self.dims.get(a, self._outer.get(a)), cut, a in self.dims) for a, cut in zip(arguments, cuts, strict=True)]
+        known = [(self.dims.get(a, self.outer.get(a)), cut, a in self.dims) for a, cut in zip(arguments, cuts, strict=True)]
         if any(inner and cut is not None and cut != had for had, cut, inner in known):
             return None
         if not any(cut is not None and cut == had for had, cut, _ in known):
@@ -346,48 +365,6 @@ class _Spread:
         return True
 
 
-def written_over(region: Region, tiles: Sequence[TileNeeds], node: fx.Node) -> fx.Node | None:
-    """The value in whose memory a result of the region can be written; None where there is none.
-
-    Nothing else reads it afterwards, and every tile reads of it, before it writes, just what it writes.
-    """
-    stop = max(region.ordered)
-    for value in region.operands:
-        if not _alike(value, node):
-            continue
-        mine = region.calls.sharing(value)
-        readers = [user for n in mine for user in n.users]
-        inside = [user for user in readers if user in region.dims or user in region.merged]
-        if any(n.op != "call_function" for n in mine) or any(user > stop for user in readers):
-            continue
-        if not inside or any(user > node or _is_view(user) for user in inside):
-            continue
-        if any(n in mine and n is not value for user in inside for n in user.all_input_nodes):
-            continue  # another part of the same memory
-        if all(_reads_just(region, tile, user, value, tile.written[node]) for tile in tiles for user in inside):
-            return value
-    return None
-
-
-def _alike(value: fx.Node, result: fx.Node) -> bool:
-    """Whether a value has memory of its own, all of it, in which the result can be."""
-    one, other = value.meta.get("val"), result.meta["val"]
-    if not isinstance(value.target, torch._ops.OpOverload) or not isinstance(one, torch.Tensor):
-        return False
-    if one.dtype != other.dtype or one.shape != other.shape:
-        return False
-    whole = one.untyped_storage().nbytes() == one.numel() * one.dtype.itemsize
-    return whole and one.is_contiguous() and other.is_contiguous()
-
-
-def _reads_just(region: Region, tile: TileNeeds, user: fx.Node, value: fx.Node, part: Part) -> bool:
-    step = tile.steps[user]
-    if step is None:
-        return True
-    needs = zip(region.calls.arguments(user), step.needs, strict=True)
-    return all(need == part for argument, need in needs if argument is value)
-
-
 def _with_ancestors(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
     found: set[fx.Node] = set()
     queue = list(nodes)
@@ -400,7 +377,7 @@ def _with_ancestors(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.No
     return found
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether the result is in storage that was there before."""
     before = {storage_id(t) for n in node.all_input_nodes for t in tensors_of(n)}
     return all(storage_id(t) in before for t in tensors_of(node))

@@ -22,10 +22,11 @@ from passes.fakes import FaithfulFakes
 from passes.loop import Loop
 from passes.program import Program, tensors_of
 from passes.refresh_values import carry_on, value_of
-from passes.regions import Calls, Region, Tile, TileNeeds, find_region, written_over
+from passes.regions import Calls, Region, Tile, TileNeeds, find_region
 from passes.tile_body import Buffers, bands_of, make_runs, note_tile
 from passes.tile_rules import Reduced, Untileable, reduce_parts
 from passes.tile_rules.base import Part
+from passes.write_over import more_of, written_over
 from runtime import ops
 from runtime.errors import PlanFileError
 
@@ -34,15 +35,19 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class TileRegions:
-    """`tiles`: the regions, in program order. `hosted`: results of regions that live on the host, band by band."""
+    """`tiles`: the regions, in program order.
+
+    Of their results, `hosted` live on the host, band by band, and `over` may be written over values that are larger.
+    """
 
     tiles: tuple[Tile, ...]
     hosted: tuple[str, ...] = ()
+    over: tuple[str, ...] = ()
     name: str = "tile_regions"
 
     def apply(self, program: Program) -> Program:
         program = program.with_graph(program.copy_graph())
-        tiler = _Tiler(program.graph, frozenset(self.hosted))
+        tiler = _Tiler(program.graph, frozenset(self.hosted), frozenset(self.over))
         for decision in self.tiles:
             tiler.tile(decision)
         for node in program.ops():
@@ -75,10 +80,10 @@ def stretch_of(nodes: Mapping[str, fx.Node], tile: Tile) -> tuple[list[fx.Node],
 
 
 class _Tiler:
-    """Changes one graph, region by region. `hosted`: names of results that live on the host."""
+    """Changes one graph, region by region. By name, results that live on the host, and that may be over larger values."""
 
-    def __init__(self, graph: fx.Graph, hosted: Collection[str]) -> None:
-        self._graph, self._hosted = graph, hosted
+    def __init__(self, graph: fx.Graph, hosted: Collection[str], over: Collection[str]) -> None:
+        self._graph, self._hosted, self._over = graph, hosted, over
         self._nodes = {node.name: node for node in graph.nodes}
         self._on_host: set[fx.Node] = set()
 
@@ -113,14 +118,23 @@ class _Tiler:
         results: dict[fx.Node, fx.Node] = {}
         taken: set[fx.Node] = set()
         for node in region.results:
-            over = written_over(region, tiles, node) if node.name not in self._hosted else None
+            over = written_over(region, tiles, node, node.name in self._over) if node.name not in self._hosted else None
             if over is None or over in taken:
                 results[node] = self._result(node, region.dims[node])
                 continue
-            results[node] = _call(self._graph, aten.alias.default, over, name=node.name)
-            results[node].meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
             taken.add(over)
+            results[node] = made = self._alias(over, node)
+            made.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         return results
+
+    def _alias(self, over: fx.Node, node: fx.Node) -> fx.Node:
+        """Another name for a value, or for as much of its beginning as a result takes."""
+        dim = more_of(over, node)
+        if dim is not None:
+            over = _call(
+                self._graph, aten.slice.Tensor, over, dim, 0, int(node.meta["val"].shape[dim]), name=f"{node.name}_over"
+            )
+        return _call(self._graph, aten.alias.default, over, name=node.name)
 
     def _result(self, node: fx.Node, dim: int) -> fx.Node:
         """Where a result is written."""
@@ -158,9 +172,9 @@ class _Tiler:
         return loop
 
 
-def _call(graph: fx.Graph, target: Any, value: fx.Node, name: str) -> fx.Node:
-    """An operator on one value, with what it gives on fakes."""
-    made = graph.create_node("call_function", target, (value,), name=name)
+def _call(graph: fx.Graph, target: Any, *args: Any, name: str) -> fx.Node:
+    """An operator, with what it gives on fakes."""
+    made = graph.create_node("call_function", target, args, name=name)
     made.meta["val"] = value_of(made)
     return made
 

@@ -16,10 +16,10 @@ AllocationEvent = tuple[int, int]
 
 @dataclass(frozen=True)
 class Reserved:
-    """What an allocator reserves at most, and the pool that it has to be given first (`Device.reserve`); both in bytes."""
+    """What an allocator reserves at most, and the pools that it has to be given first (`Device.reserve`); all in bytes."""
 
     reserved_bytes: int
-    pool_bytes: int = 0
+    pools: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ class MemoryModel:
     def reserve(self, events: Iterable[AllocationEvent] | Trace, limit: int | None = None) -> Reserved | None:
         """What the allocator reserves at most while it serves the events; None where that is more than `limit` bytes.
 
-        On CUDA segments, with the pool that makes them fewest; elsewhere the live peak. A limit never changes the answer, it
+        On CUDA segments, with the pools that make them fewest; elsewhere the live peak. A limit never changes the answer, it
         only makes "no" come sooner. Where many schedules share their activations, prepare those once: `Trace.of(steps)`, and
         then `trace.holding(bundles)`.
         """
         if self.device == "cuda":
-            pool = (events if isinstance(events, Trace) else Trace.of([events])).best_pool(limit)
-            return None if pool is None else Reserved(pool.reserved_bytes, pool.pool_bytes)
+            found = (events if isinstance(events, Trace) else Trace.of([events])).best_pools(limit)
+            return None if found is None else Reserved(found.reserved_bytes, found.sizes)
         if isinstance(events, Trace):
             raise TypeError(f"a Trace counts as CUDA does, in blocks of 512 B; give reserve() of {self.device!r} the events")
         peak = _live_peak(events)

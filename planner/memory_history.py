@@ -47,7 +47,7 @@ class _History:
         self.title = plan.title
         self.memory: MemoryModel = plan.problem.memory
         self.pool = CachingAllocator() if self.memory.device == "cuda" else None
-        self.pool_bytes = plan.layout.pool_bytes
+        self.pools = plan.layout.pools
         self.events: list[dict[str, Any]] = []
         self.live: dict[int, _Block] = {}  # by key
         self.segments: dict[int, int] = {}  # bytes by address, without those of the pool
@@ -82,10 +82,12 @@ class _History:
             nbytes = sum(taken.nbytes for taken in arenas)
             if arenas:  # what libraries hold is known as a whole
                 self._arena(arenas, nbytes if kind == "libraries" else self.memory.reserved_alone(nbytes))
-        if self.pool is not None and self.pool_bytes:  # made and freed, it is what the allocator cuts from then on
-            handle = self.pool.alloc(self.pool_bytes)
-            self._event("segment_alloc", _Block(_POOL + self.pool.address(handle), self.pool.reserved_bytes, "unknown", []))
-            self.pool.free(handle)
+        if self.pool is not None:  # made and freed, pools are what the allocator cuts from then on
+            handles = [self.pool.alloc(nbytes) for nbytes in self.pools]
+            for handle, nbytes in zip(handles, self.pools, strict=True):
+                self._event("segment_alloc", _Block(_POOL + self.pool.address(handle), nbytes, "unknown", []))
+            for handle in handles:
+                self.pool.free(handle)
         for taken in moment.takes:
             if not taken.arena:
                 self._take(taken, self._frames(moment, taken.label))

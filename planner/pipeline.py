@@ -53,7 +53,9 @@ def placements_of(problem: Problem, decisions: Decisions) -> tuple[Placement, ..
     return tuple(placements)
 
 
-def emit_program(problem: Problem, decisions: Decisions, budget_bytes: int, pool_bytes: int = 0) -> tuple[Program, Proof]:
+def emit_program(
+    problem: Problem, decisions: Decisions, budget_bytes: int, pools: tuple[int, ...] = ()
+) -> tuple[Program, Proof]:
     """Rewrites, schedules and checks; what comes back is proved to fit.
 
     Raises:
@@ -67,7 +69,7 @@ def emit_program(problem: Problem, decisions: Decisions, budget_bytes: int, pool
             InsertFrees(),  # last: it looks at everybody's last use
         ),
     )
-    program = replace(program, layout=replace(layout, pool_bytes=pool_bytes))
+    program = replace(program, layout=replace(layout, pools=pools))
     if program.dims is not None:  # what is proved is what runs, at the largest sizes
         program = Concretise(program.dims.largest, problem.program).apply(program)
     annotate_workspace(problem, program.graph)

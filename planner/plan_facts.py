@@ -50,7 +50,7 @@ class PlanFacts:
         self.decisions, self._solver = decisions, solver
         if solver.problem.in_symbols is not None:
             check_sizes(solver.problem, decisions, options.budget.device_bytes)
-        self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes, schedule.pool_bytes)
+        self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes, schedule.pools)
         self._schedule = schedule
 
     # What was asked.

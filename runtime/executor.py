@@ -81,7 +81,7 @@ class Executor:
                 self._place(bundle, self._staging[bundle.offset : bundle.offset + bundle.nbytes])
         self._tables = self._find_tables()
         if self._alone:
-            self.device.reserve(layout.pool_bytes)
+            self.device.reserve(*layout.pools)
             self.device.loaded(program)
         self.refresh()
 

@@ -46,8 +46,8 @@ class Layout:
     """Static memory of one emitted program, in bytes. Every offset is a multiple of `alignment`.
 
     `state` are the weights that the program writes (I6): resident too, but each in an allocation of its own that programs share
-    and the module sees, so their offsets are all 0. `pool_bytes` is the segment that the device's allocator is given beforehand
-    for activations and bundles without an offset, which would else get segments of their own; 0 where it is not. `hosted` are
+    and the module sees, so their offsets are all 0. `pools` are segments that the device's allocator is given beforehand
+    for activations and bundles without an offset, which would else get segments of their own. `hosted` are
     the places of values that live on the host, in an arena of `host_bytes`.
     """
 
@@ -56,7 +56,7 @@ class Layout:
     resident_bytes: int = 0
     state: tuple[Slot, ...] = ()
     staging_bytes: int = 0
-    pool_bytes: int = 0
+    pools: tuple[int, ...] = ()
     bundles: tuple[Bundle, ...] = ()
     hosted: tuple[HostPlace, ...] = ()
     host_bytes: int = 0

@@ -44,7 +44,7 @@ class Schedule:
     peak_position: int
     time: StepTime
     staging_bytes: int = 0  # of the static arena, where there is one
-    pool_bytes: int = 0  # of the segment that the device's allocator is given beforehand
+    pools: tuple[int, ...] = ()  # bytes of the segments that the device's allocator is given beforehand
 
     @property
     def streamed_bytes(self) -> int:
@@ -178,19 +178,19 @@ class Solver:
                 return None
             arena = found[1]
         total = problem.activation_bytes + resident + (arena if staging == "arena" else staged)
-        position, pool = int(np.argmax(total)), 0
-        peak = int(total[position])
+        position = int(np.argmax(total))
+        peak, pools = int(total[position]), tuple[int, ...]()
         if memory.device == "cuda":
             arenas = memory.reserved_alone(resident) + memory.reserved_alone(arena)
             limit = None if budget_bytes is None else budget_bytes - arenas - memory.fixed_bytes
             reserved = self._reserve(placements, limit) if staging == "allocator" else self.reserved_activations
             if reserved is None:
                 return None
-            peak, pool = arenas + reserved.reserved_bytes, reserved.pool_bytes
+            peak, pools = arenas + reserved.reserved_bytes, reserved.pools
         peak += memory.fixed_bytes
         if budget_bytes is not None and peak > budget_bytes:
             return None
-        return Schedule(placements, staging, peak, position, time or self.seconds(placements), arena, pool)
+        return Schedule(placements, staging, peak, position, time or self.seconds(placements), arena, pools)
 
     def _besides(self, resident_bytes: int) -> int:
         """What is taken besides a static arena, at least."""

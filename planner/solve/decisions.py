@@ -17,8 +17,9 @@ class Tiling:
     """How the program is rewritten before its weights are streamed.
 
     `norms` are split into statistics and what applies them, of which `recomputed` have their input computed twice; `tiles` are
-    the regions that run tile by tile, in program order; `hosted` are those of their results that live on the host. `lookups`
-    are the weights whose rows are looked up there, and `slices` those that come in parts, by placeholder.
+    the regions that run tile by tile, in program order; of their results `hosted` live on the host, and `over` may be written
+    over values that are larger. `lookups` are the weights whose rows are looked up on the host, and `slices` those that come
+    in parts, by placeholder.
     """
 
     norms: tuple[str, ...] = ()
@@ -27,6 +28,7 @@ class Tiling:
     lookups: tuple[str, ...] = ()
     slices: tuple[WeightSlices, ...] = ()
     recomputed: tuple[str, ...] = ()
+    over: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self != UNTILED

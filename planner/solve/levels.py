@@ -23,6 +23,7 @@ from passes.regions import Tile, find_region
 from passes.slice_weights import SliceWeights, WeightSlices, slices_of
 from passes.split_norms import SplitNorms, splittable_norms
 from passes.tile_regions import TileRegions, stretch_of
+from passes.write_over import more_of
 from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.decisions import UNTILED, Tiling
 from planner.solve.problem import Problem
@@ -33,6 +34,8 @@ from planner.solve.tile_search import TileSearch
 _RATIO = 0.8
 # So many halvings between two caps find what a means comes to.
 _BISECTIONS = 4
+# How far above what it comes to a means is also tried.
+_ABOVE = 1.05
 # A cap that everything keeps.
 _ANY = 1 << 62
 # Values of more than some such share of the cap live on the host, where no tiling without that keeps the cap.
@@ -83,7 +86,7 @@ def _tile_passes(tiling: Tiling) -> tuple[Pass, ...]:
         Functionalise(),
         SplitNorms(tiling.norms),  # regions begin and end at the halves
         Recompute(tiling.recomputed),
-        TileRegions(tiling.tiles, tiling.hosted),
+        TileRegions(tiling.tiles, tiling.hosted, tiling.over),
     )
 
 
@@ -124,21 +127,27 @@ class Levels:
             before = tiling
 
     def _finest(self, index: int, like: Tiling) -> Iterator[tuple[int, Tiling]]:
-        """What the same means as those of a tiling come to between two levels: others cost more. By bisection."""
+        """What the same means as those of a tiling come to between two levels, by bisection; others cost more.
+
+        And what they come to a little above it: the last few bytes take many tiles.
+        """
         if index not in self._between:
             low, high, found = self._cap(index), self._cap(index - 1), None
             parts = Tiling(lookups=like.lookups, slices=like.slices, recomputed=like.recomputed)
+            search = self._search(parts, over=bool(like.over))
             for _ in range(_BISECTIONS):
                 middle = (low + high) // 2
-                kept = self._kept(middle, parts, self._search(parts))
+                kept = self._kept(middle, parts, search)
                 low, high, found = (low, middle, kept[1]) if kept is not None else (middle, high, found)
-            self._between[index] = (high, found)
-        cap, tiling = self._between[index]
-        if tiling is not None:
-            yield cap, tiling
+            finest = [(high, found)] if found is not None else []
+            above = int(high * _ABOVE)
+            if finest and above < self._cap(index - 1) and (kept := self._kept(above, parts, search)) is not None:
+                finest.insert(0, (above, kept[1]))
+            self._between[index] = finest
+        yield from self._between[index]
 
     @cached_property
-    def _between(self) -> dict[int, tuple[int, Tiling | None]]:
+    def _between(self) -> dict[int, list[tuple[int, Tiling]]]:
         return {}
 
     @cached_property
@@ -195,14 +204,18 @@ class Levels:
         return tuple(found)
 
     def _tiled(self, cap: int, parts: Tiling) -> Tiling | None:
-        """The regions for a cap; where it cannot be kept otherwise, with values that live on the host or are computed twice."""
+        """The regions for a cap, by the first means that keep it.
+
+        Tiles alone; results over larger values; then values that live on the host or are computed twice.
+        """
         if cap < self._search(parts).costs.floor_bytes:
             return None
-        found = self._kept(cap, parts, self._search(parts))
-        if found is not None:
-            return found[1]
-        twice = self._recomputed(cap, parts, self._search(parts))
-        options = [self._kept(cap, twice, self._search(twice)) if twice != parts else None]
+        for over in (False, True):
+            found = self._kept(cap, parts, self._search(parts, over))
+            if found is not None:
+                return found[1]
+        twice = self._recomputed(cap, parts, self._search(parts, over=True))
+        options = [self._kept(cap, twice, self._search(twice, over=True)) if twice != parts else None]
         for hosting in self._hostings(cap, parts):
             hosted = self._kept(cap, parts, hosting)
             if hosted is None and (twice := self._recomputed(cap, parts, hosting)) != parts:
@@ -223,7 +236,7 @@ class Levels:
 
     def _recomputed(self, cap: int, parts: Tiling, search: TileSearch) -> Tiling:
         """With the norms whose input can be computed again, and that a search leaves above the cap together with it."""
-        norms = recomputable(self._search(parts).costs.problem.program)
+        norms = recomputable(search.costs.problem.program)
         left = {search.costs.nodes[i].name for i in search.left(cap)} if norms else set()
         return replace(parts, recomputed=tuple(name for name in norms if name in left))
 
@@ -241,7 +254,7 @@ class Levels:
     def _hosting(self, parts: Tiling, hosting: Hosting | None) -> TileSearch:
         """A search with such values on the host; where they are the same, the same for all caps."""
         base = self._search(parts).costs
-        costs = TileCosts(base.problem, hosting, base.calls)
+        costs = TileCosts(base.problem, hosting, over=True, calls=base.calls)
         key = parts, costs.hosted, hosting.axis if hosting is not None else 0
         return self._hosted.setdefault(key, TileSearch(costs, self.freedom.constraint))
 
@@ -249,8 +262,16 @@ class Levels:
     def _hosted(self) -> dict[object, TileSearch]:
         return {}
 
-    def _search(self, parts: Tiling) -> TileSearch:
-        """For regions in the program with weights in parts and all norms split."""
+    def _search(self, parts: Tiling, over: bool = False) -> TileSearch:
+        """For regions in the program with weights in parts and all norms split; `over`: with results over larger values."""
+        if over:
+            base = self._search(parts).costs
+            if not base.has_larger:
+                return self._search(parts)
+            if parts not in self._over:
+                costs = TileCosts(base.problem, over=True, calls=base.calls)
+                self._over[parts] = TileSearch(costs, self.freedom.constraint)
+            return self._over[parts]
         if parts not in self._searches:
             program = tile_program(self.base.program, parts)
             whole = replace(parts, norms=splittable_norms(program))
@@ -261,13 +282,17 @@ class Levels:
         return self._searches[parts]
 
     @cached_property
+    def _over(self) -> dict[Tiling, TileSearch]:
+        return {}
+
+    @cached_property
     def _searches(self) -> dict[Tiling, TileSearch]:
         return {}
 
 
-def _means(tiling: Tiling) -> tuple[bool, bool, bool]:
+def _means(tiling: Tiling) -> tuple[bool, ...]:
     """What a tiling does besides tiles, all of which costs more."""
-    return bool(tiling.slices), bool(tiling.recomputed), bool(tiling.hosted)
+    return bool(tiling.slices), bool(tiling.over), bool(tiling.recomputed), bool(tiling.hosted)
 
 
 def _same_operators(one: Program, other: Program) -> bool:
@@ -276,15 +301,17 @@ def _same_operators(one: Program, other: Program) -> bool:
 
 
 def _with_regions(parts: Tiling, costs: TileCosts, tiles: tuple[Tile, ...]) -> Tiling:
-    """With the norms that lie in a region's stretch, whole or in part, and the results that live on the host."""
+    """With the norms that lie in a region's stretch, and the results that live on the host or are over larger values."""
     names: set[str] = set()
     hosted: list[str] = []
+    over: list[str] = []
     nodes = {node.name: node for node in costs.problem.program.graph.nodes}
     for tile in tiles:
         stretch, seed = stretch_of(nodes, tile)
         names |= {node.name for node in stretch}
         region = find_region(stretch, seed, tile.dim, costs.calls, costs.hosted)
         hosted += [node.name for node in region.results if node in costs.hosted]
+        over += [node.name for node, value in costs.written_over(region).items() if more_of(value, node) is not None]
     halves = {name: {name, f"{name}_statistics"} for name in costs.problem.tiling.norms}
     norms = tuple(name for name, both in halves.items() if both & names or name in parts.recomputed)
-    return replace(parts, norms=norms, tiles=tiles, hosted=tuple(hosted))
+    return replace(parts, norms=norms, tiles=tiles, hosted=tuple(hosted), over=tuple(over))

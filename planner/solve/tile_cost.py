@@ -5,7 +5,8 @@ Only a choice is made by these numbers; what is chosen is rewritten, analysed an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -16,8 +17,9 @@ from torch import fx
 
 from passes.probe import call_of
 from passes.program import storage_id, tensors_of
-from passes.regions import Calls, Region, TileNeeds, find_region, written_over
+from passes.regions import Calls, Region, TileNeeds, find_region
 from passes.tile_rules import Part, Untileable
+from passes.write_over import fits_over, written_over
 from planner.solve.problem import Problem
 
 _CONVOLUTIONS = {
@@ -54,10 +56,14 @@ class Hosting:
 
 @dataclass
 class TileCosts:
-    """Estimates for stretches of one problem; equal stretches are estimated once."""
+    """Estimates for stretches of one problem; equal stretches are estimated once.
+
+    `over`: results may be written over values that are larger.
+    """
 
     problem: Problem
     hosting: Hosting | None = None
+    over: bool = False
     calls: Calls = field(default_factory=Calls)
     _regions: dict[object, Region | None] = field(default_factory=dict)
     _inner: dict[object, Inner | None] = field(default_factory=dict)
@@ -203,19 +209,29 @@ class TileCosts:
     def _results(self, region: Region) -> int:
         """Bytes of the memory that results take: none on the host, none where they are written over something else."""
         if region not in self._result_bytes:
-            own = [node for node in region.results if node not in self.hosted]
-            over = self._written_over(region, own) - self.hosted
-            self._result_bytes[region] = sum(map(_dense_bytes, own)) - sum(map(_dense_bytes, over))
+            free = {*self.written_over(region), *self.hosted}
+            self._result_bytes[region] = sum(_dense_bytes(node) for node in region.results if node not in free)
         return self._result_bytes[region]
 
-    @staticmethod
-    def _written_over(region: Region, results: Sequence[fx.Node]) -> set[fx.Node]:
-        """The values that results are written over, each as large as its result."""
+    def written_over(self, region: Region) -> dict[fx.Node, fx.Node]:
+        """The results that are written over values, and those values."""
         try:
             tile, _ = region.usual_tile(2)
         except Untileable:  # no estimate is given then
-            return set()
-        return {over for node in results if (over := written_over(region, (tile,), node)) is not None}
+            return {}
+        found: dict[fx.Node, fx.Node] = {}
+        for node in region.results:
+            over = written_over(region, (tile,), node, self.over) if node not in self.hosted else None
+            if over is not None and over not in self.hosted and over not in found.values():
+                found[node] = over
+        return found
+
+    @cached_property
+    def has_larger(self) -> bool:
+        """Whether there are values over which smaller ones could be written, by their shapes."""
+        values = {(t.shape, t.dtype): n for n in self.nodes if isinstance(t := n.meta.get("val"), torch.Tensor)}
+        pairs = itertools.permutations(values.values(), 2)
+        return any(fits_over(value, node, larger=True) for value, node in pairs)
 
     @cached_property
     def _result_bytes(self) -> dict[Region, int]:

@@ -93,7 +93,7 @@ class AccountingDevice:
     def loaded(self, program: object) -> None:
         self._clock = VirtualClock(program.pace) if isinstance(program, Executable) and program.pace is not None else None
 
-    def reserve(self, nbytes: int) -> None:
+    def reserve(self, *sizes: int) -> None:
         return None
 
     @contextlib.contextmanager

@@ -98,11 +98,11 @@ class Device(Protocol):
         """The program that the next calls run. What is measured once per program is measured in its first call."""
         ...
 
-    def reserve(self, nbytes: int) -> None:
-        """Has the allocator, where there is one, hold a free segment of `nbytes` from which the next calls are served; 0: none.
+    def reserve(self, *sizes: int) -> None:
+        """Has the allocator, where there is one, hold free segments of so many bytes, from which the next calls are served.
 
-        To be called when the arenas of a program are allocated, and before it runs; it takes the place of the pool before. What
-        is allocated outside of calls lies beside it, what is allocated in them lies in it.
+        To be called when the arenas of a program are allocated, and before it runs; they take the place of the pools before.
+        What is allocated outside of calls lies beside them, what is allocated in them lies in them.
         """
         ...
 

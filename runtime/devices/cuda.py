@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from runtime.devices.base import Measurement
-from runtime.devices.cuda_pool import PoolSegment, TorchCache
+from runtime.devices.cuda_pool import PoolSegments, TorchCache
 from runtime.devices.event_log import EventLog
 from runtime.homes import Home, MemoryHome
 from runtime.tables import Table
@@ -43,12 +43,12 @@ class CudaDevice:
         self._baseline_bytes = 0
         self._reserved_baseline = 0
         self._enforced = False
-        self._pool = PoolSegment(TorchCache(self.torch_device))
+        self._pools = PoolSegments(TorchCache(self.torch_device))
         self._calling = False
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         if not self._calling:
-            self._pool.release()  # arenas stay, and lie in segments of their own
+            self._pools.release()  # arenas stay, and lie in segments of their own
         return torch.empty(nbytes, dtype=torch.uint8, device=self.torch_device)
 
     def pin(self, buffer: torch.Tensor) -> bool:
@@ -159,8 +159,8 @@ class CudaDevice:
     def loaded(self, program: object) -> None:
         return None
 
-    def reserve(self, nbytes: int) -> None:
-        self._pool.make(nbytes)
+    def reserve(self, *sizes: int) -> None:
+        self._pools.make(*sizes)
 
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
@@ -169,7 +169,7 @@ class CudaDevice:
         if self._done is not None:
             stream.wait_event(self._done)  # the last call may have run on another stream
         self._copies.wait_stream(stream)  # no copy before the last call's readers are through (I4)
-        self._pool.renew()  # before the peaks are reset: it is allocated for a moment
+        self._pools.renew()  # before the peaks are reset: it is allocated for a moment
         torch.cuda.reset_peak_memory_stats(self.torch_device)
         self._spans, self._copied_bytes, self._log = [], 0, EventLog()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -210,8 +210,8 @@ class CudaDevice:
         self._baseline_bytes = torch.cuda.memory_allocated(self.torch_device)
         self._reserved_baseline = torch.cuda.memory_reserved(self.torch_device)
         total = torch.cuda.get_device_properties(self.torch_device).total_memory
-        self._pool.limit_bytes = self._reserved_baseline + budget_bytes
-        torch.cuda.set_per_process_memory_fraction(share_of(self._pool.limit_bytes, total), self.torch_device)
+        self._pools.limit_bytes = self._reserved_baseline + budget_bytes
+        torch.cuda.set_per_process_memory_fraction(share_of(self._pools.limit_bytes, total), self.torch_device)
         self._enforced = True
 
     def close(self) -> None:
@@ -219,8 +219,8 @@ class CudaDevice:
         if self._enforced:
             torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
             self._enforced = False
-        self._pool.limit_bytes = None
-        self._pool.make(0)
+        self._pools.limit_bytes = None
+        self._pools.make()
         self._ring.clear()
         torch.cuda.empty_cache()
 

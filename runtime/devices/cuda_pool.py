@@ -1,8 +1,9 @@
-"""The pool: one free segment of the caching allocator, made before a program runs, that serves all it asks for.
+"""Pools: free segments of the caching allocator, made before a program runs, that serve all it asks for.
 
 Blocks of different segments never merge. In one segment that is as large as the program needs, they do, so less is reserved
-(`passes/cuda_replay.py` says how much). The segment belongs to the stream that was current when it was made, and anybody may
-have the allocator give it back (`torch.cuda.empty_cache()`, a request at the cap): before each call both are looked at.
+(`passes/cuda_replay.py` says how much, and when two are better). Segments belong to the stream that was current when they were
+made, and anybody may have the allocator give them back (`torch.cuda.empty_cache()`, a request at the cap): before each call
+both are looked at.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ log = logging.getLogger("vramplan")
 
 
 class Cache(Protocol):
-    """What the pool needs of a caching allocator; all in bytes."""
+    """What pools need of a caching allocator; all in bytes."""
 
     def empty(self) -> None:
         """Gives every wholly free segment back to the driver."""
@@ -61,32 +62,32 @@ class TorchCache:
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
 
-class PoolSegment:
-    """The pool of one device. `limit_bytes` is the cap on what may be reserved in all; None: there is none."""
+class PoolSegments:
+    """The pools of one device. `limit_bytes` is the cap on what may be reserved in all; None: there is none."""
 
     def __init__(self, cache: Cache) -> None:
         self._cache = cache
         self.limit_bytes: int | None = None
-        self.nbytes = 0
+        self.sizes: tuple[int, ...] = ()
         self._made_for: tuple[int, int] | None = None  # stream, segments released until then
 
-    def make(self, nbytes: int) -> None:
-        """Makes the pool anew, `nbytes` large, in place of the one before; 0: none. What is cached goes back to the driver."""
-        self.nbytes = nbytes
+    def make(self, *sizes: int) -> None:
+        """Makes pools of so many bytes in place of those before. What is cached goes back to the driver."""
+        self.sizes = sizes
         self._made_for = None
         self._cache.empty()
-        if nbytes:
+        if sizes:
             self._make()
 
     def release(self) -> None:
-        """Gives it back until the next call: what is allocated now, to stay, would be cut out of it."""
-        if self.nbytes and self._made_for is not None:
+        """Gives them back until the next call: what is allocated now, to stay, would be cut out of them."""
+        if self.sizes and self._made_for is not None:
             self._made_for = None
             self._cache.empty()
 
     def renew(self) -> None:
-        """Makes it again where a call would find none: it was released, segments were since, or the stream is another."""
-        if not self.nbytes or self._made_for == (self._cache.stream(), self._cache.released_segments()):
+        """Makes them again where a call would find none: they were released, segments were since, or the stream is another."""
+        if not self.sizes or self._made_for == (self._cache.stream(), self._cache.released_segments()):
             return
         self._cache.empty()
         self._make()
@@ -94,15 +95,17 @@ class PoolSegment:
     def _make(self) -> None:
         """Where there is no room, the program runs without: the cap still holds, and a call that needs the room says so."""
         cache = self._cache
-        before = cache.reserved_bytes()
-        if self.limit_bytes is not None and before + self.nbytes > self.limit_bytes:
-            log.info("no room for a pool of %d bytes: %d of %d are reserved", self.nbytes, before, self.limit_bytes)
+        before, total = cache.reserved_bytes(), sum(self.sizes)
+        if self.limit_bytes is not None and before + total > self.limit_bytes:
+            log.info("no room for pools of %d bytes: %d of %d are reserved", total, before, self.limit_bytes)
         else:
             held = []
             try:
-                while cache.reserved_bytes() < before + self.nbytes:  # what a hole serves is no segment of its own
-                    held.append(cache.allocate(self.nbytes))
+                for nbytes in self.sizes:
+                    before += nbytes
+                    while cache.reserved_bytes() < before:  # what a hole serves is no segment of its own
+                        held.append(cache.allocate(nbytes))
             except torch.OutOfMemoryError:
-                log.info("the device has no room for a pool of %d bytes", self.nbytes)
+                log.info("the device has no room for pools of %d bytes", total)
             held.clear()
         self._made_for = cache.stream(), cache.released_segments()

@@ -54,29 +54,29 @@ def run(events: list[Event]) -> None:
 def test_the_allocator_reserves_what_was_replayed(seed: int, stream: torch.cuda.Stream) -> None:
     events = random_events(seed)
     trace = Trace.of([events])
-    best = trace.best_pool()
+    best = trace.best_pools()
     assert best is not None
     device = CudaDevice(torch.device("cuda"))
-    for pool_bytes in (0, best.pool_bytes, 64 * MIB):
-        device.reserve(0)
+    for pools in ((), best.sizes, (64 * MIB,), (48 * MIB, 24 * MIB)):
+        device.reserve()
         before = torch.cuda.memory_reserved()
-        device.reserve(pool_bytes)
-        assert torch.cuda.memory_reserved() - before == pool_bytes
+        device.reserve(*pools)
+        assert torch.cuda.memory_reserved() - before == sum(pools)
         for _ in range(8):  # as many as it takes until a call finds all that it needs
             run(events)
-        assert torch.cuda.memory_reserved() - before == trace.reserved_bytes(pool_bytes)
+        assert torch.cuda.memory_reserved() - before == trace.reserved_bytes(pools)
     device.close()
 
 
 def test_a_budget_of_just_what_is_reserved_is_enough(stream: torch.cuda.Stream) -> None:
     events = random_events(5)
-    best = Trace.of([events]).best_pool()
+    best = Trace.of([events]).best_pools()
     assert best is not None
     device = CudaDevice(torch.device("cuda"))
     device.enforce(best.reserved_bytes)
     torch.cuda.reset_accumulated_memory_stats()
     try:
-        device.reserve(best.pool_bytes)
+        device.reserve(*best.sizes)
         for _ in range(8):
             with device.call([], []):
                 run(events)

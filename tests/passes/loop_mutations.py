@@ -165,7 +165,8 @@ def drop_a_write(program: Program) -> Iterator[Callable[[], Broken]]:
                 body.erase_node(nodes[name])
 
             changed = with_body(program, node, index, change)
-            yield lambda changed=changed: (changed, ("do not write every element", "that is not in its slot"))
+            words = ("do not write every element", "that is not in its slot", "which they write")
+            yield lambda changed=changed, words=words: (changed, words)
 
 
 @mutation("I5", "I4")
@@ -209,19 +210,35 @@ def read_rows_that_another_tile_writes_over(program: Program) -> Iterator[Callab
         for copy in calls(run, aten.copy_.default):
             place = copy.all_input_nodes[0]
             outside = place.target is not aten.slice.Tensor or place.args[0] not in run.placeholders
-            if outside or place.args[0].name != "silu":  # which is written over what the norm reads
+            name = "" if outside else place.args[0].name
+            if outside or program.node(name).target is not aten.alias.default:  # a result over what is read
                 continue
 
-            def change(nodes: dict[str, fx.Node], body: fx.Graph, name: str = place.name) -> None:
+            def change(nodes: dict[str, fx.Node], body: fx.Graph, name: str = place.name, at: int = 0 if index else 15) -> None:
                 written = nodes[name].all_input_nodes[0]
                 with body.inserting_before(nodes[name]):
-                    first = body.call_function(aten.slice.Tensor, (written, nodes[name].args[1], 0, 1))
-                    first.name = "first"
-                    body.call_function(aten.neg.default, (first,)).name = "peek"
-                    body.call_function(ops.free, (first,))
+                    row = body.call_function(aten.slice.Tensor, (written, nodes[name].args[1], at, at + 1))
+                    row.name = "row"
+                    body.call_function(aten.neg.default, (row,)).name = "peek"
+                    body.call_function(ops.free, (row,))
 
             changed = with_body(program, node, index, change)
             yield lambda changed=changed: (changed, ("which they write", "which the same tile has written over"))
+
+
+@mutation("I5")
+def read_what_was_written_over(program: Program) -> Iterator[Callable[[], Broken]]:
+    """The name of a value that a result was written over is still there, until it is freed."""
+    for node in program.ops():
+        if node.target is not aten.alias.default:
+            continue
+        (over,) = node.all_input_nodes
+        over = over.all_input_nodes[0] if over.name.endswith("_over") else over
+        loop = next(user for user in node.users if "loop" in user.meta)
+        edit = Edit(program)
+        peek = edit.insert_before(edit[loop].next, aten.neg.default, edit[over])
+        peek.append(edit.graph.call_function(ops.free, (peek,)))
+        yield lambda edit=edit: (edit.program, ("is read after it was written over",))
 
 
 @mutation("I4")
@@ -452,6 +469,8 @@ def drop_a_loop(program: Program) -> Iterator[Callable[[], Broken]]:
 
 @mutation("I3", "I4")
 def run_a_loop_before_the_one_it_reads(program: Program) -> Iterator[Callable[[], Broken]]:
+    if len(loops(program)) < 2:
+        return
     (first, _), (second, _), *_ = loops(program)
     edit = Edit(program)
     edit[first].prepend(edit[second])

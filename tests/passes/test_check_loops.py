@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from passes.check_plan import check_plan
-from planner import plan
-from planner.solve.decisions import Tiling
+from passes.regions import Tile
+from planner import Plan, plan
+from planner.solve.decisions import Decisions, Tiling
 from runtime import ops
 from runtime.errors import CheckError
 from runtime.layout import HostPlace
@@ -19,10 +20,10 @@ from tests.passes.loop_mutations import LOOP_MUTATIONS, LoopMutation
 from tests.passes.mutations import Edit, layout_of, with_layout
 from tests.passes.programs import Function, run
 from tests.passes.test_check_plan import shared_kernels  # noqa: F401  # one cache of operators
-from tests.passes.tiled import AMPLE, ON_DEVICE, ON_HOST, OVER, assert_alike, emitted, loops
+from tests.passes.tiled import AMPLE, ON_DEVICE, ON_HOST, OVER, OVER_LARGER, assert_alike, emitted, loops
 
 TILINGS = {"device": ON_DEVICE, "host": ON_HOST}
-ALL = {**TILINGS, "over": OVER}
+ALL = {**TILINGS, "over": OVER, "over larger": OVER_LARGER}
 good = pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS.keys())
 
 
@@ -78,6 +79,29 @@ def test_a_broken_program_is_refused(mutation: LoopMutation) -> None:
 
 def test_a_result_is_written_over_what_is_read() -> None:
     assert emitted(OVER).program.node("silu").target is torch.ops.aten.alias.default
+
+
+def test_a_narrower_result_is_written_over_the_beginning() -> None:
+    program = emitted(OVER_LARGER).program
+    assert program.node("add").all_input_nodes == [program.node("add_over")]
+    assert program.node("add_over").args == (program.node("conv2d"), 1, 0, 2)
+
+
+@pytest.mark.parametrize(("function", "what"), [
+    (lambda a, b: (b.sin() + a[:, :2] * 2.0), "what the program gives"),
+    (lambda a, b: (b.sin() + a[:, :2] * 2.0).exp() + a.mean(), "what something else reads later"),
+    (lambda a, b: (b.sin() + a[:, 2:] * 2.0).exp(), "what is read of another part"),
+])  # fmt: skip
+def test_what_is_not_written_over(function: Callable[[Tensor, Tensor], Tensor], what: str) -> None:
+    module = Function(lambda x: function(x.cos(), x[:, :2])).eval()
+    x = torch.randn(1, 4, 6, 8, dtype=torch.float64)
+    p = plan(module, "1GB", inputs=(x,), device="accounting")
+    tiling = Tiling(tiles=(Tile("sin", "add", "cos", 2, 3),), over=("add",))
+    p = Plan(p.target, p._options, p._tilings, Decisions(tiling=tiling))
+    assert p._tilings.of(tiling).problem.program.node("add").target is torch.ops.aten.empty_strided.default, what
+    m, expected = p.build(), module(x)
+    assert torch.equal(m(x), expected)
+    p.restore()
 
 
 def test_values_on_the_host_at_other_times_may_share_their_place() -> None:

@@ -50,6 +50,30 @@ class TestSpread:
         assert names(region(program, 0).results) == ["cos", "sin_1"]
         assert names(region(program, 0, last="sin").results) == ["sin"]
 
+    def test_what_is_made_of_others_is_computed_in_parts_where_it_is_read_so(self) -> None:
+        program = of(lambda x, y: x.sin() + y.cos()[:6].exp(), torch.randn(6, 4), torch.randn(9, 4))
+        found = region(program, 0, last="add")
+        assert dims(found) == {"sin": 0, "cos": 0, "slice_1": 0, "exp": 0, "add": 0}
+        assert found.whole == ()
+
+    def test_what_others_read_whole_too_runs_whole_before(self) -> None:
+        program = of(lambda x, y, z: x.sin() + y.cos() * z.cos().sum(), *torch.randn(3, 6, 4))
+        found = region(program, 0, last="add")
+        assert names(found.whole) == ["cos_1", "sum_1"]
+        assert dims(found) == {"sin": 0, "cos": 0, "mul": 0, "add": 0}
+
+    def test_what_is_made_of_weights_runs_whole_before(self) -> None:
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(4, 4))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return functional.linear(x.sin(), self.weight * 2)
+
+        found = region(canonical(Scaled(), torch.randn(6, 4)), 0)
+        assert names(found.whole) == ["mul"]
+
     def test_what_has_no_dimension_to_cut_runs_whole_before(self) -> None:
         def function(x: Tensor) -> Tensor:
             return x.sin() * x.sum()

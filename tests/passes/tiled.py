@@ -50,32 +50,51 @@ OVER = Tiling(
 )
 
 
-def block() -> tuple[nn.Module, Tensor]:
+# A narrower result over the beginning of what it is made of, of which the tiles read the same rows.
+OVER_LARGER = Tiling(tiles=(Tile("conv2d_1", "add", "conv2d", 2, 4),), over=("add",))
+
+
+class Narrowing(nn.Module):
+    """As where a resnet's shortcut has fewer channels: [1, 4, 16, 8] to [1, 2, 16, 8], added to what has a halo."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 4, 3, padding=1)
+        self.b = nn.Conv2d(2, 2, 3, padding=1)
+        self.shortcut = nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.a(x)
+        return (self.b(x) + self.shortcut(wide)).exp()
+
+
+def block(larger: bool = False) -> tuple[nn.Module, Tensor]:
     """With numbers that differ everywhere."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        return Block().double().eval(), torch.randn(1, 2, 16, 8, dtype=torch.float64)
+        module = Narrowing() if larger else Block()
+        return module.double().eval(), torch.randn(1, 2, 16, 8, dtype=torch.float64)
 
 
 @cache
-def captured() -> Plan:
-    """The block with everything resident, nothing tiled."""
-    module, x = block()
+def captured(larger: bool = False) -> Plan:
+    """The block with everything resident, nothing tiled; `larger`: with the narrowing one."""
+    module, x = block(larger)
     return plan(module, "1MB", inputs=(x,), device="accounting")
 
 
 @cache
 def tiled(tiling: Tiling) -> Plan:
     """The block with a tiling."""
-    p = captured()
+    p = captured(tiling == OVER_LARGER)
     return Plan(p.target, p._options, p._tilings, Decisions(tiling=tiling))
 
 
 @cache
 def emitted(tiling: Tiling) -> Emitted:
     """As the checker gets it."""
-    module, x = block()
-    problem = captured()._tilings.of(tiling).problem
+    module, x = block(tiling == OVER_LARGER)
+    problem = captured(tiling == OVER_LARGER)._tilings.of(tiling).problem
     program, proof = emit_program(problem, Decisions(tiling=tiling), AMPLE)
     return Emitted(program, proof, (module, (x,), {}))
 

@@ -221,9 +221,9 @@ def test_memory_models_reserve_a_pool_where_there_is_an_allocator_to_give_it_to(
     events = [(1, 12 * mib), (2, 12 * mib), (-1, 0), (-2, 0), (3, 24 * mib)]
     cuda, accounting = MemoryModel.of("cuda"), MemoryModel.of("accounting")
     assert cuda.reserved_bytes(events) == 48 * mib
-    assert cuda.reserve(events) == cuda.reserve(Trace.of([events])) == Reserved(24 * mib, 24 * mib)
+    assert cuda.reserve(events) == cuda.reserve(Trace.of([events])) == Reserved(24 * mib, (24 * mib,))
     assert cuda.reserve(events, 24 * mib - 1) is None
-    assert accounting.reserve(events) == accounting.reserve(events, 24 * mib) == Reserved(24 * mib, 0)
+    assert accounting.reserve(events) == accounting.reserve(events, 24 * mib) == Reserved(24 * mib)
     assert accounting.reserve(events, 24 * mib - 1) is None
     with pytest.raises(TypeError, match=r"give reserve\(\) of 'accounting' the events"):
         accounting.reserve(Trace.of([events]))

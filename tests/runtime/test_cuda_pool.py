@@ -1,4 +1,4 @@
-"""The pool on a simulated caching allocator: made once, found gone, made again, never over the cap."""
+"""Pools on a simulated caching allocator: made once, found gone, made again, never over the cap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from passes.cuda_allocator import MIB, CachingAllocator, OutOfMemory
 from runtime.devices import open_device
 from runtime.devices.cuda import share_of
-from runtime.devices.cuda_pool import Cache, PoolSegment
+from runtime.devices.cuda_pool import Cache, PoolSegments
 
 
 class _Block:
@@ -53,7 +53,7 @@ class SimulatedCache(Cache):
 
 def test_a_pool_is_one_free_segment() -> None:
     cache = SimulatedCache()
-    pool = PoolSegment(cache)
+    pool = PoolSegments(cache)
     pool.make(24 * MIB)
     assert cache.segments() == [24 * MIB]
     assert cache.streams[0].allocated_bytes == 0
@@ -64,13 +64,27 @@ def test_a_pool_is_one_free_segment() -> None:
     assert cache.allocations == 3  # it was there: nothing is made again
 
 
+def test_pools_lie_apart() -> None:
+    cache = SimulatedCache()
+    pools = PoolSegments(cache)
+    pools.make(24 * MIB, 12 * MIB)
+    assert cache.segments() == [24 * MIB, 12 * MIB]
+    assert cache.streams[0].allocated_bytes == 0
+    blocks = [cache.allocate(12 * MIB) for _ in range(3)]
+    assert cache.segments() == [24 * MIB, 12 * MIB]
+    blocks.clear()
+    cache.empty()
+    pools.renew()
+    assert cache.segments() == [24 * MIB, 12 * MIB]
+
+
 def test_what_was_cached_goes_first() -> None:
     cache = SimulatedCache()
     cache.allocate(40 * MIB)
-    pool = PoolSegment(cache)
+    pool = PoolSegments(cache)
     pool.make(24 * MIB)
     assert cache.segments() == [24 * MIB]
-    pool.make(0)
+    pool.make()
     assert cache.segments() == []
     pool.renew()
     assert cache.segments() == []
@@ -81,7 +95,7 @@ def test_a_hole_of_another_segment_is_no_pool() -> None:
     first, arena = cache.allocate(14 * MIB), None
     del first
     arena = cache.allocate(2 * MIB)  # cut from the 14, of which 12 are left
-    PoolSegment(cache).make(12 * MIB)
+    PoolSegments(cache).make(12 * MIB)
     assert cache.segments() == [14 * MIB, 12 * MIB]
     assert cache.streams[0].allocated_bytes == 2 * MIB
     del arena
@@ -89,7 +103,7 @@ def test_a_hole_of_another_segment_is_no_pool() -> None:
 
 def test_it_is_made_again_on_another_stream_and_when_it_was_given_back() -> None:
     cache = SimulatedCache()
-    pool = PoolSegment(cache)
+    pool = PoolSegments(cache)
     pool.make(24 * MIB)
     cache.current = 1
     pool.renew()
@@ -102,7 +116,7 @@ def test_it_is_made_again_on_another_stream_and_when_it_was_given_back() -> None
 
 def test_what_stays_is_not_cut_out_of_the_pool() -> None:
     cache = SimulatedCache()
-    pool = PoolSegment(cache)
+    pool = PoolSegments(cache)
     pool.release()  # there is none yet
     pool.make(24 * MIB)
     pool.release()
@@ -120,7 +134,7 @@ def test_devices_without_a_caching_allocator_have_no_pool(name: str) -> None:
 
 def test_no_pool_passes_the_cap() -> None:
     cache = SimulatedCache()
-    pool = PoolSegment(cache)
+    pool = PoolSegments(cache)
     pool.limit_bytes = 40 * MIB
     pool.make(24 * MIB)
     held = cache.allocate(3 * MIB)
@@ -138,7 +152,7 @@ def test_no_pool_passes_the_cap() -> None:
 
 def test_a_device_without_room_runs_without_a_pool() -> None:
     cache = SimulatedCache(limit_bytes=20 * MIB)
-    PoolSegment(cache).make(24 * MIB)
+    PoolSegments(cache).make(24 * MIB)
     assert cache.reserved_bytes() == 0
 
 
