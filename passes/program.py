@@ -21,6 +21,7 @@ from passes.spec import TensorSpec
 from runtime.executable import Rows
 from runtime.layout import Layout
 from runtime.leftovers import Leftovers
+from runtime.stored import Stored
 
 WeightKind = Literal["parameter", "buffer", "constant"]
 
@@ -31,7 +32,7 @@ class Weight:
 
     `name` is the module's own dotted name, `aliases` the other names of the same tensor (tied weights), `node` the name of
     its placeholder. `state` says that the program writes it (I6). With `rows` it is that part of the module's weight: `spec` is
-    the part's, and the parts of one weight share its name.
+    the part's, and the parts of one weight share its name; so do the two tensors as which a weight is `stored` in another type.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Weight:
     persistent: bool = True
     state: bool = False
     rows: Rows | None = None
+    stored: Stored | None = None
 
     @property
     def nbytes(self) -> int:
@@ -50,8 +52,9 @@ class Weight:
 
     @property
     def label(self) -> str:
-        """The module's name, with the rows where it is a part."""
-        return self.name if self.rows is None else f"{self.name}{self.rows}"
+        """The module's name, with the rows where it is a part, and with what is stored of it."""
+        name = self.name if self.stored is None else self.stored.name
+        return name if self.rows is None else f"{name}{self.rows}"
 
 
 @dataclass(frozen=True)

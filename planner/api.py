@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,16 @@ from passes.calibrate import free_ram_bytes
 from planner.budget import Budget
 from planner.dynamic import read_dynamic
 from planner.machine import Machine
-from planner.options import Options, check_allow, check_keep, check_opaque_bytes, check_profile, check_repeats
+from planner.options import (
+    Options,
+    check_allow,
+    check_casts,
+    check_keep,
+    check_max_error,
+    check_opaque_bytes,
+    check_profile,
+    check_repeats,
+)
 from planner.parted import plan_or_parts
 from planner.plan import Plan
 from planner.prepare import prepare
@@ -34,7 +43,7 @@ def plan(
     device: str | None = None,
     machine: str | os.PathLike[str] | Machine | None = None,
     allow: tuple[str, ...] = ("offload", "tile", "layout"),
-    allow_cast: str | None = None,
+    allow_cast: str | torch.dtype | Sequence[str | torch.dtype] | None = None,
     max_error: float | None = None,
     keep: Mapping[str, Mapping[str, Any]] | None = None,
     repeats: int = 1,
@@ -53,12 +62,17 @@ def plan(
             counted). Default: CUDA where it is or where `machine` is one, else cpu.
         machine: a preset's name, the path of a file with a machine (.toml or .json), a `Machine`, or None for this one.
         allow: transforms that may be used; without "offload" every weight stays on the device.
+        allow_cast: types in which weights may be stored, with scales: "float8_e4m3fn", "float8_e5m2", "int8", or several. As
+            many weights are as shorten the step or are needed to fit; none without this. Small ones, the first and the last
+            projections, and what models mark as not to be cast stay as they are.
+        max_error: the largest relative error of the result that casts may cause: |planned - own| / |own|, of the worst output.
+            Measured on the example inputs where these and the weights are real; else an estimate keeps it.
         dynamic: which dimensions vary, as in `torch.export`: {"x": {0: "batch", 2: torch.export.Dim("height", max=128)}}. One
             program then serves every size from 2 up to the largest (a named dim's is the example's, a `Dim`'s its maximum), and
             the budget holds for the largest. Other sizes, and those that the model's own guards exclude, are planned anew.
         profile: measure how long the operators take on this device, each distinct one once on made-up data, and plan with
             that instead of the machine model. Kept in the cache folder: a second plan runs nothing.
-        keep: patterns of weight names to pin, such as {"embeddings.*": {"resident": True}}.
+        keep: patterns of weight names to pin, such as {"embeddings.*": {"resident": True}}, or not to cast: {"cast": False}.
         repeats: how many calls follow each other, the steps of a denoiser say. From two on, copies go over the seam between
             calls: the end of one fetches what the beginning of the next needs, and bundles stay on the device in between.
             A model that is planned in parts is planned for one call.
@@ -77,11 +91,11 @@ def plan(
     """
     if not isinstance(target, nn.Module):
         raise PlannerError(f"plan() takes an nn.Module, got {type(target).__name__}: plan(model, budget='6GB', inputs=(x,))")
-    for name, value, default in (
-        ("call", call, None), ("allow_cast", allow_cast, None), ("max_error", max_error, None),
-    ):  # fmt: skip
-        if value != default:
-            raise PlannerError(f"{name}={value!r} is not supported for a module yet; leave it at {default!r}")
+    if call is not None:
+        raise PlannerError(f"call={call!r} is not supported for a module yet; leave it at None")
+    casts = check_casts(allow_cast)
+    if "cast" in check_allow(allow) and not casts:
+        raise PlannerError("allow has 'cast', and no type is named: write allow_cast='float8_e4m3fn'")
     chosen = _device(device, budget, machine)
     described = _machine(machine, chosen)
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
@@ -101,6 +115,8 @@ def plan(
         dynamic=None if dynamic is None else read_dynamic(target, method, args, dict(kwargs or {}), dynamic),
         repeats=check_repeats(repeats),
         profile=check_profile(profile),
+        casts=casts,
+        max_error=check_max_error(max_error, casts),
     )
     return plan_or_parts(target, options, prepare)
 

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
+from passes.cast_weights import STORAGE_TYPES
 from planner.budget import Budget
 from planner.dynamic import DynamicShapes
 from planner.machine import Machine
@@ -24,7 +27,8 @@ class Options:
     """A target's call and constraints. `keep` maps name patterns to what is pinned: `{"vae.*": {"resident": True}}`.
 
     `opaque_bytes` maps patterns of module paths to bytes that their Python takes, where that cannot be found out. `repeats`:
-    how many calls follow each other. `profile`: seconds are measured on the device, which must then be here.
+    how many calls follow each other. `profile`: seconds are measured on the device, which must then be here. `casts`: the types
+    in which weights may be stored, as long as the result's relative error stays within `max_error`.
     """
 
     budget: Budget
@@ -40,6 +44,8 @@ class Options:
     repeats: int = 1
     profile: bool = False
     tile: bool = True
+    casts: tuple[str, ...] = ()
+    max_error: float | None = None
 
     def __post_init__(self) -> None:
         if self.profile:
@@ -60,6 +66,11 @@ class Options:
         given = {"count": said[-1]} if isinstance(said[-1], int) else said[-1]
         return TileConstraint(count=given.get("count"), dim=given.get("dim"))
 
+    def may_cast(self, name: str) -> bool:
+        """Whether a weight may be stored in another type; the last pattern that fits counts."""
+        said = [rule["cast"] for pattern, rule in self.keep.items() if "cast" in rule and fnmatch.fnmatchcase(name, pattern)]
+        return not said or bool(said[-1])
+
     def keeps_resident(self, name: str) -> bool:
         """Whether a weight may not leave the device."""
         if not self.offload:
@@ -70,11 +81,13 @@ class Options:
 def check_keep(keep: Mapping[str, Mapping[str, Any]] | None) -> dict[str, Mapping[str, Any]]:
     """Raises PlannerError for a rule that pins something we do not know."""
     for pattern, rule in (keep or {}).items():
-        if not isinstance(rule, Mapping) or not rule or set(rule) - {"resident", "tile"}:
+        if not isinstance(rule, Mapping) or not rule or set(rule) - {"resident", "tile", "cast"}:
             raise PlannerError(
                 f"keep={{{pattern!r}: {rule!r}}}: write what is pinned as {{{pattern!r}: {{'resident': True}}}}, or what is "
-                f"not to be tiled as {{{pattern!r}: {{'tile': False}}}}"
+                f"not to be tiled or cast as {{{pattern!r}: {{'tile': False, 'cast': False}}}}"
             )
+        if not isinstance(rule.get("cast", False), bool):
+            raise PlannerError(f"keep={{{pattern!r}: {rule!r}}}: 'cast' is True or False; allow_cast= names the types")
         if "tile" in rule and not _is_tile_rule(rule["tile"]):
             raise PlannerError(
                 f"keep={{{pattern!r}: {{'tile': {rule['tile']!r}}}}}: write False, a number of tiles such as 4, or "
@@ -96,9 +109,9 @@ def _is_whole(number: object) -> bool:
 
 
 def check_patterns(keep: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -> None:
-    """Raises PlannerError for a pattern of `resident` that no weight's name fits: it would pin nothing."""
+    """Raises PlannerError for a pattern of `resident` or `cast` that no weight's name fits: it would keep nothing."""
     for pattern, rule in keep.items():
-        if "resident" in rule and not fnmatch.filter(names, pattern):
+        if ("resident" in rule or "cast" in rule) and not fnmatch.filter(names, pattern):
             close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3) or list(names[:1])
             hint = f"; names are like {close[0]!r}: write keep={{{close[0]!r}: {{'resident': True}}}}" if close else ""
             raise PlannerError(f"keep={{{pattern!r}: ...}} fits no weight of the program{hint}")
@@ -110,6 +123,34 @@ def check_allow(allow: tuple[str, ...]) -> tuple[str, ...]:
     if unknown:
         raise PlannerError(f"allow={allow!r}: {unknown[0]!r} is none of {', '.join(TRANSFORMS)}; write allow={TRANSFORMS!r}")
     return (allow,) if isinstance(allow, str) else tuple(allow)
+
+
+def check_casts(casts: str | torch.dtype | Sequence[str | torch.dtype] | None) -> tuple[str, ...]:
+    """The types in which weights may be stored, by torch's names.
+
+    Raises:
+        PlannerError: a type that is none of them.
+    """
+    given = (casts,) if isinstance(casts, str | torch.dtype) else tuple(casts or ())
+    names = tuple(str(each).removeprefix("torch.") for each in given)
+    unknown = [name for name in names if name not in STORAGE_TYPES]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], STORAGE_TYPES, n=1, cutoff=0.2) or ["float8_e4m3fn"]
+        raise PlannerError(
+            f"allow_cast={casts!r}: weights are stored as {', '.join(STORAGE_TYPES)}; write allow_cast={close[0]!r}"
+        )
+    return tuple(dict.fromkeys(names))
+
+
+def check_max_error(max_error: object, casts: Sequence[str]) -> float | None:
+    """Raises PlannerError unless it is a relative error, and something may be cast."""
+    if max_error is None:
+        return None
+    if not isinstance(max_error, int | float) or isinstance(max_error, bool) or not max_error > 0:
+        raise PlannerError(f"max_error={max_error!r}: the largest relative error of the result, such as 0.02")
+    if not casts:
+        raise PlannerError(f"max_error={max_error!r}: nothing may be cast; write allow_cast='float8_e4m3fn' too")
+    return float(max_error)
 
 
 def check_opaque_bytes(stated: int | str | Mapping[str, int | str] | None) -> dict[str, int]:

@@ -137,9 +137,10 @@ def make_executable(
 
 
 def _view(weight: Weight) -> WeightView:
-    spec = weight.spec
+    spec, stored = weight.spec, weight.stored
+    name, aliases = (weight.name, weight.aliases) if stored is None else (stored.name, ())
     return WeightView(
-        weight.name, weight.aliases, spec.shape, spec.stride, spec.dtype, weight.nbytes, weight.state, spec.grad, weight.rows
+        name, aliases, spec.shape, spec.stride, spec.dtype, weight.nbytes, weight.state, spec.grad, weight.rows, stored
     )
 
 

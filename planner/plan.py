@@ -155,7 +155,7 @@ class Plan(PlanFacts):
         if machine is None:
             return Plan(self._target, options, self._tilings)
         options = dataclasses.replace(options, machine=Machine.of(machine).on(self.device))
-        return Plan(self._target, options, tilings_of(self.program, options))
+        return Plan(self._target, options, tilings_of(self.program, options, self._tilings.casting))
 
     def compare(self) -> Comparison:
         """What the switches of today would do with this program on this machine model: simulated, not measured.

@@ -10,6 +10,7 @@ from passes.canonicalise import CANONICALISE
 from passes.concretise import Concretise
 from passes.program import Program, module_path, tensors_of
 from planner.capture import capture
+from planner.cast_noise import casting_of
 from planner.dynamic import capture_dynamic
 from planner.frontends.caches import refuse_caches, register_containers
 from planner.memory import MemoryModel
@@ -17,6 +18,7 @@ from planner.options import Options, check_patterns
 from planner.progress import working
 from planner.refuse import refuse_shared_state
 from planner.sizes import format_bytes
+from planner.solve.casting import NO_CASTS, Casting
 from planner.solve.constraints import TileConstraint
 from planner.solve.decide import Solver
 from planner.solve.decisions import UNTILED, Tiling
@@ -41,10 +43,18 @@ def prepare(model: nn.Module, options: Options) -> Tilings:
             program = run_passes(program, (Concretise(options.dynamic.largest),))
     refuse_shared_state(model, program)
     check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
-    return tilings_of(program, options)
+    return tilings_of(program, options, _casting(model, program, options))
 
 
-def tilings_of(program: Program, options: Options) -> Tilings:
+def _casting(model: nn.Module, program: Program, options: Options) -> Casting:
+    """What may be cast, within the error that is allowed by estimate."""
+    if not options.casts or program.origin is not None:
+        return NO_CASTS
+    casting = casting_of(model, program, options.casts, options.may_cast)
+    return casting if options.max_error is None else casting.within(options.max_error)
+
+
+def tilings_of(program: Program, options: Options, casting: Casting = NO_CASTS) -> Tilings:
     """The solvers of a canonical program, for the machine and device of the options."""
     memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
     profiler = options.profiler  # one, so that its time is for all tilings
@@ -55,7 +65,7 @@ def tilings_of(program: Program, options: Options) -> Tilings:
     base = Solver(build(program, UNTILED), options.repeats)
     if program.origin is not None:  # sizes that vary
         return Tilings(base)
-    return Tilings(base, build, _freedom(program, options, memory))
+    return Tilings(base, build, _freedom(program, options, memory), casting)
 
 
 def _freedom(program: Program, options: Options, memory: MemoryModel) -> Freedom:

@@ -10,6 +10,7 @@ from torch.utils._pytree import TreeSpec
 
 from runtime.layout import Layout
 from runtime.leftovers import Leftovers
+from runtime.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class WeightView:
     """Geometry of one weight in an arena; `nbytes` is the span that its strides reach, `grad` whether it requires gradients.
 
     With `rows` it is that part of the weight called `name`: shape and bytes are the part's, on the host it lies in the whole.
+    What is `stored` of a weight has a name of its own.
     """
 
     name: str
@@ -40,6 +42,7 @@ class WeightView:
     state: bool
     grad: bool = False
     rows: Rows | None = None
+    stored: Stored | None = None
 
     @property
     def label(self) -> str:

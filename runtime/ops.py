@@ -1,4 +1,5 @@
-"""The operators that emitted programs contain besides PyTorch's own; importing this makes those of `runtime.statistics` too.
+"""The operators that emitted programs contain besides PyTorch's own; importing this makes those of `runtime.statistics` and
+`runtime.stored` too.
 
 They mark positions in an fx graph; `runtime.emit` prints each as a call on the running executor. All of them act in program
 order on the caller's stream, except that the copy a `prefetch` starts runs on the copy engine.
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from runtime import statistics  # noqa: F401  # makes the operators `vramplan::...`
+from runtime import statistics, stored  # noqa: F401  # they make the operators `vramplan::...`
 
 
 class Shaped(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from runtime.errors import PlannerError
 from runtime.executable import WeightView
+from runtime.stored import Stored, scales_of
 from runtime.weight_file import FileRange, FileTensor
 
 # Weights by name, None where there is none.
@@ -63,6 +64,33 @@ def source_of(
         where = "the weights given lack it" if lookup is not None else "pass build(weights=<module, state dict or folder>)"
         raise PlannerError(f"the weight {name!r} is on the meta device (or fake): {where}")
     return lambda: tensors[name].data
+
+
+def stored_sources(
+    views: Sequence[WeightView], tensors: Mapping[str, torch.Tensor], lookup: Lookup | None
+) -> dict[str, Callable[[], torch.Tensor]]:
+    """How to get what is stored of the module's weights, of those `views` that are that; each is read twice at most.
+
+    Raises:
+        PlannerError: as `source_of`; when called: a weight has values that are not finite.
+    """
+    scales: dict[str, torch.Tensor] = {}  # computed with the values, for the next who asks
+
+    def source(stored: Stored) -> Callable[[], torch.Tensor]:
+        names = tuple(n for n, t in tensors.items() if t is tensors[stored.weight] and n != stored.weight)
+        read = source_of(stored.weight, view_of(stored.weight, tensors[stored.weight], names), tensors, lookup)
+
+        def make() -> torch.Tensor:
+            if stored.part == "scales" and stored.weight in scales:
+                return scales.pop(stored.weight)
+            weight = read().cpu()
+            if stored.part == "values":
+                scales[stored.weight] = scales_of(weight, stored.dtype, stored.dim)
+            return stored.make(weight, scales.get(stored.weight))
+
+        return make
+
+    return {view.name: source(view.stored) for view in views if view.stored is not None}
 
 
 def _shape_of(name: str, lookup: Lookup) -> tuple[int, ...] | None:

@@ -31,6 +31,7 @@ from runtime.origins import (
     original_of,
     owners_of,
     source_of,
+    stored_sources,
     version_of,
     view_of,
 )
@@ -108,14 +109,18 @@ class Runner:
         views = {view.name: view.whole for view in read}
         seen: set[int] = set()
         owned = {alias for view in views.values() for alias in view.aliases} | set(views)
+        # What is stored in another type stays where it is: it is read for that, and not moved.
+        only = {view.stored.weight for view in views.values() if view.stored is not None} - owned
+        seen |= {id(tensors[name]) for name in only}
         for name, tensor in tensors.items():  # what the program never reads moves too: the host holds all weights once
             if name not in owned and id(tensor) not in seen:
                 views[name] = view_of(name, tensor, tuple(n for n, t in tensors.items() if t is tensor and n != name))
                 order.append(name)
             seen.add(id(tensor))
         sources = {name: source_of(name, views[name], tensors, lookup) for name in order if name in tensors}
+        sources |= stored_sources([views[name] for name in order if name not in sources], tensors, lookup)
         constants = {v.name: p.constants[node] for p in programs for node, v in p.weights.items() if node in p.constants}
-        sources |= {name: source_of(name, views[name], constants, lookup) for name in order if name not in tensors}
+        sources |= {name: source_of(name, views[name], constants, lookup) for name in order if name not in sources}
         home = self.device.home()
         given = in_files(order, views, tensors, lookup) if isinstance(home, DiskHome) else {}
         alignment = programs[0].layout.alignment if programs else ALIGNMENT
@@ -127,7 +132,8 @@ class Runner:
                 self._adopt(tensors[name], value, name, owners)
             else:
                 self.store.fill(name, value)
-                self._constants[name] = original_of(self.module, name, value)
+                if views[name].stored is None:
+                    self._constants[name] = original_of(self.module, name, value)
         self.pinned = self.device.pin(self.store.buffer)
         if not self.pinned:
             warnings.warn(
@@ -169,6 +175,7 @@ class Runner:
         """Gives a program's constants and state their memory; the program then reads them by name."""
         tensors = named_tensors(self.module)
         program = self._with_constants(program)
+        self._take_missing(program, tensors)
         for slot in program.layout.state:
             view = program.weights[slot.weight]
             if view.name in self.state:
@@ -210,6 +217,27 @@ class Runner:
             self.store.fill(name, value)
         self._constants |= {name: original_of(self.module, name, value) for name, value in fresh.items()}
         return dataclasses.replace(program, weights=weights)
+
+    def _take_missing(self, program: Executable, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Moves what a later program reads, and earlier ones did not, into the store.
+
+        Raises:
+            PlannerError: it is on the meta device.
+        """
+        assert self.store is not None
+        read = {view.name: view.whole for view in (*program.weights.values(), *program.tables.values())}
+        fresh = {name: view for name, view in read.items() if not self.store.has(name)}
+        if not fresh:
+            return
+        sources = stored_sources(list(fresh.values()), tensors, None)
+        sources |= {name: source_of(name, view, tensors, None) for name, view in fresh.items() if name not in sources}
+        self.device.pin(self.store.extend(fresh))
+        owners = owners_of(self.module)
+        for name, source in sources.items():
+            if name in tensors:
+                self._adopt(tensors[name], source(), name, owners)
+            else:
+                self.store.fill(name, source())
 
     def _registered(self, name: str) -> torch.Tensor:
         """The module's own tensor of that name; a state constant has none and gets a stand-in."""
@@ -301,7 +329,11 @@ class Runner:
         for name, value in self._constants.items():
             if name not in self.state and versions[name] != self.versions[name]:
                 self.store.fill(name, value)
-        relocated = self.store.written([n for n, version in versions.items() if version != self.versions[n]])
+        written = {n: self._watched[n] for n, version in versions.items() if version != self.versions[n]}
+        stale = [view for view in self.store.views.values() if view.stored is not None and view.stored.weight in written]
+        for name, source in stored_sources(stale, written, None).items():
+            self.store.fill(name, source())
+        relocated = self.store.written(written)
         self.versions = versions
         for executor in self._executors():
             if executor.program is None:

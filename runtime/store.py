@@ -83,6 +83,10 @@ class HostStore:
         self.views.update(views)
         self._names |= {alias: name for name, view in views.items() for alias in view.aliases}
 
+    def has(self, name: str) -> bool:
+        """Whether it holds a weight of that name."""
+        return name in self.views or name in self._names
+
     def _own(self, name: str) -> str:
         return name if name in self.views else self._names[name]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from passes.cast_weights import Cast
 from passes.regions import Tile
 from passes.slice_weights import WeightSlices
 from passes.stream_weights import Stream
@@ -18,8 +19,8 @@ class Tiling:
 
     `norms` are split into statistics and what applies them, of which `recomputed` have their input computed twice; `tiles` are
     the regions that run tile by tile, in program order; of their results `hosted` live on the host, and `over` may be written
-    over values that are larger. `lookups` are the weights whose rows are looked up on the host, and `slices` those that come
-    in parts, by placeholder.
+    over values that are larger. `lookups` are the weights whose rows are looked up on the host, `slices` those that come in
+    parts, and `casts` those that are stored in a smaller type, by placeholder.
     """
 
     norms: tuple[str, ...] = ()
@@ -29,6 +30,7 @@ class Tiling:
     slices: tuple[WeightSlices, ...] = ()
     recomputed: tuple[str, ...] = ()
     over: tuple[str, ...] = ()
+    casts: tuple[Cast, ...] = ()
 
     def __bool__(self) -> bool:
         return self != UNTILED
@@ -36,7 +38,7 @@ class Tiling:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Tiling:
         given = {name: tuple(values) for name, values in data.items()}
-        made = {"tiles": Tile, "slices": WeightSlices}
+        made = {"tiles": Tile, "slices": WeightSlices, "casts": Cast}
         return cls(**{k: tuple(made[k](**value) for value in v) if k in made else v for k, v in given.items()})
 
 

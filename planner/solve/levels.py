@@ -14,6 +14,7 @@ from torch import fx
 
 from passes.base import Pass, run_passes
 from passes.big_weights import readers_of, sliceable
+from passes.cast_weights import CastWeights
 from passes.functionalise import Functionalise
 from passes.gather_writes import GatherWrites
 from passes.host_lookup import HostLookup
@@ -25,7 +26,7 @@ from passes.split_norms import SplitNorms, splittable_norms
 from passes.tile_regions import TileRegions, stretch_of
 from passes.write_over import more_of
 from planner.solve.constraints import FREE, TileConstraint
-from planner.solve.decisions import UNTILED, Tiling
+from planner.solve.decisions import Tiling
 from planner.solve.problem import Problem
 from planner.solve.tile_cost import Hosting, TileCosts
 from planner.solve.tile_search import TileSearch
@@ -61,11 +62,6 @@ class Freedom:
     tables: tuple[str, ...] = ()
     constraint: Callable[[fx.Node], TileConstraint] = lambda node: FREE
 
-    @property
-    def looked_up(self) -> Tiling:
-        """Rows of the tables looked up on the host, nothing in tiles."""
-        return Tiling(lookups=self.tables)
-
 
 NONE = Freedom()
 
@@ -76,7 +72,7 @@ def tile_program(program: Program, tiling: Tiling) -> Program:
     Raises:
         PlanFileError: it names what the program does not have. Untileable: a region that cannot be cut so.
     """
-    passes: tuple[Pass, ...] = (HostLookup(tiling.lookups), SliceWeights(tiling.slices))
+    passes: tuple[Pass, ...] = (HostLookup(tiling.lookups), SliceWeights(tiling.slices), CastWeights(tiling.casts))
     return run_passes(program, (*passes, *_tile_passes(tiling)) if tiling.norms or tiling.tiles else passes)
 
 
@@ -92,18 +88,27 @@ def _tile_passes(tiling: Tiling) -> tuple[Pass, ...]:
 
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """The levels of one problem. `build` analyses a rewritten program."""
+    """The levels of one canonical program. `base`: the problem of its first rewriting, which all levels go on from.
 
+    `build` analyses a rewritten program.
+    """
+
+    program: Program
     base: Problem
     build: Callable[[Program, Tiling], Problem]
     freedom: Freedom
+
+    @property
+    def looked_up(self) -> Tiling:
+        """As the base, with rows of the tables looked up on the host."""
+        return replace(self.base.tiling, lookups=self.freedom.tables)
 
     @cached_property
     def forced(self) -> Tiling | None:
         """The tiling of what has to be tiled and no more; None where nothing has to be."""
         if not any(self.freedom.constraint(node).forced for node in self.base.liveness.nodes):
             return None
-        return self._tiled(_ANY, UNTILED)
+        return self._tiled(_ANY, self.base.tiling)
 
     def _at(self, index: int) -> Tiling | None:
         """The tiling of a level, of which 0 is the coarsest; None where none is found that keeps the cap."""
@@ -133,7 +138,7 @@ class Levels:
         """
         if index not in self._between:
             low, high, found = self._cap(index), self._cap(index - 1), None
-            parts = Tiling(lookups=like.lookups, slices=like.slices, recomputed=like.recomputed)
+            parts = replace(like, norms=(), tiles=(), hosted=(), over=())
             search = self._search(parts, over=bool(like.over))
             for _ in range(_BISECTIONS):
                 middle = (low + high) // 2
@@ -156,20 +161,24 @@ class Levels:
 
     @cached_property
     def _whole(self) -> Program:
-        """The program whose tables are looked up, nothing sliced."""
-        return tile_program(self.base.program, self.freedom.looked_up)
+        """The program whose tables are looked up, nothing sliced and nothing cast."""
+        return tile_program(self.program, Tiling(lookups=self.freedom.tables))
 
     @property
     def _costs(self) -> TileCosts:
         """Of the program whose tables are looked up."""
-        return self._search(self.freedom.looked_up).costs
+        return self._search(self.looked_up).costs
 
     @cached_property
     def _floor(self) -> int:
         """What no level gets below: inputs, results, what of the weights cannot be cut."""
         if not self._sliceable:
             return self._costs.floor_bytes
-        whole = [n for key, n in self._costs.problem.weight_bytes.items() if key not in self._sliceable]
+        whole = [
+            nbytes
+            for key, nbytes in self._costs.problem.weight_bytes.items()
+            if key.removesuffix("__values").removesuffix("__scales") not in self._sliceable
+        ]
         live = self._costs.live_before
         return max(int(live[0]), int(live[-1])) + max(whole, default=0)
 
@@ -181,15 +190,22 @@ class Levels:
             if self._whole.weights[key].nbytes <= _LEAST_SLICE:
                 continue
             readers = [reader.node for reader in readers_of(self._whole.node(key))]
-            if key not in self.base.pinned and all(self.freedom.constraint(reader).allowed for reader in readers):
+            if key in self.base.pinned or key in self._cast_otherwise:
+                continue
+            if all(self.freedom.constraint(reader).allowed for reader in readers):
                 found[key] = [position[reader.name] for reader in readers]
         return found
 
+    @cached_property
+    def _cast_otherwise(self) -> set[str]:
+        """The weights whose scales are not by rows."""
+        return {cast.weight for cast in self.base.tiling.casts if cast.dim != 0}
+
     def _level(self, cap: int) -> Tiling | None:
         """The tiling for a cap, with slices of weights where it cannot be kept otherwise."""
-        tiling = self._tiled(cap, self.freedom.looked_up)
+        tiling = self._tiled(cap, self.looked_up)
         if tiling is None and (slices := self._slices(cap)):
-            return self._tiled(cap, replace(self.freedom.looked_up, slices=slices))
+            return self._tiled(cap, replace(self.looked_up, slices=slices))
         return tiling
 
     def _slices(self, cap: int) -> tuple[WeightSlices, ...]:
@@ -197,11 +213,18 @@ class Levels:
         most = 1 << max(int(cap * _SLICE), _LEAST_SLICE).bit_length() - 1
         found = []
         for cut in slices_of(self._whole, most):
-            saved = self._costs.problem.weight_bytes[cut.weight] - most
+            saved = self._bytes_with(cut.weight) - most
             fits = [self._costs.total[i] - saved <= cap for i in self._sliceable.get(cut.weight, ())]
             if fits and all(fits):
                 found.append(cut)
         return tuple(found)
+
+    def _bytes_with(self, key: str) -> int:
+        """What is there of a weight when it is read: itself, or what is stored of it and that cast back."""
+        nbytes = self._costs.problem.weight_bytes
+        if key in nbytes:
+            return nbytes[key]
+        return nbytes[f"{key}__values"] + nbytes[f"{key}__scales"] + self._whole.weights[key].nbytes
 
     def _tiled(self, cap: int, parts: Tiling) -> Tiling | None:
         """The regions for a cap, by the first means that keep it.
@@ -273,10 +296,10 @@ class Levels:
                 self._over[parts] = TileSearch(costs, self.freedom.constraint)
             return self._over[parts]
         if parts not in self._searches:
-            program = tile_program(self.base.program, parts)
+            program = tile_program(self.program, parts)
             whole = replace(parts, norms=splittable_norms(program))
             program = run_passes(program, _tile_passes(whole))
-            same = not parts and _same_operators(program, self.base.program)
+            same = parts == self.base.tiling and _same_operators(program, self.base.program)
             problem = self.base if same else self.build(program, whole)
             self._searches[parts] = TileSearch(TileCosts(problem), self.freedom.constraint)
         return self._searches[parts]

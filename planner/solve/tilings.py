@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -13,6 +13,7 @@ from torch import fx
 from passes.program import Program, module_path, operator_name, tensors_of
 from passes.tile_rules.base import rule_of
 from planner.sizes import format_bytes
+from planner.solve.casting import NO_CASTS, Casting
 from planner.solve.decide import Schedule, Solver
 from planner.solve.decisions import UNTILED, Tiling
 from planner.solve.levels import NONE, Freedom, Levels, tile_program
@@ -28,25 +29,30 @@ _PERFECT = 1.001
 # In a program of more operators tilings are looked for only where they could save more than this share of a step.
 _LARGE = 1000
 _LITTLE = 1.1
+# Steps that take no more than so many times the shortest are as good.
+_ENOUGH = 1.01
+# Casts are tried that save so many times what would have to be saved for copies to take no longer than the arithmetic.
+_SHARES = (1.1, 1.5)
+
+Found = tuple[Solver, Schedule]
 
 
 @dataclass(frozen=True, eq=False)
-class Tilings:
-    """The solvers of one canonical program: `base` of the program as it is, others of its tilings.
+class Branch:
+    """The tilings that go on from one rewriting of the canonical program, `base`. `of` gives the solver of a tiling."""
 
-    `build` analyses a rewritten program; None where it may not be rewritten. `freedom`: what may be done to it.
-    """
-
+    program: Program
     base: Solver
-    build: Callable[[Program, Tiling], Problem] | None = None
-    freedom: Freedom = NONE
+    of: Callable[[Tiling], Solver]
+    build: Callable[[Program, Tiling], Problem] | None
+    freedom: Freedom
 
     @cached_property
     def minimum(self) -> Solver:
         """The solver with the schedule of least memory."""
-        options = list(self._coarse())
-        if self._levels is not None:
-            options += [self.of(tiling) for _, tiling in deque(self._levels, maxlen=1)]
+        options = list(self.coarse())
+        if self.levels is not None:
+            options += [self.of(tiling) for _, tiling in deque(self.levels, maxlen=1)]
         return min(options, key=lambda solver: solver.minimum.peak_bytes)
 
     def least_bytes(self, budget_bytes: int) -> int:
@@ -56,15 +62,12 @@ class Tilings:
                 return solver.minimum.peak_bytes
         return self.minimum.minimum.peak_bytes
 
-    def solve(self, budget_bytes: int, host_bytes: int | None = None) -> tuple[Solver, Schedule]:
-        """The fastest schedule of all tilings; requires `budget_bytes >= minimum.minimum.peak_bytes`.
+    def solve(self, budget_bytes: int, host_bytes: int | None) -> Found | None:
+        """The fastest schedule of these tilings, None where none fits the host.
 
-        `host_bytes`: what streamed weights, and values that live on the host, may take of page-locked memory there.
-
-        Raises:
-            InfeasibleBudget: the values that live on the host do not fit there.
+        Requires `budget_bytes >= minimum.minimum.peak_bytes`.
         """
-        best: tuple[Solver, Schedule] | None = None
+        best: Found | None = None
         perfect: float | None = None
         for solver in self._candidates(budget_bytes):
             left = _left(solver, host_bytes)
@@ -82,12 +85,133 @@ class Tilings:
             step = best[1].time.step_seconds
             if step <= perfect or step <= self._worthwhile(budget_bytes):  # the second analyses another program
                 break
-        if best is None:
+        if best is not None:
+            return best
+        left = _left(self.minimum, host_bytes)
+        return None if left is not None and left < 0 else (self.minimum, self.minimum.solve(budget_bytes, left))
+
+    def _worthwhile(self, budget_bytes: int) -> float:
+        """Seconds from which on tilings are looked for in a large program: more than what they could save at most.
+
+        No tiling beats the untiled arithmetic, nor the copies of what weights take beyond the whole budget. In a small program
+        all are looked at.
+        """
+        *_, problem = (solver.problem for solver in self.coarse())
+        if len(problem.names) <= _LARGE:
+            return 0.0
+        over = problem.total_weight_bytes + problem.memory.fixed_bytes - budget_bytes
+        return _LITTLE * max(problem.compute_seconds, over / problem.machine.link_peak_bandwidth)
+
+    def _candidates(self, budget_bytes: int) -> Iterator[Solver]:
+        """As it is, with tables on the host, then tiled finer and finer."""
+        yield from self.coarse()
+        seen = {self.base.problem.tiling}
+        for cap, tiling in self.levels or ():
+            if cap * _BELOW <= budget_bytes and tiling not in seen:
+                seen.add(tiling)
+                yield self.of(tiling)
+
+    def coarse(self) -> Iterator[Solver]:
+        """The program with what has to be tiled in tiles; else as it is, and with tables looked up on the host."""
+        if self.levels is not None and self.levels.forced is not None:
+            yield self.of(self.levels.forced)
+            return
+        yield self.base
+        if self.freedom.tables and self.build is not None:
+            yield self.of(replace(self.base.problem.tiling, lookups=self.freedom.tables))
+
+    @cached_property
+    def levels(self) -> Levels | None:
+        """None where nothing may be tiled."""
+        if self.build is None or not self.freedom.tiles:
+            return None
+        return Levels(self.program, self.base.problem, self.build, self.freedom)
+
+
+@dataclass(frozen=True, eq=False)
+class Tilings:
+    """The solvers of one canonical program: `base` of the program as it is, others of its rewritings.
+
+    `build` analyses a rewritten program; None where it may not be rewritten. `freedom`: what may be done to it. `casting`:
+    which weights may be stored in a smaller type.
+    """
+
+    base: Solver
+    build: Callable[[Program, Tiling], Problem] | None = None
+    freedom: Freedom = NONE
+    casting: Casting = NO_CASTS
+
+    @cached_property
+    def minimum(self) -> Solver:
+        """The solver with the schedule of least memory."""
+        return min((branch.minimum for branch in self._extremes), key=lambda solver: solver.minimum.peak_bytes)
+
+    def least_bytes(self, budget_bytes: int) -> int:
+        """The least feasible budget where it is above `budget_bytes`; else some feasible one, without looking further."""
+        found = []
+        for branch in self._extremes:
+            found.append(branch.least_bytes(budget_bytes))
+            if found[-1] <= budget_bytes:
+                break
+        return min(found)
+
+    def solve(self, budget_bytes: int, host_bytes: int | None = None) -> Found:
+        """The fastest schedule of all tilings; requires `budget_bytes >= minimum.minimum.peak_bytes`.
+
+        Of casts no more are taken than make it so, but for a hundredth of the time. `host_bytes`: what streamed weights, and
+        values that live on the host, may take of page-locked memory there.
+
+        Raises:
+            InfeasibleBudget: the values that live on the host do not fit there.
+        """
+        found: list[Found] = []
+        for branch in self._in_turn(budget_bytes, found):
+            if branch.least_bytes(budget_bytes) <= budget_bytes:
+                solved = branch.solve(budget_bytes, host_bytes)
+                found += [solved] if solved is not None else []
+        if not found:
             left = _left(self.minimum, host_bytes)
-            if left is not None and left < 0:
-                raise self._too_much_on_the_host(budget_bytes, left)
-            best = self.minimum, self.minimum.solve(budget_bytes, left)
-        return best
+            raise self._too_much_on_the_host(budget_bytes, left or 0)
+        enough = _ENOUGH * min(schedule.time.step_seconds for _, schedule in found)
+        kept = [(solver, schedule) for solver, schedule in found if schedule.time.step_seconds <= enough]
+        return min(kept, key=lambda each: (len(each[0].problem.tiling.casts), each[1].time.step_seconds))
+
+    def _in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:
+        """Without casts; with all of them, where the copies could be shorter; with about as many as end the copies in time."""
+        plain = self.branch(UNTILED)
+        yield plain
+        if not self.casting.casts:
+            return
+        problem = plain.base.problem
+        if found and found[0][1].time.step_seconds <= _ENOUGH * problem.compute_seconds:
+            return
+        yield self.branch(Tiling(casts=self.casting.casts))
+        for share in _SHARES:
+            count = self.casting.count_for(problem, budget_bytes, share)
+            if 0 < count < len(self.casting.casts):
+                yield self.branch(Tiling(casts=self.casting.casts[:count]))
+
+    @cached_property
+    def _extremes(self) -> list[Branch]:
+        """What needs the least memory is among them: without casts, and with all of them."""
+        starts = [UNTILED, Tiling(casts=self.casting.casts)]
+        return [self.branch(start) for start in dict.fromkeys(starts)]
+
+    def branch(self, start: Tiling) -> Branch:
+        """The tilings that go on from a rewriting."""
+        if start not in self._branches:
+            base = self.of(start)
+            self._branches[start] = Branch(self.base.problem.program, base, self.of, self.build, self.freedom)
+        return self._branches[start]
+
+    @cached_property
+    def _branches(self) -> dict[Tiling, Branch]:
+        return {}
+
+    @property
+    def _levels(self) -> Levels | None:
+        """Those without casts."""
+        return self.branch(UNTILED).levels
 
     def _too_much_on_the_host(self, budget_bytes: int, left: int) -> InfeasibleBudget:
         least = self.minimum
@@ -104,7 +228,7 @@ class Tilings:
     @cached_property
     def what_stops(self) -> str:
         """The operator without a rule that keeps the least peak from being lower; empty where it is something else."""
-        if self._levels is None:
+        if self.branch(UNTILED).levels is None:
             return ""
         least = self.minimum
         captured = {node.name: node.target for node in self.base.problem.liveness.nodes}
@@ -115,43 +239,6 @@ class Tilings:
                 where = f" in {module_path(near)}" if module_path(near) else ""
                 return f"{near.name}{where} runs whole: {operator_name(near.target)} {reason}"
         return ""
-
-    def _worthwhile(self, budget_bytes: int) -> float:
-        """Seconds from which on tilings are looked for in a large program: more than what they could save at most.
-
-        No tiling beats the untiled arithmetic, nor the copies of what weights take beyond the whole budget. In a small program
-        all are looked at.
-        """
-        *_, problem = (solver.problem for solver in self._coarse())
-        if len(problem.names) <= _LARGE:
-            return 0.0
-        over = problem.total_weight_bytes + problem.memory.fixed_bytes - budget_bytes
-        return _LITTLE * max(problem.compute_seconds, over / problem.machine.link_peak_bandwidth)
-
-    def _candidates(self, budget_bytes: int) -> Iterator[Solver]:
-        """As it is, with tables on the host, then tiled finer and finer."""
-        yield from self._coarse()
-        seen = {UNTILED}
-        for cap, tiling in self._levels or ():
-            if cap * _BELOW <= budget_bytes and tiling not in seen:
-                seen.add(tiling)
-                yield self.of(tiling)
-
-    def _coarse(self) -> Iterator[Solver]:
-        """The program with what has to be tiled in tiles; else as it is, and with tables looked up on the host."""
-        if self._levels is not None and self._levels.forced is not None:
-            yield self.of(self._levels.forced)
-            return
-        yield self.base
-        if self.freedom.tables and self.build is not None:
-            yield self.of(self.freedom.looked_up)
-
-    @cached_property
-    def _levels(self) -> Levels | None:
-        """None where nothing may be tiled."""
-        if self.build is None or not self.freedom.tiles:
-            return None
-        return Levels(self.base.problem, self.build, self.freedom)
 
     def of(self, tiling: Tiling) -> Solver:
         """The solver of a given tiling.
