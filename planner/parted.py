@@ -15,6 +15,7 @@ from passes.canonicalise import CANONICALISE
 from planner.bounds import Bound
 from planner.budget import Budget
 from planner.capture import capture, refuse_leftovers
+from planner.cast_fit import fitted
 from planner.gap import PartedGap
 from planner.machine import Machine
 from planner.memory import MemoryModel
@@ -362,7 +363,7 @@ def plan_or_parts(model: nn.Module, options: Options, whole: Callable[[nn.Module
         if options.dynamic is not None:
             raise  # sizes of Python that runs as it is are found for one call at a time
         return PartedPlan(model, options, _explored(model, options, error))
-    return Plan(model, options, tilings)
+    return fitted(Plan(model, options, tilings))
 
 
 def _explored(model: nn.Module, options: Options, error: CaptureError) -> PartedProblem:

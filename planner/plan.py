@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from planner.budget import Budget
+from planner.cast_fit import fitted
 from planner.compare import Comparison, compare_policies
 from planner.dynamic import DynamicShapes
 from planner.dynamic_plan import describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
@@ -118,7 +119,8 @@ class Plan(PlanFacts):
     def _passes(self) -> str:
         """Those that changed something, in their order."""
         tiling = self.decisions.tiling
-        named = [("functionalise", tiling), ("split_norms", tiling.norms), ("tile_regions", tiling.tiles)]
+        named = [("cast_weights", tiling.casts), ("functionalise", tiling.tiles or tiling.norms)]
+        named += [("split_norms", tiling.norms), ("tile_regions", tiling.tiles)]
         return ", ".join([*(name for name, used in named if used), "stream_weights", "insert_frees"])
 
     @property
@@ -153,9 +155,9 @@ class Plan(PlanFacts):
         """
         options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
         if machine is None:
-            return Plan(self._target, options, self._tilings)
+            return fitted(Plan(self._target, options, self._tilings))
         options = dataclasses.replace(options, machine=Machine.of(machine).on(self.device))
-        return Plan(self._target, options, tilings_of(self.program, options, self._tilings.casting))
+        return fitted(Plan(self._target, options, tilings_of(self.program, options, self._tilings.casting)))
 
     def compare(self) -> Comparison:
         """What the switches of today would do with this program on this machine model: simulated, not measured.
@@ -196,6 +198,8 @@ class Plan(PlanFacts):
             repeats=self._options.repeats,
             profile=self._options.profile,
             tile=self._options.tile,
+            casts=self._options.casts,
+            max_error=self._options.max_error,
         )
 
     @classmethod
@@ -221,6 +225,8 @@ class Plan(PlanFacts):
                 check_repeats(data["repeats"]),
                 bool(data.get("profile", False)),
                 bool(data["tile"]),
+                tuple(data.get("casts", ())),
+                data.get("max_error"),
             )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -346,7 +352,8 @@ class Plan(PlanFacts):
         finally:
             if module is not None:
                 module.close()
-        self.validation = compare(mine, own, draws=not compare(other, own, draws=False).equal)
+        casts = len(self.decisions.tiling.casts)
+        self.validation = compare(mine, own, draws=not compare(other, own, draws=False).equal, casts=casts)
         return self.validation
 
     def restore(self) -> nn.Module:

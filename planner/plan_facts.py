@@ -64,6 +64,11 @@ class PlanFacts:
         return self._options.budget
 
     @property
+    def options(self) -> Options:
+        """All that was declared."""
+        return self._options
+
+    @property
     def machine(self) -> Machine:
         return self._options.machine
 
@@ -144,6 +149,11 @@ class PlanFacts:
     @property
     def step_seconds(self) -> float:
         return self.time.step_seconds
+
+    @property
+    def cast_error(self) -> float:
+        """The relative error of the result that the casts cause, estimated (`passes.noise`); 0.0 without casts."""
+        return self._tilings.casting.error(self.decisions.tiling.casts)
 
     @property
     def profiled(self) -> tuple[int, int] | None:

@@ -68,6 +68,8 @@ def write_plan(
     repeats: int = 1,
     profile: bool = False,
     tile: bool = True,
+    casts: Sequence[str] = (),
+    max_error: float | None = None,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
@@ -91,6 +93,8 @@ def write_plan(
         data["dynamic"] = dynamic
     if profile:
         data["profile"] = True
+    if casts:
+        data |= {"casts": list(casts), "max_error": max_error}
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

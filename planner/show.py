@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from passes.program import Program, Weight, module_path
 from planner.dynamic_plan import describe_sizes
-from planner.show_tiles import tile_rows
+from planner.show_tiles import cast_rows, tile_rows
 from planner.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def describe(plan: Plan) -> str:
         ("step", f"{format_seconds(plan.step_seconds)} predicted, {ratio(plan)}"),
         *_gap(plan),
         ("weights", _weights(plan)),
+        *cast_rows(plan),
         *tile_rows(plan),
     ]
     if plan.symbols:

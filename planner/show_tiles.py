@@ -1,13 +1,27 @@
-"""What `print(plan)` says of tiling: how much runs in tiles, what lives on the host, and what stops a lower peak."""
+"""What `print(plan)` says of rewriting: casts, how much runs in tiles, what lives on the host, what stops a lower peak."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from planner.sizes import format_bytes
+from planner.solve.casting import saved_bytes
 
 if TYPE_CHECKING:
     from planner.plan_facts import PlanFacts
+
+
+def cast_rows(plan: PlanFacts) -> list[tuple[str, str]]:
+    """How many weights are stored in which type, what that saves, and what it is estimated to cost; nothing without casts."""
+    casts = plan.decisions.tiling.casts
+    if not casts:
+        return []
+    types = ", ".join(f"{number} stored as {dtype}" for dtype, number in Counter(cast.dtype for cast in casts).items())
+    saved = sum(saved_bytes(plan.program, cast.weight, cast.dtype) for cast in casts)
+    noise = "their values" if plan._tilings.casting.is_measured() else "typical values"
+    error = f"relative error of the result about {plan.cast_error:.2g}, estimated from {noise}"
+    return [("casts", f"{types}, which takes {format_bytes(saved)} less; {error}")]
 
 
 def tile_rows(plan: PlanFacts) -> list[tuple[str, str]]:

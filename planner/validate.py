@@ -31,20 +31,24 @@ class Validation:
         max_error: largest absolute difference; relative_error: largest |a - b| / |b| (2-norms) of an output. Both are infinite
             where shapes or structure differ.
         draws: whether the module draws random numbers; both runs were given the same.
+        casts: how many weights the plan stores in a smaller type.
     """
 
     equal: bool
     max_error: float
     relative_error: float
     draws: bool
+    casts: int = 0
 
     def __str__(self) -> str:
         drawn = ", which draws random numbers (the same were given to both)" if self.draws else ""
         if self.equal:
             return f"equal to the module's own output, bit for bit{drawn}"
+        stored = "1 weight is" if self.casts == 1 else f"{self.casts} weights are"
+        why = f"{stored} stored in a smaller type" if self.casts else "the module computes otherwise while it is captured"
         return (
             f"differs from the module's own output by at most {self.max_error:.3g} (relative {self.relative_error:.3g})"
-            f"{drawn}: the module computes otherwise while it is captured"
+            f"{drawn}: {why}"
         )
 
 
@@ -80,8 +84,8 @@ def untouched(module: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-def compare(planned: Any, own: Any, draws: bool) -> Validation:
-    """Two results of one call."""
+def compare(planned: Any, own: Any, draws: bool, casts: int = 0) -> Validation:
+    """Two results of one call; the plan has so many `casts`."""
     (mine, spec), (others, other_spec) = tree_flatten(planned), tree_flatten(own)
     if spec != other_spec:
         return Validation(False, float("inf"), float("inf"), draws)
@@ -96,7 +100,7 @@ def compare(planned: Any, own: Any, draws: bool) -> Validation:
             difference = (a.to(torch.float64, copy=True) - b.to(a.device)).abs() if not a.is_complex() else (a - b).abs()
             most = max(most, float(difference.max()))
             relative = max(relative, float(difference.norm() / b.to(difference).norm().clamp_min(1e-300)))
-    return Validation(equal, most, relative, draws)
+    return Validation(equal, most, relative, draws, casts)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 from passes.cast_weights import STORAGE_TYPES, Cast
 from passes.program import Program
-
-if TYPE_CHECKING:
-    from planner.solve.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -63,12 +59,10 @@ class Casting:
         count = sum(1 for power in powers if self.scale * power**0.5 <= max_error)
         return Casting(self.candidates[:count], self.scale)
 
-    def count_for(self, problem: Problem, budget_bytes: int, share: float) -> int:
-        """How many save `share` times what has to be saved, for all copies to take no longer than the arithmetic."""
-        fits = budget_bytes + problem.compute_seconds * problem.machine.link_peak_bandwidth
-        wanted = share * (problem.total_weight_bytes + int(problem.activation_bytes.max()) - fits)
+    def count_for(self, nbytes: float) -> int:
+        """How many save so many bytes; one at least, all where they save less."""
         saved = accumulate(candidate.saved_bytes for candidate in self.candidates)
-        return sum(1 for nbytes in saved if nbytes < wanted) + 1 if wanted > 0 else 0
+        return min(1 + sum(1 for known in saved if known < nbytes), len(self.candidates))
 
 
 NO_CASTS = Casting()

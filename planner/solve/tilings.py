@@ -31,8 +31,8 @@ _LARGE = 1000
 _LITTLE = 1.1
 # Steps that take no more than so many times the shortest are as good.
 _ENOUGH = 1.01
-# Casts are tried that save so many times what would have to be saved for copies to take no longer than the arithmetic.
-_SHARES = (1.1, 1.5)
+# As many casts are tried as save so many times what is copied while operators wait for copies.
+_SHARES = (1.5, 3.0)
 
 Found = tuple[Solver, Schedule]
 
@@ -177,19 +177,21 @@ class Tilings:
         return min(kept, key=lambda each: (len(each[0].problem.tiling.casts), each[1].time.step_seconds))
 
     def _in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:
-        """Without casts; with all of them, where the copies could be shorter; with about as many as end the copies in time."""
+        """Without casts; with about as many as end the wait for copies; with all of them. Until the step is the arithmetic."""
         plain = self.branch(UNTILED)
         yield plain
         if not self.casting.casts:
             return
         problem = plain.base.problem
-        if found and found[0][1].time.step_seconds <= _ENOUGH * problem.compute_seconds:
-            return
-        yield self.branch(Tiling(casts=self.casting.casts))
-        for share in _SHARES:
-            count = self.casting.count_for(problem, budget_bytes, share)
-            if 0 < count < len(self.casting.casts):
-                yield self.branch(Tiling(casts=self.casting.casts[:count]))
+        over = problem.total_weight_bytes + int(problem.activation_bytes.max()) - budget_bytes
+        late = over / problem.machine.link_peak_bandwidth - problem.compute_seconds
+        if found:
+            late = found[0][1].time.step_seconds - problem.compute_seconds
+        counts = [self.casting.count_for(share * late * problem.machine.link_peak_bandwidth) for share in _SHARES]
+        for count in dict.fromkeys((*counts, len(self.casting.casts))):
+            if found and min(each.time.step_seconds for _, each in found) <= _ENOUGH * problem.compute_seconds:
+                return
+            yield self.branch(Tiling(casts=self.casting.casts[:count]))
 
     @cached_property
     def _extremes(self) -> list[Branch]:
