@@ -5,6 +5,7 @@ Of a large weight a part is measured: rows spread evenly, with the scales that t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,15 +64,15 @@ def _options(
             yield TYPICAL[dtype], Cast(key, dtype, dim), False
             continue
         sample = _sample(values, dim)
-        rows, whole = (relative_noise(sample, STORAGE_TYPES[dtype], d) for d in (dim, None))
-        if rows != rows:
+        storage = STORAGE_TYPES[dtype]
+        rows, whole = (relative_noise(sample, storage, scales_of(w, storage, d)) for w, d in ((sample, dim), (values, None)))
+        if not math.isfinite(rows + whole):
             continue
         yield (whole, Cast(key, dtype, None), True) if whole <= _AS_GOOD * rows else (rows, Cast(key, dtype, dim), True)
 
 
-def relative_noise(weight: torch.Tensor, dtype: torch.dtype, dim: int | None) -> float:
+def relative_noise(weight: torch.Tensor, dtype: torch.dtype, scales: torch.Tensor) -> float:
     """`|stored - w| / |w|` (2-norms); 0 for zeros, NaN where values are not finite."""
-    scales = scales_of(weight, dtype, dim)
     values = quantise(weight, scales, dtype).float() * scales
     norm = float(weight.float().norm())
     return float((values - weight.float()).norm()) / norm if norm else 0.0

@@ -229,6 +229,16 @@ class TestRules:
         names = [p.program.weights[cast.weight].name for cast in p._tilings.casting.casts]
         assert sorted(names) == ["down.2.weight", "down.3.weight"]
 
+    def test_a_row_that_is_larger_than_all_others_has_a_scale_of_its_own(self) -> None:
+        """Of a large weight few rows are measured; that one is not among them."""
+        module = nn.Sequential(nn.Linear(8, 512), nn.Linear(512, 2048), nn.Linear(2048, 8)).eval()
+        x = torch.randn(4, 8)
+        for factor, dim in ((1.0, None), (1e4, 0)):
+            with torch.no_grad():
+                module[1].weight[7] *= factor
+            casting = planned(module, x, allow_cast="float8_e4m3fn" if factor == 1 else "int8")._tilings.casting
+            assert [cast.dim for cast in casting.casts] == [dim]
+
     def test_values_that_are_not_finite(self) -> None:
         module, x = model()
         with torch.no_grad():
