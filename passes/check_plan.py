@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from passes.check_casts import check_casts
 from passes.check_kernels import Kernels, Value
 from passes.check_lookups import check_lookup
 from passes.check_loops import Loops
@@ -85,6 +86,7 @@ class _Replay:
         for position, node in enumerate(self.nodes):
             self.position = position
             self.step(node)
+        check_casts(self.program, self._refusal)
         check_features(self.program, self._refusal)
         unfinished = [s.bundle.index for s in self.staged.values() if not s.evicted]
         if unfinished:
@@ -263,7 +265,10 @@ class _Replay:
             self.memory.name(node, [members[index]])  # type: ignore[index]
             return
         self.loops.check_arguments(node)
-        outputs, written = self.kernels.run(node, self.memory.values)
+        try:
+            outputs, written = self.kernels.run(node, self.memory.values)
+        except (RuntimeError, TypeError) as error:
+            raise self.error("I5", f"{node.name} does not take its arguments ({str(error).splitlines()[0]})") from error
         for key in written:
             owner = self.memory.storages[key].weight
             if owner is not None and not self.program.weights[owner].state:

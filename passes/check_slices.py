@@ -34,7 +34,7 @@ def check_parts(program: Program, refuse: Refuse) -> None:
     parts: dict[str, list[Weight]] = {}
     for weight in program.weights.values():
         if weight.rows is not None:
-            parts.setdefault(weight.name, []).append(weight)
+            parts.setdefault(weight.host_name, []).append(weight)
     for name, found in parts.items():
         _check_weight(name, found, refuse)
 
@@ -94,7 +94,7 @@ class _Uses:
         self.refuse = refuse
         self.weights = program.weights
         self.order = {node: i for i, node in enumerate(program.graph.nodes)}
-        self.arrived = dict(_arrivals(program))
+        self.arrived = dict(arrivals(program))
 
     def check(self) -> None:
         results: dict[fx.Node, list[_Use]] = {}
@@ -107,11 +107,13 @@ class _Uses:
     def _uses(self) -> Iterator[_Use]:
         for node, key in self.arrived.items():
             weight = self.weights[key]
-            if weight.rows is None:
+            if weight.rows is None or (weight.stored is not None and weight.stored.part == "scales"):
                 continue
-            for user in _users(node):
-                for reader, held in [(u, user) for u in _users(user)] if user.target in _TRANSPOSES else [(user, node)]:
-                    yield self._use(reader, held, weight)
+            # What is stored in another type is cast back first, which `check_casts` proves.
+            for whole in [node] if weight.stored is None else _users(node):
+                for user in _users(whole):
+                    for reader, held in [(u, user) for u in _users(user)] if user.target in _TRANSPOSES else [(user, whole)]:
+                        yield self._use(reader, held, weight)
 
     def _use(self, node: fx.Node, held: fx.Node, weight: Weight) -> _Use:
         at = [i for i, argument in enumerate(node.args) if argument is held]
@@ -167,7 +169,7 @@ class _Uses:
         return self.arrived.get(argument, argument) if isinstance(argument, fx.Node) else argument
 
 
-def _arrivals(program: Program) -> Iterator[tuple[fx.Node, str]]:
+def arrivals(program: Program) -> Iterator[tuple[fx.Node, str]]:
     """The nodes that hold weights, resident or onloaded, with the weights' keys."""
     assert program.layout is not None
     for node in program.graph.nodes:

@@ -51,10 +51,14 @@ class Weight:
         return self.spec.span_bytes
 
     @property
+    def host_name(self) -> str:
+        """What the host calls it: the module's name, or that of what is stored of it."""
+        return self.name if self.stored is None else self.stored.name
+
+    @property
     def label(self) -> str:
-        """The module's name, with the rows where it is a part, and with what is stored of it."""
-        name = self.name if self.stored is None else self.stored.name
-        return name if self.rows is None else f"{name}{self.rows}"
+        """The host's name, with the rows where it is a part."""
+        return self.host_name if self.rows is None else f"{self.host_name}{self.rows}"
 
 
 @dataclass(frozen=True)
