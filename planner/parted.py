@@ -177,6 +177,15 @@ class PartedPlan(Plan):
     def profiled(self) -> tuple[int, int] | None:
         return counts_of([solver.problem.profiled for solver in self._parted.solvers.values()])
 
+    @property
+    def cast_count(self) -> int:
+        """None: parts are not cast."""
+        return 0
+
+    @property
+    def cast_error(self) -> float:
+        return 0.0
+
     def bound_at(self, budget_bytes: int) -> Bound:
         """As of one program: what arithmetic takes, and copying what cannot stay."""
         calls, solvers = self.exploration.calls, self._parted.solvers

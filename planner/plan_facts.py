@@ -151,6 +151,11 @@ class PlanFacts:
         return self.time.step_seconds
 
     @property
+    def cast_count(self) -> int:
+        """How many weights are stored in a smaller type."""
+        return len(self.decisions.tiling.casts)
+
+    @property
     def cast_error(self) -> float:
         """The relative error of the result that the casts cause, estimated (`passes.noise`); 0.0 without casts."""
         return self._tilings.casting.error(self.decisions.tiling.casts)

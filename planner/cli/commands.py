@@ -205,6 +205,8 @@ def make_plan(target: Target, arguments: Namespace) -> Plan:
             repeats=arguments.repeats,
             opaque_bytes=_opaque_bytes(arguments.opaque_bytes),
             profile=arguments.profile,
+            allow_cast=arguments.allow_cast,
+            max_error=arguments.max_error,
         )
 
 
@@ -236,6 +238,8 @@ def plan_data(target: Target, p: Plan) -> dict[str, Any]:
         "resource": p.gap.resource,
         "seconds_with_1gb_more": p.gap.seconds_with_more,
         "profiled": p.profiled,
+        "casts": p.cast_count,
+        "cast_error": p.cast_error,
     }
 
 

@@ -36,7 +36,8 @@ fields of --json (bytes and seconds, all but budget_bytes predicted):
   minimum_bytes, unplanned_bytes, peak_at, peak_parts, weight_bytes, resident_bytes,
   streamed_bytes, band_bytes, bundles, step_seconds, bound_seconds, limited_by, lp_seconds (of
   the linear program), resource (compute, link or memory), seconds_with_1gb_more, profiled (null,
-  or how many of how many distinct operators were measured); file with -o, code with --code
+  or how many of how many distinct operators were measured), casts (how many weights are stored in a
+  smaller type), cast_error (of the result, relative, estimated); file with -o, code with --code
 """
 
 RUN_FIELDS = """\
@@ -173,6 +174,15 @@ def _add_target(command: argparse.ArgumentParser, budget: bool = True) -> None:
         help="cuda, cuda:1, cpu (RAM) or accounting (every byte counted)",
     )
     command.add_argument("--profile", action="store_true", help="measure the operators on this device, and plan with that")
+    command.add_argument(
+        "--allow-cast",
+        action="append",
+        metavar="DTYPE",
+        help="weights may be stored so, with scales (float8_e4m3fn, float8_e5m2, int8; may be repeated)",
+    )
+    command.add_argument(
+        "--max-error", type=float, metavar="X", help="largest relative error of the result that casts may cause"
+    )
     command.add_argument("--dtype", metavar="DTYPE", help=f"of the weights: {', '.join(MODEL_DTYPES)}")
     command.add_argument("--method", metavar="NAME", help="which method of the module (default: the preset's, or forward)")
     sizes = command.add_argument_group(
