@@ -47,10 +47,9 @@ def conv_regions(program: Program, device: str = "cpu") -> tuple[ConvRegion, ...
     while True:
         inside: set[str] = set()
 
-        def wanted(node: fx.Node, inside: set[str] = inside) -> bool:
-            if node.name in barred or not (node.target in CONVOLUTIONS or any(n.name in inside for n in full_inputs(node))):
-                return False
-            return True
+        def wanted(node: fx.Node, inside: set[str] = inside, barred: frozenset[str] = frozenset(barred)) -> bool:
+            begins = node.target in CONVOLUTIONS
+            return node.name not in barred and (begins or any(n.name in inside for n in full_inputs(node)))
 
         walk = Walk(program, wanted, strict=False, joined=inside.add)
         try:

@@ -118,7 +118,9 @@ class Plan(PlanFacts):
     def _passes(self) -> str:
         """Those that changed something, in their order."""
         tiling = self.decisions.tiling
-        named = [("functionalise", tiling), ("split_norms", tiling.norms), ("tile_regions", tiling.tiles)]
+        named: list[tuple[str, object]] = [("channels_last", tiling.channels_last)]
+        named += [("functionalise", dataclasses.replace(tiling, channels_last=())), ("split_norms", tiling.norms)]
+        named.append(("tile_regions", tiling.tiles))
         return ", ".join([*(name for name, used in named if used), "stream_weights", "insert_frees"])
 
     @property
@@ -196,6 +198,7 @@ class Plan(PlanFacts):
             repeats=self._options.repeats,
             profile=self._options.profile,
             tile=self._options.tile,
+            layout=self._options.layout,
         )
 
     @classmethod
@@ -221,6 +224,7 @@ class Plan(PlanFacts):
                 check_repeats(data["repeats"]),
                 bool(data.get("profile", False)),
                 bool(data["tile"]),
+                layout=bool(data.get("layout", True)),
             )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:

@@ -68,6 +68,7 @@ def write_plan(
     repeats: int = 1,
     profile: bool = False,
     tile: bool = True,
+    layout: bool = True,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
@@ -91,6 +92,8 @@ def write_plan(
         data["dynamic"] = dynamic
     if profile:
         data["profile"] = True
+    if not layout:
+        data["layout"] = False
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

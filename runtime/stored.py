@@ -33,7 +33,7 @@ class Stored:
 
     Attributes:
         weight: the module's name of what it is made from.
-        part: the values in `dtype`, or their scales, in float32; or the weight, of which the host lays out the elements otherwise.
+        part: the values in `dtype`, or their scales, in float32; or the weight itself, its elements laid out otherwise.
         dim: the dimension that has a scale for each index; None: there is one for all.
     """
 

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
+from passes.channels_last import ConvRegion
 from passes.program import Program, module_path, operator_name, tensors_of
 from passes.tile_rules.base import rule_of
 from planner.sizes import format_bytes
@@ -133,13 +134,14 @@ class Tilings:
     """The solvers of one canonical program: `base` of the program as it is, others of its rewritings.
 
     `build` analyses a rewritten program; None where it may not be rewritten. `freedom`: what may be done to it. `casting`:
-    which weights may be stored in a smaller type.
+    which weights may be stored in a smaller type. `layout`: the regions that may run in channels-last.
     """
 
     base: Solver
     build: Callable[[Program, Tiling], Problem] | None = None
     freedom: Freedom = NONE
     casting: Casting = NO_CASTS
+    layout: tuple[ConvRegion, ...] = ()
 
     @cached_property
     def minimum(self) -> Solver:
@@ -174,9 +176,21 @@ class Tilings:
             raise self._too_much_on_the_host(budget_bytes, left or 0)
         enough = _ENOUGH * min(schedule.time.step_seconds for _, schedule in found)
         kept = [(solver, schedule) for solver, schedule in found if schedule.time.step_seconds <= enough]
-        return min(kept, key=lambda each: (len(each[0].problem.tiling.casts), each[1].time.step_seconds))
+        return min(kept, key=lambda each: (*_changes(each[0].problem.tiling), each[1].time.step_seconds))
 
     def _in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:
+        """In the layouts that are given; then the fastest of these in channels-last, where its arithmetic is shorter."""
+        yield from self._cast_in_turn(budget_bytes, found)
+        if not self.layout or not found:
+            return
+        fastest = min(found, key=lambda each: each[1].time.step_seconds)[0].problem.tiling
+        start = Tiling(casts=fastest.casts)
+        shorter = self.branch(replace(start, channels_last=self.layout))
+        own = self.branch(start).base.problem.compute_seconds
+        if shorter.base.problem.compute_seconds * _ENOUGH < own:
+            yield shorter
+
+    def _cast_in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:
         """Without casts; with all of them, where the copies could be shorter; with about as many as end the copies in time."""
         plain = self.branch(UNTILED)
         yield plain
@@ -257,6 +271,11 @@ class Tilings:
     @cached_property
     def _solvers(self) -> dict[Tiling, Solver]:
         return {}
+
+
+def _changes(tiling: Tiling) -> tuple[int, bool]:
+    """What is done besides tiles and copies, the less the better of what is as fast."""
+    return len(tiling.casts), bool(tiling.channels_last)
 
 
 def _left(solver: Solver, host_bytes: int | None) -> int | None:
