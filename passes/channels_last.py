@@ -46,9 +46,10 @@ class ChannelsLast:
     Ensures: every operator of a region gives the values that it gave, in channels-last strides, and reads nothing of its rank
     otherwise. A value from outside is converted once (`<value>__channels_last`), as is one that is read outside or given back
     (`<value>__contiguous`); but where a value's memory is written, once for each reader. A copy that only made a value
-    contiguous is left out, and a transpose that is contiguous behind a channels-last value reads that. Weights of convolutions are stored
-    in channels-last (`Weight.stored`) and keep their placeholders. Strides of results and the aliasing of what is written stay.
-    The same mathematics (I5): kernels for another layout may add in another order, so results are equal within 1e-12 in fp64.
+    contiguous is left out, and a transpose that is contiguous behind a channels-last value reads that. Weights of convolutions
+    are stored in channels-last (`Weight.stored`) and keep their placeholders. Strides of results, and what shares memory with
+    them or with what is written, are as before. The same mathematics (I5): kernels for another layout may add in
+    another order, so results are equal within 1e-12 in fp64.
 
     Raises:
         PlanFileError: an operator is unknown, or does not give channels-last values.

@@ -1,4 +1,4 @@
-"""Which regions of convolutions are worth running in channels-last, by the machine model: what `plan` tries, and then decides on."""
+"""Which regions of convolutions are worth trying in channels-last, by the machine model; the solver then decides."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
@@ -59,7 +61,8 @@ def layout_ratio(node: fx.Node, machine: Machine) -> float:
 
 
 def _groups(node: fx.Node) -> int:
-    return int(node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1))  # type: ignore[call-overload]
+    groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return int(groups)
 
 
 def lookup_seconds(nbytes: int, machine: Machine) -> float:

@@ -113,7 +113,8 @@ class Machine:
         ratios: object = self.channels_last
         if not isinstance(ratios, Mapping):
             raise MachineError(
-                f"machine {self.name!r}: channels_last must map dtype names to ratios such as {{'float16': 0.9}}, not {ratios!r}."
+                f"machine {self.name!r}: channels_last must map dtype names to ratios such as {{'float16': 0.9}}, "
+                f"not {ratios!r}."
             )
         object.__setattr__(self, "channels_last", dict(ratios))
         for dtype, ratio in self.channels_last.items():
