@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
+
 from torch import fx
 
 from passes.base import run_passes
 from passes.channels_last import CONVOLUTIONS, ENTERS, LEAVES, ChannelsLast, ConvRegion
 from passes.conv_regions import conv_regions
 from passes.program import Program, tensors_of
-from planner.costs import layout_ratio
+from planner.costs import dtype_name, layout_ratio
 from planner.families import families
 from planner.machine import Machine
 from planner.solve.problem import Problem
 
 
-def layout_for(problem: Problem, *, measured: bool) -> tuple[ConvRegion, ...]:
-    """The regions whose convolutions are faster by more than what converting at their borders takes.
+@dataclass(frozen=True, eq=False)
+class Layouts:
+    """What may run in channels-last of a program, and could pay.
 
-    Args:
+    Attributes:
         problem: of the canonical program as it is.
         measured: whether seconds are measured for each layout, so that the machine's ratios are not needed to try.
     """
-    program, machine = problem.program, problem.machine
-    if not measured and all(ratio >= 1 for ratio in machine.channels_last.values()):
-        return ()
-    regions = conv_regions(program, problem.memory.device)
-    return regions if measured or not regions else _paying(problem, regions)
+
+    problem: Problem
+    measured: bool = False
+
+    @cached_property
+    def most_seconds(self) -> float:
+        """What could be saved at most: all of the convolutions, where they are measured."""
+        total = 0.0
+        for node, seconds in zip(self.problem.liveness.nodes, self.problem.seconds.tolist(), strict=True):
+            if node.target in CONVOLUTIONS:
+                total += seconds * (1.0 if self.measured else 1 - self._ratio(node))
+        return total
+
+    def _ratio(self, node: fx.Node) -> float:
+        return min(1.0, self.problem.machine.channels_last.get(dtype_name(node.meta["val"].dtype), 1.0))
+
+    @cached_property
+    def regions(self) -> tuple[ConvRegion, ...]:
+        """Those whose convolutions are faster by more than what converting at their borders takes."""
+        if self.most_seconds <= 0:
+            return ()
+        regions = conv_regions(self.problem.program, self.problem.memory.device)
+        return regions if self.measured or not regions else _paying(self.problem, regions)
 
 
 def _paying(problem: Problem, regions: tuple[ConvRegion, ...]) -> tuple[ConvRegion, ...]:

@@ -10,9 +10,9 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from passes.channels_last import ConvRegion
 from passes.program import Program, module_path, operator_name, tensors_of
 from passes.tile_rules.base import rule_of
+from planner.conv_layouts import Layouts
 from planner.sizes import format_bytes
 from planner.solve.casting import NO_CASTS, Casting
 from planner.solve.decide import Schedule, Solver
@@ -134,14 +134,14 @@ class Tilings:
     """The solvers of one canonical program: `base` of the program as it is, others of its rewritings.
 
     `build` analyses a rewritten program; None where it may not be rewritten. `freedom`: what may be done to it. `casting`:
-    which weights may be stored in a smaller type. `layout`: the regions that may run in channels-last.
+    which weights may be stored in a smaller type. `layout`: what may run in channels-last.
     """
 
     base: Solver
     build: Callable[[Program, Tiling], Problem] | None = None
     freedom: Freedom = NONE
     casting: Casting = NO_CASTS
-    layout: tuple[ConvRegion, ...] = ()
+    layout: Layouts | None = None
 
     @cached_property
     def minimum(self) -> Solver:
@@ -181,13 +181,16 @@ class Tilings:
     def _in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:
         """In the layouts that are given; then the fastest of these in channels-last, where its arithmetic is shorter."""
         yield from self._cast_in_turn(budget_bytes, found)
-        if not self.layout or not found:
+        if self.layout is None or not found:
             return
-        fastest = min(found, key=lambda each: each[1].time.step_seconds)[0].problem.tiling
-        start = Tiling(casts=fastest.casts)
-        shorter = self.branch(replace(start, channels_last=self.layout))
-        own = self.branch(start).base.problem.compute_seconds
-        if shorter.base.problem.compute_seconds * _ENOUGH < own:
+        solver, schedule = min(found, key=lambda each: each[1].time.step_seconds)
+        start, step = Tiling(casts=solver.problem.tiling.casts), schedule.time.step_seconds
+        own = self.branch(start).base.problem
+        copies = (own.total_weight_bytes + own.memory.fixed_bytes - budget_bytes) / own.machine.link_peak_bandwidth
+        if max(step - self.layout.most_seconds, copies) * _ENOUGH >= step or not self.layout.regions:
+            return
+        shorter = self.branch(replace(start, channels_last=self.layout.regions))
+        if shorter.base.problem.compute_seconds * _ENOUGH < own.compute_seconds:
             yield shorter
 
     def _cast_in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:

@@ -20,7 +20,7 @@ from passes.functionalise import Functionalise
 from passes.program import Program
 from passes.slice_weights import SliceWeights, WeightSlices
 from runtime.errors import PlanFileError
-from tests.passes.in_parts import check_runs, plan_of
+from tests.passes.in_parts import assert_same, check_runs, plan_of
 from tests.passes.programs import canonical, text
 from tests.strategies.nets import Case, nets
 from tests.zoo import ZOO
@@ -42,13 +42,19 @@ def conversions(program: Program) -> dict[str, list[str]]:
     return {how: [value for value, _, suffix in names if suffix == how] for how in (ENTERS, LEAVES)}
 
 
-def check(module: nn.Module, *args: Any, **kwargs: Any) -> Program:
-    """Runs with equal results, equal strides and the predicted bytes; gives the rewritten program."""
-    expected = module.eval()(*args, **kwargs)
+def check(module: nn.Module, *args: Any, least: bool = True, **kwargs: Any) -> Program:
+    """Runs with equal results, equal strides and the predicted bytes (also at `least`); gives the rewritten program."""
+    with torch.no_grad():
+        expected = module.eval()(*args, **kwargs)
     _, program = rewritten(module, *args, **kwargs)
     p = plan_of(program, module, args, kwargs)
-    p._options = p._options  # the program as rewritten is what is planned
-    check_runs(p, expected, *args, close=CLOSE, **kwargs)
+    if least:
+        check_runs(p, expected, *args, close=CLOSE, **kwargs)
+        return program
+    m = p.build()
+    assert_same(m(*args, **kwargs), expected, CLOSE)
+    assert m.report().peak_bytes == p.peak_bytes
+    m.close()
     return program
 
 
@@ -78,16 +84,16 @@ def test_the_graph() -> None:
     assert text(program).splitlines()[4:] == [
         f"input {x}: f32[1, 2, 8, 8]",
         f"{x}__channels_last = clone({x}, memory_format=torch.channels_last)",
-        f"conv2d = conv2d({x}__channels_last, w_0_weight, w_0_bias)",
+        f"conv2d = conv2d({x}__channels_last, w__0_weight, w__0_bias)",
         "silu = silu(conv2d)",
-        "conv2d_1 = conv2d(silu, w_2_weight, w_2_bias)",
+        "conv2d_1 = conv2d(silu, w__2_weight, w__2_bias)",
         "conv2d_1__contiguous = clone(conv2d_1, memory_format=torch.contiguous_format)",
         "return conv2d_1__contiguous",
     ]
     assert [w.stored and (w.stored.name, w.stored.part) for w in program.weights.values()] == [
         ("0.weight:layout", "layout"), None, ("2.weight:layout", "layout"), None,
     ]  # fmt: skip
-    assert program.weights["w_0_weight"].spec.stride == (18, 1, 6, 2)
+    assert program.weights["w__0_weight"].spec.stride == (18, 1, 6, 2)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -101,15 +107,13 @@ def test_a_block(inplace: bool, batch: int) -> None:
     check(module, image(batch, 4, 6, 5))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(nets())
 def test_nets(case: Case) -> None:
-    module, x = case.module(), case.input()
-    with torch.no_grad():
-        check(module, x)
+    check(case.module(), case.input(), least=False)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(nets(), st.booleans())
 def test_each_value_is_converted_once(case: Case, strided: bool) -> None:
     x = case.input()
@@ -137,7 +141,7 @@ class Recorded(fx.Interpreter):
         return value
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(nets(), st.sampled_from([F64, torch.float32]))
 def test_kernels_give_the_strides_that_fakes_give(case: Case, dtype: torch.dtype) -> None:
     module, x = case.module().to(dtype), case.input().to(dtype)
@@ -158,13 +162,13 @@ def stride(tensor: Tensor, strides: tuple[int, ...]) -> tuple[Any, Any]:
     return tensor.shape, strides
 
 
+@pytest.mark.parametrize("least", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["unet", "vae_decoder"])
-def test_real_models(name: str) -> None:
+def test_real_models(name: str, least: bool) -> None:
     module, args, kwargs = ZOO[name]()
     module = module.double()
     args = tuple(x.double() if x.is_floating_point() else x for x in args)
-    with torch.no_grad():
-        program = check(module, *args, **kwargs)
+    program = check(module, *args, least=least, **kwargs)
     found = conversions(program)
     if name == "unet":  # once in and once out: attention reads its tokens from channels-last, and gives them so
         assert (len(found[ENTERS]), len(found[LEAVES])) == (1, 1)
@@ -205,7 +209,8 @@ class Shares(nn.Module):
 
 def test_a_weight_that_others_read_stays() -> None:
     program, after = rewritten(Shares(), image(1, 4, 5, 5))
-    assert conv_regions(program) == () and after is program
+    assert conv_regions(program) == ()
+    assert after is program
 
 
 class Writes(nn.Module):
@@ -237,7 +242,7 @@ def test_group_norm_ends_a_region_on_cuda() -> None:
     assert conv_regions(canonical(block.double(), image(1, 4, 9, 9)), "cuda") == ()  # cuDNN has none for doubles
 
 
-@pytest.mark.parametrize("operators", [("nothing",), ("silu",), ("conv2d", "flatten")])
+@pytest.mark.parametrize("operators", [("nothing",), ("flatten",), ("conv2d", "flatten")])
 def test_regions_that_do_not_fit(operators: tuple[str, ...]) -> None:
     block = nn.Sequential(nn.SiLU(), nn.Conv2d(4, 8, 3), nn.Flatten())
     program = canonical(block, torch.randn(1, 4, 9, 9))
@@ -248,7 +253,8 @@ def test_regions_that_do_not_fit(operators: tuple[str, ...]) -> None:
 def test_weights_in_parts_and_functional() -> None:
     module = Residual(inplace=True)
     x = image(2, 4, 6, 5)
-    expected = module.eval()(x)
+    with torch.no_grad():
+        expected = module.eval()(x)
     _, program = rewritten(module, x)
     program = run_passes(program, (SliceWeights((WeightSlices("w_second_weight", 3),)), Functionalise()))
     check_runs(plan_of(program, module, (x,), {}), expected, x, close=CLOSE)
@@ -263,7 +269,8 @@ def test_casts_read_the_layout() -> None:
     values = both.weights["w_second_weight__values"]
     assert values.spec.stride == after.weights["w_second_weight"].spec.stride
     (conv,) = [n for n in both.ops() if n.name == "conv2d_1"]
-    assert conv.target in CONVOLUTIONS and is_channels_last(conv.args[1].meta["val"])  # type: ignore[union-attr]
+    assert conv.target in CONVOLUTIONS
+    assert is_channels_last(conv.args[1].meta["val"])  # type: ignore[union-attr]
     m = plan_of(plain, module, (x,), {}).build()
     expected = m(x)
     m.close()
