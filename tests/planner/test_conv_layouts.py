@@ -55,7 +55,8 @@ def test_detected_machines_are_left_alone_until_they_are_measured() -> None:
 def test_a_region_that_costs_more_than_it_saves_is_not_tried() -> None:
     slow = replace(MACHINE, launch_seconds=1.0)
     p = plan(Residual().eval(), "1GB", inputs=(X,), device="accounting", machine=slow)
-    assert Layouts(p.problem).most_seconds > 1.0
+    assert Layouts(p.problem).most_seconds > 1.0  # half of three launches, and two more for the conversions
+    assert Layouts(p.problem).regions == ()
     assert Layouts(planned().problem).regions == ()  # nothing is left to gain there
 
 
