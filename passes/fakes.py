@@ -51,7 +51,7 @@ class FaithfulFakes(TorchDispatchMode):
             return result  # asking a symbol for its value would fix it; a size of 1 is never a symbol
         if func is aten.native_group_norm.default:
             # ATen/native/group_norm.cpp: empty_like of input.contiguous(suggested format)
-            return (_restride(result[0], _suggested_format(args[0])), *result[1:])
+            return (_restride(result[0], suggested_format(args[0])), *result[1:])
         if func is aten.native_batch_norm.default:
             return (_restride(result[0], _batch_norm_format(args)), *result[1:])
         if func is aten.native_layer_norm.default:
@@ -64,7 +64,7 @@ class FaithfulFakes(TorchDispatchMode):
             return (_like(result[0], args[0]), *result[1:])
         if func in _UPSAMPLES:
             # ATen/native/UpSample*.cpp: the output has the suggested format of the input
-            return _restride(result, _suggested_format(args[0]))
+            return _restride(result, suggested_format(args[0]))
         if func in _VIEWS and isinstance(args[0], FakeTensor):
             # ATen/TensorUtils.cpp, computeStride: the Python reference that fakes use differs where a size is 1
             with _disable_current_modes():
@@ -177,7 +177,7 @@ def _odd(fake: torch.Tensor) -> bool:
     return fake.stride() != tuple(reversed(stride))
 
 
-def _suggested_format(tensor: torch.Tensor) -> torch.memory_format:
+def suggested_format(tensor: torch.Tensor) -> torch.memory_format:
     """c10's suggest_memory_format: channels-last where strides say so, in exactly the order of sizes."""
     for rank, order, layout in ((4, (1, 3, 2, 0), torch.channels_last), (5, (1, 4, 3, 2, 0), torch.channels_last_3d)):
         if tensor.dim() == rank and _channels_last(tensor, order):
@@ -193,7 +193,7 @@ def _batch_norm_format(args: Any) -> torch.memory_format:
         for layout in (torch.contiguous_format, *formats):
             if x.is_contiguous(memory_format=layout):
                 return layout
-    return _suggested_format(x)
+    return suggested_format(x)
 
 
 def _channels_last(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:

@@ -61,7 +61,8 @@ def plan(
         device: "cuda", "cuda:1", "cpu" (the budget is RAM, weights live on disk) or "accounting" (CPU kernels, every byte
             counted). Default: CUDA where it is or where `machine` is one, else cpu.
         machine: a preset's name, the path of a file with a machine (.toml or .json), a `Machine`, or None for this one.
-        allow: transforms that may be used; without "offload" every weight stays on the device.
+        allow: transforms that may be used; without "offload" every weight stays on the device, without "layout" convolutions
+            keep the layout that they were captured in.
         allow_cast: types in which weights may be stored, with scales: "float8_e4m3fn", "float8_e5m2", "int8", or several. As
             many weights are as shorten the step or are needed to fit; none without this. Small ones, the first and the last
             projections, and what models mark as not to be cast stay as they are.
@@ -117,6 +118,7 @@ def plan(
         profile=check_profile(profile),
         casts=casts,
         max_error=check_max_error(max_error, casts),
+        layout="layout" in check_allow(allow),
     )
     return plan_or_parts(target, options, prepare)
 

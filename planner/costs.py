@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from passes.channels_last import CONVOLUTIONS, is_channels_last
 from passes.program import tensors_of
 from planner.families import IDEAL, Family
 from planner.machine import Machine
@@ -43,6 +46,23 @@ def node_seconds(flops: float, bytes_moved: float, dtype: torch.dtype | str, mac
     rate = machine.flops.get(dtype_name(dtype), machine.flops["float32"])
     arithmetic = flops / (rate * family.arithmetic)
     return max(arithmetic, bytes_moved / (machine.memory_bandwidth * family.traffic)) + machine.launch_seconds
+
+
+def layout_ratio(node: fx.Node, machine: Machine) -> float:
+    """By what a convolution's seconds are multiplied because its result is channels-last; 1 for all else.
+
+    Grouped convolutions and those of volumes have other kernels, of which the machine model says nothing.
+    """
+    if CONVOLUTIONS.get(node.target) != 4 or _groups(node) != 1 or not machine.channels_last:
+        return 1.0
+    val = node.meta["val"]
+    known = val.dim() == 4 and not val.is_contiguous() and is_channels_last(val)
+    return machine.channels_last.get(dtype_name(val.dtype), 1.0) if known else 1.0
+
+
+def _groups(node: fx.Node) -> int:
+    groups: Any = node.args[6] if len(node.args) > 6 else node.kwargs.get("groups", 1)
+    return int(groups)
 
 
 def lookup_seconds(nbytes: int, machine: Machine) -> float:

@@ -165,4 +165,5 @@ def _estimated(properties: Any) -> Machine:
             "int8": 2 * half if capability >= (7, 5) else float32,
         },
         capability=capability,
+        channels_last=like.channels_last if capability >= (7, 0) else {},
     )

@@ -26,7 +26,7 @@ FORMAT, FILE_VERSION = "vramplan-machine", 1
 _PRESETS_PATH = Path(__file__).with_name("machines.toml")
 _POSITIVE_FIELDS = ("memory_bandwidth", "link_bandwidth", "pageable_bandwidth", "disk_bandwidth")
 _NON_NEGATIVE_FIELDS = ("launch_seconds", "link_latency_seconds")
-_OPTIONAL_FIELDS = {"capability", "link_seconds"}
+_OPTIONAL_FIELDS = {"capability", "link_seconds", "channels_last"}
 
 
 class MachineError(PlannerError, ValueError):
@@ -38,7 +38,7 @@ class Machine:
     """Rates and capacities of one device and its link to the host.
 
     By hand: a JSON or TOML file with these fields at its top, which `machine=` and `--machine` take by its path, and
-    `Machine.load` reads. The last two may be left out. All of them, for a card on a slow link::
+    `Machine.load` reads. The last three may be left out. All of them, for a card on a slow link::
 
         name = "rtx-3060-x4"
         description = "GeForce RTX 3060 in a riser, PCIe gen3 x4"
@@ -52,6 +52,7 @@ class Machine:
         disk_bandwidth = 3.4e9
         capability = [8, 6]
         link_seconds = [[65536, 3.5e-5], [1048576, 3.9e-4], [67108864, 0.0241]]
+        channels_last = { bfloat16 = 0.9, float16 = 0.9 }
 
     Attributes:
         name: short name, such as that of a preset.
@@ -68,6 +69,8 @@ class Machine:
         capability: CUDA compute capability, or None for a CPU.
         link_seconds: measured copies over the link as pairs (bytes, seconds), both ascending. Empty: every copy takes
             `link_latency_seconds` and its bytes over `link_bandwidth`.
+        channels_last: seconds of a 2-d convolution on channels-last tensors over those on contiguous ones, by dtype name; 1 for
+            dtypes that are not there. Convolutions run so only where that, or `profile=True`, says that it pays.
     """
 
     name: str
@@ -82,6 +85,7 @@ class Machine:
     disk_bandwidth: float
     capability: tuple[int, int] | None = None
     link_seconds: tuple[tuple[int, float], ...] = ()
+    channels_last: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name in ("name", "description"):
@@ -106,6 +110,15 @@ class Machine:
             self._require_number(name, getattr(self, name), zero=True)
         self._require_capability()
         self._require_link_seconds()
+        ratios: object = self.channels_last
+        if not isinstance(ratios, Mapping):
+            raise MachineError(
+                f"machine {self.name!r}: channels_last must map dtype names to ratios such as {{'float16': 0.9}}, "
+                f"not {ratios!r}."
+            )
+        object.__setattr__(self, "channels_last", dict(ratios))
+        for dtype, ratio in self.channels_last.items():
+            self._require_number(f"channels_last[{dtype!r}]", ratio)
 
     def copy_seconds(self, nbytes: int) -> float:
         """Seconds one copy of `nbytes` from page-locked host memory takes; never less for more bytes.

@@ -22,6 +22,7 @@ from runtime.errors import PlannerError
 
 _KIB, _MIB = 1024, 1024 * 1024
 _DTYPES = ("float32", "bfloat16", "float16", "float8_e4m3fn", "int8")
+_CONVOLVED = ("float32", "bfloat16", "float16")
 # A product is made larger until it takes this long.
 _LONG_ENOUGH_SECONDS = 0.02
 Points = tuple[tuple[int, float], ...]
@@ -35,6 +36,7 @@ class Effort:
         link_bytes, disk_bytes: sizes of copies over the link, and of reads; disk_file_bytes: of the file that they are from.
         matmul_size: side of the largest square product. memory_bytes: of the tensor that is copied on the device.
         launches: operators in a row. repeats: timings of which the median counts.
+        convolutions: channels and sides of images, each convolved in both layouts.
         seconds: time for each measurement, after which no further timing begins.
     """
 
@@ -44,13 +46,14 @@ class Effort:
     matmul_size: int
     memory_bytes: int
     launches: int = 2000
+    convolutions: tuple[tuple[int, int], ...] = ((64, 64), (256, 32))
     repeats: int = 7
     seconds: float = 1.0
 
 
 _SIZES = tuple(n * _KIB for n in (64, 256, 1024, 4096, 16384, 65536))
 EFFORT = {
-    "cpu": Effort(_SIZES, _SIZES, 256 * _MIB, 2048, 256 * _MIB),
+    "cpu": Effort(_SIZES, _SIZES, 256 * _MIB, 2048, 256 * _MIB, convolutions=((64, 32), (256, 16))),
     "cuda": Effort((*_SIZES, 256 * _MIB), _SIZES, 256 * _MIB, 8192, 1024 * _MIB),
 }
 
@@ -105,7 +108,7 @@ def measure(device: str, *, effort: Effort | None = None, clock: Clock = time.pe
     base = uncalibrated(device)
     kind = "cpu" if device == "cpu" else "cuda"
     place = torch.device("cpu") if kind == "cpu" else torch.device("cuda", cuda_index(device))
-    steps = len(_DTYPES) + (3 if kind == "cpu" else 5)
+    steps = len(_DTYPES) + (4 if kind == "cpu" else 6)
     meter = _Meter(Stopwatch(place, clock), effort or EFFORT[kind])
     # In this order: leaving inference mode turns gradients on. Reader threads never are in it, and write tensors made here.
     with torch.inference_mode(False), torch.no_grad(), stepping(f"measuring {device}", steps) as step:
@@ -143,6 +146,8 @@ class _Meter:
             step(f"{dtype} products")
             rate = self._matmul_flops(dtype)
             flops[dtype] = rate if rate is not None else flops["float32"]  # emulated: see the presets
+        step("convolutions")
+        ratios = {dtype: self._layout_ratio(dtype) for dtype in _CONVOLVED}
         step("memory")
         bandwidth = self._memory_bandwidth()
         step("launches")
@@ -158,6 +163,7 @@ class _Meter:
             pageable_bandwidth=pageable,
             disk_bandwidth=disk_bandwidth,
             link_seconds=link,
+            channels_last={dtype: ratio for dtype, ratio in ratios.items() if ratio is not None},
         )
 
     def _median(self, run: Callable[[], object], times: int = 1) -> float:
@@ -193,6 +199,28 @@ class _Meter:
             return lambda: torch._scaled_mm(x, y, scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
         x, y = a.to(getattr(torch, dtype)), b.to(getattr(torch, dtype))
         return lambda: torch.mm(x, y)
+
+    def _layout_ratio(self, dtype: str) -> float | None:
+        """Seconds of convolutions in channels-last over those of contiguous ones; None where there are none in that dtype."""
+        contiguous, last = 0.0, 0.0
+        try:
+            for channels, side in self._effort.convolutions:
+                x = self._random_of((2, channels, side, side), dtype)
+                w = self._random_of((channels, channels, 3, 3), dtype)
+                contiguous += self._convolution_seconds(x, w)
+                there = [each.contiguous(memory_format=torch.channels_last) for each in (x, w)]
+                last += self._convolution_seconds(*there)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError):
+            return None
+        return last / contiguous
+
+    def _random_of(self, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+        return torch.randn(shape, device=self._device, generator=self._random).to(getattr(torch, dtype))
+
+    def _convolution_seconds(self, x: torch.Tensor, w: torch.Tensor) -> float:
+        return self._median(lambda: torch.conv2d(x, w, padding=1))
 
     def _memory_bandwidth(self) -> float:
         """Of a copy on the device: every byte is read once and written once."""

@@ -28,7 +28,8 @@ class Options:
 
     `opaque_bytes` maps patterns of module paths to bytes that their Python takes, where that cannot be found out. `repeats`:
     how many calls follow each other. `profile`: seconds are measured on the device, which must then be here. `casts`: the types
-    in which weights may be stored, as long as the result's relative error stays within `max_error`.
+    in which weights may be stored, as long as the result's relative error stays within `max_error`. `layout`: convolutions may
+    run in channels-last.
     """
 
     budget: Budget
@@ -46,6 +47,7 @@ class Options:
     tile: bool = True
     casts: tuple[str, ...] = ()
     max_error: float | None = None
+    layout: bool = True
 
     def __post_init__(self) -> None:
         if self.profile:

@@ -119,8 +119,9 @@ class Plan(PlanFacts):
     def _passes(self) -> str:
         """Those that changed something, in their order."""
         tiling = self.decisions.tiling
-        named = [("cast_weights", tiling.casts), ("functionalise", tiling.tiles or tiling.norms)]
-        named += [("split_norms", tiling.norms), ("tile_regions", tiling.tiles)]
+        named: list[tuple[str, object]] = [("channels_last", tiling.channels_last), ("cast_weights", tiling.casts)]
+        named += [("functionalise", tiling.tiles or tiling.norms), ("split_norms", tiling.norms)]
+        named.append(("tile_regions", tiling.tiles))
         return ", ".join([*(name for name, used in named if used), "stream_weights", "insert_frees"])
 
     @property
@@ -200,6 +201,7 @@ class Plan(PlanFacts):
             tile=self._options.tile,
             casts=self._options.casts,
             max_error=self._options.max_error,
+            layout=self._options.layout,
         )
 
     @classmethod
@@ -227,6 +229,7 @@ class Plan(PlanFacts):
                 bool(data["tile"]),
                 tuple(data.get("casts", ())),
                 data.get("max_error"),
+                bool(data.get("layout", True)),
             )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:

@@ -70,6 +70,7 @@ def write_plan(
     tile: bool = True,
     casts: Sequence[str] = (),
     max_error: float | None = None,
+    layout: bool = True,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
@@ -95,6 +96,8 @@ def write_plan(
         data["profile"] = True
     if casts:
         data |= {"casts": list(casts), "max_error": max_error}
+    if not layout:
+        data["layout"] = False
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

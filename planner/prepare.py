@@ -11,6 +11,7 @@ from passes.concretise import Concretise
 from passes.program import Program, module_path, tensors_of
 from planner.capture import capture
 from planner.cast_noise import casting_of
+from planner.conv_layouts import Layouts
 from planner.dynamic import capture_dynamic
 from planner.frontends.caches import refuse_caches, register_containers
 from planner.memory import MemoryModel
@@ -65,7 +66,8 @@ def tilings_of(program: Program, options: Options, casting: Casting = NO_CASTS) 
     base = Solver(build(program, UNTILED), options.repeats)
     if program.origin is not None:  # sizes that vary
         return Tilings(base)
-    return Tilings(base, build, _freedom(program, options, memory), casting)
+    layout = Layouts(base.problem, measured=profiler is not None) if options.layout else None
+    return Tilings(base, build, _freedom(program, options, memory), casting, layout)
 
 
 def _freedom(program: Program, options: Options, memory: MemoryModel) -> Freedom:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from passes.program import Program, Weight, module_path
+from planner.conv_layouts import convolutions_in
 from planner.dynamic_plan import describe_sizes
 from planner.show_tiles import cast_rows, tile_rows
 from planner.sizes import format_bytes, format_seconds
@@ -50,6 +51,7 @@ def describe(plan: Plan) -> str:
     for label, text in rows:
         lines += wrap(label, text)
     lines.append("  decisions")
+    lines += _layout(plan)
     lines += _decisions(plan)
     return "\n".join(lines)
 
@@ -100,6 +102,15 @@ def _weights(plan: Plan) -> str:
     if looked_up:
         shares.append(f"{format_bytes(looked_up)} on the host, where rows are looked up")
     return f"{total}: {', '.join(shares)}" if shares else f"{total}, all resident"
+
+
+def _layout(plan: Plan) -> list[str]:
+    """`channels-last: 62 convolutions in 3 regions`; nothing where there are none."""
+    regions = plan.decisions.tiling.channels_last
+    if not regions:
+        return []
+    count = convolutions_in(plan.program, regions)
+    return [f"    channels-last: {_count(count, 'convolution')} in {_count(len(regions), 'region')}"]
 
 
 def _decisions(plan: Plan) -> list[str]:

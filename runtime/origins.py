@@ -83,6 +83,8 @@ def stored_sources(
         def make() -> torch.Tensor:
             if stored.part == "scales" and stored.weight in scales:
                 return scales.pop(stored.weight)
+            if stored.part == "layout":
+                return stored.make(read())
             weight = read().cpu()
             if stored.part == "values":
                 scales[stored.weight] = scales_of(weight, stored.dtype, stored.dim)

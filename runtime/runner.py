@@ -109,7 +109,7 @@ class Runner:
         views = {view.name: view.whole for view in read}
         seen: set[int] = set()
         owned = {alias for view in views.values() for alias in view.aliases} | set(views)
-        # What is stored in another type stays where it is: it is read for that, and not moved.
+        # What is stored otherwise stays where it is: it is read for that, and not moved.
         only = {view.stored.weight for view in views.values() if view.stored is not None} - owned
         seen |= {id(tensors[name]) for name in only}
         for name, tensor in tensors.items():  # what the program never reads moves too: the host holds all weights once

@@ -1,10 +1,14 @@
-"""Weights that are stored otherwise than the module has them: in a smaller type, with scales. Quantised once, on the host.
+"""Weights that are stored otherwise than the module has them, made once, on the host.
+
+In a smaller type, with scales:
 
 before:  w                  [out, in]    bfloat16
 after:   values             [out, in]    float8_e4m3fn      w / scales
          scales             [out, 1]     float32            largest magnitude of the row / largest value of the type
 
 The operator `vramplan::upcast` gives `values * scales` in the type that the program computes in.
+
+Or in another layout: the values of `w` with other strides, those of channels-last, say.
 """
 
 from __future__ import annotations
@@ -25,16 +29,16 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0, torch.int8: 1
 
 @dataclass(frozen=True)
 class Stored:
-    """Which part of a scaled cast a stored weight is.
+    """Which part of a scaled cast a stored weight is, or that it is the weight itself in another layout.
 
     Attributes:
         weight: the module's name of what it is made from.
-        part: the values in `dtype`, or their scales, in float32.
+        part: the values in `dtype`, or their scales, in float32; or the weight itself, its elements laid out otherwise.
         dim: the dimension that has a scale for each index; None: there is one for all.
     """
 
     weight: str
-    part: Literal["values", "scales"]
+    part: Literal["values", "scales", "layout"]
     dtype: torch.dtype
     dim: int | None
 
@@ -46,9 +50,13 @@ class Stored:
     def make(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
         """The stored tensor, from the module's; with its scales, where those are known already.
 
+        Of another layout the elements: strides are those of the place where they are copied to.
+
         Raises:
-            PlannerError: the weight has values that are not finite.
+            PlannerError: the weight is cast, and has values that are not finite.
         """
+        if self.part == "layout":
+            return weight
         if scales is None:
             scales = scales_of(weight, self.dtype, self.dim)
         if not bool(torch.isfinite(scales).all()):

@@ -107,6 +107,8 @@ def show_command(arguments: Namespace) -> Answer:
 def _tiling_lines(tiling: dict[str, Any]) -> list[str]:
     """What a plan's file says of tables, slices and tiles, a line each."""
     lines = [f"  lookup    rows of {name}, on the host" for name in tiling.get("lookups", ())]
+    for region in tiling.get("channels_last", ()):
+        lines.append(f"  layout    {region['operators'][0]} .. {region['operators'][-1]} in channels-last")
     lines += [f"  slices    {cut['weight']} in {cut['count']} parts" for cut in tiling.get("slices", ())]
     for tile in tiling.get("tiles", ()):
         lines.append(

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from passes.cast_weights import Cast
+from passes.channels_last import ConvRegion
 from passes.regions import Tile
 from passes.slice_weights import WeightSlices
 from passes.stream_weights import Stream
@@ -20,7 +21,7 @@ class Tiling:
     `norms` are split into statistics and what applies them, of which `recomputed` have their input computed twice; `tiles` are
     the regions that run tile by tile, in program order; of their results `hosted` live on the host, and `over` may be written
     over values that are larger. `lookups` are the weights whose rows are looked up on the host, `slices` those that come in
-    parts, and `casts` those that are stored in a smaller type, by placeholder.
+    parts, and `casts` those that are stored in a smaller type, by placeholder. `channels_last` are the regions that run so.
     """
 
     norms: tuple[str, ...] = ()
@@ -31,6 +32,7 @@ class Tiling:
     recomputed: tuple[str, ...] = ()
     over: tuple[str, ...] = ()
     casts: tuple[Cast, ...] = ()
+    channels_last: tuple[ConvRegion, ...] = ()
 
     def __bool__(self) -> bool:
         return self != UNTILED
@@ -38,6 +40,7 @@ class Tiling:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Tiling:
         given = {name: tuple(values) for name, values in data.items()}
+        given["channels_last"] = tuple(ConvRegion(tuple(each["operators"])) for each in given.get("channels_last", ()))
         made = {"tiles": Tile, "slices": WeightSlices, "casts": Cast}
         return cls(**{k: tuple(made[k](**value) for value in v) if k in made else v for k, v in given.items()})
 

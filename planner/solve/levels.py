@@ -15,6 +15,7 @@ from torch import fx
 from passes.base import Pass, run_passes
 from passes.big_weights import readers_of, sliceable
 from passes.cast_weights import CastWeights
+from passes.channels_last import ChannelsLast
 from passes.functionalise import Functionalise
 from passes.gather_writes import GatherWrites
 from passes.host_lookup import HostLookup
@@ -72,7 +73,12 @@ def tile_program(program: Program, tiling: Tiling) -> Program:
     Raises:
         PlanFileError: it names what the program does not have. Untileable: a region that cannot be cut so.
     """
-    passes: tuple[Pass, ...] = (HostLookup(tiling.lookups), SliceWeights(tiling.slices), CastWeights(tiling.casts))
+    passes: tuple[Pass, ...] = (
+        ChannelsLast(tiling.channels_last),  # first: others cut and replace what regions are named by
+        HostLookup(tiling.lookups),
+        SliceWeights(tiling.slices),
+        CastWeights(tiling.casts),
+    )
     return run_passes(program, (*passes, *_tile_passes(tiling)) if tiling.norms or tiling.tiles else passes)
 
 
@@ -162,7 +168,8 @@ class Levels:
     @cached_property
     def _whole(self) -> Program:
         """The program whose tables are looked up, nothing sliced and nothing cast."""
-        return tile_program(self.program, Tiling(lookups=self.freedom.tables))
+        layout = self.base.tiling.channels_last
+        return tile_program(self.program, Tiling(lookups=self.freedom.tables, channels_last=layout))
 
     @property
     def _costs(self) -> TileCosts:

@@ -14,7 +14,7 @@ from passes.loop import Loop
 from passes.probe import OpCost, Prober
 from passes.program import Program
 from passes.visits import Visit, weight_visits
-from planner.costs import arithmetic_dtype, lookup_seconds, node_seconds
+from planner.costs import arithmetic_dtype, layout_ratio, lookup_seconds, node_seconds
 from planner.dynamic_bytes import DynamicBytes
 from planner.families import family_of
 from planner.machine import Machine
@@ -139,4 +139,5 @@ def modelled_seconds(liveness: Liveness, machine: Machine) -> np.ndarray:
             assert isinstance(cost, OpCost)  # sizes are numbers here
             family = family_of(node.target)
             seconds[i] = node_seconds(cost.flops, cost.moved_bytes, arithmetic_dtype(node), machine, family)
+            seconds[i] *= layout_ratio(node, machine)
     return seconds

@@ -12,6 +12,7 @@ from torch import fx
 
 from passes.program import Program, module_path, operator_name, tensors_of
 from passes.tile_rules.base import rule_of
+from planner.conv_layouts import Layouts
 from planner.sizes import format_bytes
 from planner.solve.casting import NO_CASTS, Casting
 from planner.solve.decide import Schedule, Solver
@@ -133,13 +134,14 @@ class Tilings:
     """The solvers of one canonical program: `base` of the program as it is, others of its rewritings.
 
     `build` analyses a rewritten program; None where it may not be rewritten. `freedom`: what may be done to it. `casting`:
-    which weights may be stored in a smaller type.
+    which weights may be stored in a smaller type. `layout`: what may run in channels-last.
     """
 
     base: Solver
     build: Callable[[Program, Tiling], Problem] | None = None
     freedom: Freedom = NONE
     casting: Casting = NO_CASTS
+    layout: Layouts | None = None
 
     @cached_property
     def minimum(self) -> Solver:
@@ -174,9 +176,24 @@ class Tilings:
             raise self._too_much_on_the_host(budget_bytes, left or 0)
         enough = _ENOUGH * min(schedule.time.step_seconds for _, schedule in found)
         kept = [(solver, schedule) for solver, schedule in found if schedule.time.step_seconds <= enough]
-        return min(kept, key=lambda each: (len(each[0].problem.tiling.casts), each[1].time.step_seconds))
+        return min(kept, key=lambda each: (*_changes(each[0].problem.tiling), each[1].time.step_seconds))
 
     def _in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:
+        """In the layouts that are given; then the fastest of these in channels-last, where its arithmetic is shorter."""
+        yield from self._cast_in_turn(budget_bytes, found)
+        if self.layout is None or not found:
+            return
+        solver, schedule = min(found, key=lambda each: each[1].time.step_seconds)
+        start, step = Tiling(casts=solver.problem.tiling.casts), schedule.time.step_seconds
+        own = self.branch(start).base.problem
+        copies = (own.total_weight_bytes + own.memory.fixed_bytes - budget_bytes) / own.machine.link_peak_bandwidth
+        if max(step - self.layout.most_seconds, copies) * _ENOUGH >= step or not self.layout.regions:
+            return
+        shorter = self.branch(replace(start, channels_last=self.layout.regions))
+        if shorter.base.problem.compute_seconds * _ENOUGH < own.compute_seconds:
+            yield shorter
+
+    def _cast_in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:
         """Without casts; with about as many as end the wait for copies; with all of them. Until the step is the arithmetic."""
         plain = self.branch(UNTILED)
         yield plain
@@ -259,6 +276,11 @@ class Tilings:
     @cached_property
     def _solvers(self) -> dict[Tiling, Solver]:
         return {}
+
+
+def _changes(tiling: Tiling) -> tuple[int, bool]:
+    """What is done besides tiles and copies, the less the better of what is as fast."""
+    return len(tiling.casts), bool(tiling.channels_last)
 
 
 def _left(solver: Solver, host_bytes: int | None) -> int | None:

@@ -252,7 +252,7 @@ def _edited(tmp_path: Path, **changes: Any) -> Path:
             {"machine": {"name": "x", "colour": 1}},
             "the machine lacks capacity_bytes, description, disk_bandwidth, flops, launch_seconds, link_bandwidth, "
             "link_latency_seconds, memory_bandwidth, pageable_bandwidth and has the unknown colour; the fields are "
-            "capability, capacity_bytes, description, disk_bandwidth, flops, launch_seconds, link_bandwidth, "
+            "capability, capacity_bytes, channels_last, description, disk_bandwidth, flops, launch_seconds, link_bandwidth, "
             "link_latency_seconds, link_seconds, memory_bandwidth, name, pageable_bandwidth.",
         ),
     ],

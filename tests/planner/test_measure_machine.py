@@ -24,7 +24,7 @@ from planner.stopwatch import LEAST_SECONDS, Stopwatch
 from runtime.errors import StoreError
 from runtime.weight_file import OpenFile
 
-TINY = Effort((1024, 8192), (512, 4096), 16384, 16, 65536, launches=3, repeats=2, seconds=0.01)
+TINY = Effort((1024, 8192), (512, 4096), 16384, 16, 65536, launches=3, repeats=2, seconds=0.01, convolutions=((4, 8),))
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def numbers(machine: Machine) -> list[float]:
     rates = [machine.memory_bandwidth, machine.launch_seconds, machine.link_bandwidth, machine.link_peak_bandwidth]
-    rates += [machine.pageable_bandwidth, machine.disk_bandwidth, *machine.flops.values()]
+    rates += [machine.pageable_bandwidth, machine.disk_bandwidth, *machine.flops.values(), *machine.channels_last.values()]
     return [*rates, *(seconds for _, seconds in machine.link_seconds)]
 
 
@@ -50,6 +50,7 @@ def test_whatever_the_clock_says(cache: Path, ticks: Iterator[float]) -> None:
     assert all(0 < number < math.inf for number in numbers(machine))
     assert [n for n, _ in machine.link_seconds] == [512, 4096]
     assert set(machine.flops) == set(Machine.preset("cpu").flops)
+    assert machine.channels_last["float32"] > 0
     assert machine.link_bandwidth == machine.disk_bandwidth == machine.link_peak_bandwidth
     assert machine.link_latency_seconds >= 0
     assert machine.capability is None
