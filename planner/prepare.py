@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import fx, nn
 
 from passes.base import run_passes
@@ -22,6 +24,7 @@ from planner.solve.decide import Solver
 from planner.solve.decisions import UNTILED, Tiling
 from planner.solve.levels import Freedom
 from planner.solve.problem import Problem, build_problem
+from planner.solve.reuse import reuse_memory
 from planner.solve.tilings import Tilings
 from runtime.errors import InfeasibleBudget
 
@@ -55,7 +58,7 @@ def tilings_of(program: Program, options: Options) -> Tilings:
     base = Solver(build(program, UNTILED), options.repeats)
     if program.origin is not None:  # sizes that vary
         return Tilings(base)
-    return Tilings(base, build, _freedom(program, options, memory))
+    return Tilings(base, build, _freedom(program, options, memory), partial(reuse_memory, machine=options.machine, memory=memory))
 
 
 def _freedom(program: Program, options: Options, memory: MemoryModel) -> Freedom:

@@ -34,12 +34,14 @@ _LITTLE = 1.1
 class Tilings:
     """The solvers of one canonical program: `base` of the program as it is, others of its tilings.
 
-    `build` analyses a rewritten program; None where it may not be rewritten. `freedom`: what may be done to it.
+    `build` analyses a rewritten program; None where it may not be rewritten. `freedom`: what may be done to it. `in_place`: the
+    last rewriting of all that are solved, after which less is live; regions are sought in programs without it.
     """
 
     base: Solver
     build: Callable[[Program, Tiling], Problem] | None = None
     freedom: Freedom = NONE
+    in_place: Callable[[Program], Program] = lambda program: program
 
     @cached_property
     def minimum(self) -> Solver:
@@ -142,7 +144,7 @@ class Tilings:
         if self._levels is not None and self._levels.forced is not None:
             yield self.of(self._levels.forced)
             return
-        yield self.base
+        yield self.of(UNTILED)
         if self.freedom.tables and self.build is not None:
             yield self.of(self.freedom.looked_up)
 
@@ -159,12 +161,17 @@ class Tilings:
         Raises:
             PlanFileError, Untileable: as `tile_program`.
         """
-        if not tiling:
+        if self.build is None:
+            assert not tiling
             return self.base
         if tiling not in self._solvers:
-            assert self.build is not None
-            program = tile_program(self.base.problem.program, tiling)
-            self._solvers[tiling] = Solver(self.build(program, tiling), self.base.repeats, self.base.pool)
+            program = self.base.problem.program
+            tiled = tile_program(program, tiling) if tiling else program
+            final = self.in_place(tiled)
+            same = final is program
+            self._solvers[tiling] = (
+                self.base if same else Solver(self.build(final, tiling), self.base.repeats, self.base.pool)
+            )
         return self._solvers[tiling]
 
     @cached_property
