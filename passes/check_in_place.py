@@ -1,8 +1,8 @@
 """The checker's part on memory that is written over: an `alias` announces it, writes that cover it exactly once complete it.
 
-Canonical programs have no `alias`, so what a module itself writes in place is none of this. Until such memory is complete nothing
-reads it, but for the operator that writes over its own argument, and that only through that argument. Afterwards the names that
-the memory had before are nobody's (I5). Results of loops are written by their tiles: `passes.check_loops` sees to them.
+Canonical programs have no `alias`, so what a module itself writes in place is none of this. Until such memory is complete
+nothing reads it, but for the operator that writes over its own argument, and that only through that argument. Afterwards the
+names that the memory had before are nobody's (I5). Results of loops are written by their tiles: see `passes.check_loops`.
 """
 
 from __future__ import annotations

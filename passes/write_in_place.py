@@ -18,6 +18,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from passes.fakes import is_dense
 from passes.functionalise import functional_overload
 from passes.program import Program, is_symbolic, storage_bytes, storage_id, tensors_of
 from passes.refresh_values import carry_on, value_of
@@ -110,9 +111,10 @@ def _candidates(node: fx.Node) -> list[int]:
     """Positions of the arguments that the operator could write over, were they to end there."""
     found = [0]
     if node.target in _COMMUTATIVE and node.kwargs.get("alpha", 1) == 1:
-        values = [argument.meta.get("val") if isinstance(argument, fx.Node) else None for argument in node.args[:2]]
-        if all(isinstance(value, torch.Tensor) for value in values) and values[0].dtype == values[1].dtype:
-            found.append(1)  # of two dtypes the second could be rounded where the first is not
+        values = [argument.meta.get("val") for argument in node.args[:2] if isinstance(argument, fx.Node)]
+        dtypes = {value.dtype if isinstance(value, torch.Tensor) else None for value in values}
+        if len(values) == 2 and len(dtypes) == 1:  # of two dtypes one could be rounded where it is not in the other's place
+            found.append(1)
     return found
 
 
@@ -137,16 +139,6 @@ def _same_place(value: fx.Node, node: fx.Node) -> bool:
         return False
     nbytes = one.numel() * one.dtype.itemsize
     return nbytes == storage_bytes(one) == storage_bytes(other) and is_dense(one)
-
-
-def is_dense(tensor: torch.Tensor) -> bool:
-    """Whether no two elements are at the same place, and nothing lies between them."""
-    step = 1
-    for stride, size in sorted((s, n) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1):
-        if stride != step:
-            return False
-        step *= size
-    return True
 
 
 def _rewrite(node: fx.Node, index: int) -> None:

@@ -58,7 +58,8 @@ def tilings_of(program: Program, options: Options) -> Tilings:
     base = Solver(build(program, UNTILED), options.repeats)
     if program.origin is not None:  # sizes that vary
         return Tilings(base)
-    return Tilings(base, build, _freedom(program, options, memory), partial(reuse_memory, machine=options.machine, memory=memory))
+    reuse = partial(reuse_memory, machine=options.machine, memory=memory, keep=options.keeps_resident)
+    return Tilings(base, build, _freedom(program, options, memory), reuse)
 
 
 def _freedom(program: Program, options: Options, memory: MemoryModel) -> Freedom:

@@ -168,10 +168,9 @@ class Tilings:
             program = self.base.problem.program
             tiled = tile_program(program, tiling) if tiling else program
             final = self.in_place(tiled)
-            same = final is program
-            self._solvers[tiling] = (
-                self.base if same else Solver(self.build(final, tiling), self.base.repeats, self.base.pool)
-            )
+            changed = final is not program
+            made = Solver(self.build(final, tiling), self.base.repeats, self.base.pool) if changed else self.base
+            self._solvers[tiling] = made
         return self._solvers[tiling]
 
     @cached_property
