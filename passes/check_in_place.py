@@ -39,6 +39,7 @@ class InPlace:
             return
         spec, key = self._memory.only(node)
         storage = self._memory.storages[key]
+        storage.full = storage.over is None and not storage.blank
         storage.over, storage.place, storage.cuts = spec, node.name, []
         storage.before = frozenset(storage.values - {node.name})
 
@@ -52,6 +53,8 @@ class InPlace:
         if len(mine) > 1:
             raise self._error(f"{node.name} reads of {mine[0].name} what it may have written over")
         target = mine[0]
+        if node.target is not torch.ops.aten.copy_.default and not storage.full:
+            raise self._error(f"{node.name} reads {target.name}, which nothing has written")
         if target.name in storage.before:
             raise self._error(f"{node.name} writes {target.name}, over which {storage.place} is to be written")
         part = _part(self._memory.only(target)[0], storage.over)

@@ -24,7 +24,8 @@ class Storage:
         complete: of what lives on the host all has been written.
         blank: it was made uninitialised, and nothing has written it so far.
         over: the result that is to be written over what it holds, which only those still read that write it; `before` are the
-            names of that, `place` is the name of the result, `cuts` is what is written of it outside of loops.
+            names of that, `full` says whether there is any, `place` is the name of the result, `cuts` is what is written of it
+            outside of loops.
         gone: names of what has been written over.
         values: the names that refer to it.
     """
@@ -37,6 +38,7 @@ class Storage:
     complete: bool = False
     blank: bool = False
     over: TensorSpec | None = None
+    full: bool = False
     place: str = ""
     cuts: list[Cut] = field(default_factory=list)
     before: frozenset[str] = frozenset()
