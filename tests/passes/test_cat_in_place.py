@@ -156,7 +156,7 @@ def test_late_where_much_happens_between_the_parts() -> None:
     program, joins = found(Skip().eval(), X)
     assert joins == (Join("cat", late=True),)
     lines = [line.split(" = ")[0] for line in text(program).splitlines()]
-    assert lines.index("conv2d_2") < lines.index("cat_buffer") < lines.index("cat_0_write = ".split(" = ")[0])
+    assert lines.index("conv2d_2") < lines.index("cat_buffer") < lines.index("cat_0_write")
     assert lines.index("cat_0_write") < lines.index("conv2d_3") < lines.index("cat_1_write")
 
 
@@ -170,8 +170,7 @@ def test_what_ends_later_or_is_an_input_is_copied_in_the_place_of_the_join() -> 
     program, joins = found(module, X)
     assert joins
     names = [node.name for node in program.ops()]
-    assert names.index("cat_0_write") > names.index("cat_3_write")
-    assert names.index("cat_1_write") > names.index("cat_3_write")
+    assert names.index("cat_2_write") < names.index("conv2d_2") < names.index("cat_0_write") < names.index("cat_1_write")
 
 
 def test_a_part_that_is_written_again_is_copied_behind_that() -> None:
@@ -193,7 +192,7 @@ def test_a_join_of_joins() -> None:
             a, b, c, d = (branch(x) for branch in self.branches)
             return torch.cat([torch.cat([a, b], 1), c, d], 1)
 
-    module = Nested(4, 4, 4, 4).eval()
+    module = Nested(2, 2, 8, 8).eval()
     program, joins = found(module, X)
     assert joins
     assert most(program) < most(canonical(module, X))
