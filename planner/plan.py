@@ -29,6 +29,7 @@ from planner.progress import working
 from planner.show import describe, where
 from planner.sizes import format_bytes
 from planner.solve.decisions import Decisions
+from planner.solve.reuse import reuses_of
 from planner.solve.tilings import Tilings
 from planner.timeline_files import save_memory_history, save_trace
 from planner.validate import Validation, compare, refuse_without_weights, run_alike
@@ -119,7 +120,8 @@ class Plan(PlanFacts):
         """Those that changed something, in their order."""
         tiling = self.decisions.tiling
         named = [("functionalise", tiling), ("split_norms", tiling.norms), ("tile_regions", tiling.tiles)]
-        return ", ".join([*(name for name, used in named if used), "stream_weights", "insert_frees"])
+        used = [name for name, used in named if used]
+        return ", ".join([*used, *reuses_of(self.problem.program), "stream_weights", "insert_frees"])
 
     @property
     def code(self) -> str:

@@ -9,6 +9,7 @@ import torch
 from passes.base import run_passes
 from passes.calibrate import calibrating
 from passes.cat_in_place import CatInPlace, joins_in_place
+from passes.mark_state import written_nodes
 from passes.probe import Prober
 from passes.program import Program
 from passes.write_in_place import WriteInPlace, writable_in_place
@@ -39,3 +40,11 @@ def reuse_memory(program: Program, machine: Machine, memory: MemoryModel, keep: 
         prober = Prober(memory.device, machine.capability, calibrator)
         joins = joins_in_place(program, prober, memory.round_activation, weights)
     return run_passes(program, (CatInPlace(joins),)) if joins else program
+
+
+def reuses_of(program: Program) -> tuple[str, ...]:
+    """The passes of `reuse_memory` that changed something."""
+    users = [user for node in program.ops() if node.target is torch.ops.aten.alias.default for user in node.users]
+    written = any(written_nodes(user) for user in users)
+    joined = any(user.target is torch.ops.aten.slice.Tensor and any(map(written_nodes, user.users)) for user in users)
+    return (*(["write_in_place"] if written else []), *(["cat_in_place"] if joined else []))
