@@ -176,10 +176,10 @@ class _Joiner:
         carry_on({whole: old})
 
     def _copy(self, whole: fx.Node, part: fx.Node, index: int, cut: tuple[int, int, int]) -> None:
-        name = f"{self._node.name}_{index}"
-        target = self._graph.create_node("call_function", aten.slice.Tensor, (whole, *cut), name=name)
+        name = self._node.name
+        target = self._graph.create_node("call_function", aten.slice.Tensor, (whole, *cut), name=f"{name}_part_{index}")
         target.meta |= {**self._node.meta, "val": value_of(target)}
-        write = self._graph.create_node("call_function", aten.copy_.default, (target, part), name=f"{name}_write")
+        write = self._graph.create_node("call_function", aten.copy_.default, (target, part), name=f"{name}_write_{index}")
         write.meta |= {**self._node.meta, "val": value_of(write)}
 
     def _places(self, late: bool) -> list[int]:

@@ -20,7 +20,8 @@ from torch.utils._pytree import tree_leaves
 
 from passes.fakes import is_dense
 from passes.functionalise import functional_overload
-from passes.program import Program, is_symbolic, storage_bytes, storage_id, tensors_of
+from passes.loop import loop_of
+from passes.program import Program, copy_graph, is_symbolic, storage_bytes, storage_id, tensors_of
 from passes.refresh_values import carry_on, value_of
 from passes.tile_rules.base import rule_of
 from passes.tile_rules.pointwise import pointwise
@@ -33,7 +34,7 @@ _COMMUTATIVE = {aten.add.Tensor, aten.mul.Tensor}
 
 @dataclass(frozen=True)
 class WriteInPlace:
-    """`names`: the operators that write in place, of those that can (`writable_in_place`).
+    """`names`: the operators that write in place, of those that can (`writable_in_place`); bodies of loops have theirs.
 
     Requires: everything else that rewrites operators is done. Ensures: the same values bit for bit (I5); operators keep their
     names; at no operator more is live than before.
@@ -45,13 +46,30 @@ class WriteInPlace:
 
     def apply(self, program: Program) -> Program:
         program = program.with_graph(program.copy_graph())
-        found = _arguments_to_write(program.graph)
-        nodes = {node.name: node for node in program.graph.nodes}
-        for name in self.names:
-            if name not in nodes or nodes[name] not in found:
-                raise PlanFileError(f"{name!r} cannot write in place; plan the model again")
-            _rewrite(nodes[name], found[nodes[name]])
+        loops = {node: loop for node in program.ops() if (loop := loop_of(node)) is not None}
+        within = {node.name for loop in loops.values() for run in loop.runs for node in run.body.nodes}
+        names, done = set(self.names), set(self._rewritten(program.graph, within))
+        bodies: dict[fx.Graph, fx.Graph] = {}  # runs go on sharing them
+
+        def changed(body: fx.Graph) -> fx.Graph:
+            if body not in bodies:
+                bodies[body] = copy_graph(body)
+                done.update(self._rewritten(bodies[body], {node.name for node in program.graph.nodes}))
+            return bodies[body]
+
+        for node, loop in loops.items():
+            node.meta["loop"] = loop.map_bodies(changed)
+        if names - done:
+            raise PlanFileError(f"{min(names - done)!r} cannot write in place; plan the model again")
         return program
+
+    def _rewritten(self, graph: fx.Graph, taken: set[str]) -> list[str]:
+        """The operators of a graph that now write in place; names of a body and of what is around it are apart."""
+        names = set(self.names)
+        found = {node: index for node, index in _arguments_to_write(graph).items() if node.name in names}
+        for node, index in found.items():
+            _rewrite(node, index, taken)
+        return [node.name for node in found]
 
 
 def writable_in_place(program: Program) -> tuple[str, ...]:
@@ -60,7 +78,11 @@ def writable_in_place(program: Program) -> tuple[str, ...]:
     That argument is all of a storage that the program made. Nothing reads this storage afterwards, and the operator itself only
     through that one argument, once. The result would be in a storage of its own, of the same dtype, sizes and strides.
     """
-    return tuple(node.name for node in _arguments_to_write(program.graph))
+    if any(is_symbolic(node) for node in program.graph.nodes):
+        return ()
+    loops = [loop for node in program.ops() if (loop := loop_of(node)) is not None]
+    graphs = [program.graph, *(run.body for loop in loops for run in loop.runs)]
+    return tuple(dict.fromkeys(node.name for graph in graphs for node in _arguments_to_write(graph)))
 
 
 def in_place_overload(target: Any) -> Any | None:
@@ -83,8 +105,6 @@ def _in_place_overload(target: Any) -> Any | None:
 
 def _arguments_to_write(graph: fx.Graph) -> dict[fx.Node, int]:
     """The operators that may write in place, with the position of the argument that they write over."""
-    if any(is_symbolic(node) for node in graph.nodes):
-        return {}
     position = {node: i for i, node in enumerate(graph.nodes)}
     holders: dict[int, list[fx.Node]] = {}
     for node in graph.nodes:
@@ -141,11 +161,14 @@ def _same_place(value: fx.Node, node: fx.Node) -> bool:
     return nbytes == storage_bytes(one) == storage_bytes(other) and is_dense(one)
 
 
-def _rewrite(node: fx.Node, index: int) -> None:
+def _rewrite(node: fx.Node, index: int, taken: set[str]) -> None:
     """Lets an operator write over an argument."""
     graph, old = node.graph, node.meta["val"]
+    name = f"{node.name}_place"
+    while name in taken:
+        name += "_"
     with graph.inserting_before(node):
-        place = graph.create_node("call_function", aten.alias.default, (node.args[index],), name=f"{node.name}_place")
+        place = graph.create_node("call_function", aten.alias.default, (node.args[index],), name=name)
     place.meta |= {key: value for key, value in node.meta.items() if key != "val"}
     place.meta["val"] = value_of(place)
     others = [argument for i, argument in enumerate(node.args) if i != index]

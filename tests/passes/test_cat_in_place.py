@@ -127,8 +127,8 @@ def test_before_and_after() -> None:
     assert lines[first - 1].startswith("conv2d = ")
     assert lines[first + 1 : first + 4] == [
         "cat = alias(cat_buffer)",
-        "cat_0 = slice.Tensor(cat, 1, 0, 4)",
-        "cat_0_write = copy_(cat_0, conv2d)",
+        "cat_part_0 = slice.Tensor(cat, 1, 0, 4)",
+        "cat_write_0 = copy_(cat_part_0, conv2d)",
     ]
     assert lines[-1] == "return cat"
 
@@ -156,8 +156,8 @@ def test_late_where_much_happens_between_the_parts() -> None:
     program, joins = found(Skip().eval(), X)
     assert joins == (Join("cat", late=True),)
     lines = [line.split(" = ")[0] for line in text(program).splitlines()]
-    assert lines.index("conv2d_2") < lines.index("cat_buffer") < lines.index("cat_0_write")
-    assert lines.index("cat_0_write") < lines.index("conv2d_3") < lines.index("cat_1_write")
+    assert lines.index("conv2d_2") < lines.index("cat_buffer") < lines.index("cat_write_0")
+    assert lines.index("cat_write_0") < lines.index("conv2d_3") < lines.index("cat_write_1")
 
 
 def test_what_ends_later_or_is_an_input_is_copied_in_the_place_of_the_join() -> None:
@@ -170,7 +170,7 @@ def test_what_ends_later_or_is_an_input_is_copied_in_the_place_of_the_join() -> 
     program, joins = found(module, X)
     assert joins
     names = [node.name for node in program.ops()]
-    assert names.index("cat_2_write") < names.index("conv2d_2") < names.index("cat_0_write") < names.index("cat_1_write")
+    assert names.index("cat_write_2") < names.index("conv2d_2") < names.index("cat_write_0") < names.index("cat_write_1")
 
 
 def test_a_part_that_is_written_again_is_copied_behind_that() -> None:
@@ -183,7 +183,7 @@ def test_a_part_that_is_written_again_is_copied_behind_that() -> None:
     program, joins = found(Again(8, 8, 8).eval(), X)
     assert joins
     names = [node.name for node in program.ops()]
-    assert names.index("mul_") < names.index("cat_0_write")
+    assert names.index("mul_") < names.index("cat_write_0")
 
 
 def test_a_join_of_joins() -> None:

@@ -10,25 +10,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
 from passes.functionalise import functional_overload
 from passes.liveness import analyse_liveness
+from passes.loop import loop_of
 from passes.probe import Prober
 from passes.program import Program
 from passes.write_in_place import WriteInPlace, in_place_overload, writable_in_place
 from planner import plan
 from planner.capture import capture
 from planner.families import family_of
-from planner.solve.decisions import UNTILED
+from planner.pipeline import emit_program
+from planner.solve.decisions import UNTILED, Decisions
+from planner.solve.levels import tile_program
 from runtime.errors import PlanFileError
-from tests.passes.programs import canonical, text
+from tests.passes.programs import canonical, run, text
 from tests.passes.test_functionalise import interpret, same, sharing
 from tests.properties.test_plans import planned
 from tests.properties.test_plans import same as all_same
 from tests.strategies.modules import INSTRUCTIONS, Case, cases
+from tests.zoo import ZOO
 
 aten = torch.ops.aten
 
@@ -369,3 +373,28 @@ def test_weights_that_the_operator_reads_still_come_when_it_runs() -> None:
     assert "mul" in {stream.first for stream in p.decisions.streams}
     assert "mul_.Tensor(mul_place" in p.code
     p.restore()
+
+
+@pytest.mark.parametrize("name", ["bert", "vae_decoder"])
+def test_tiles_write_in_place_as_well(name: str) -> None:
+    """In the bodies of loops: the bits and at most the peak of the tiles that do not, and what is predicted is measured."""
+    example = ZOO[name]()
+    p = plan(example[0], "1GB", inputs=example[1], kwargs=example[2], device="accounting")
+    tilings = p._tilings
+    tiling = p.replan(p.minimum_bytes).decisions.tiling
+    assert tilings.build is not None
+    plain = tilings.build(tile_program(p.program, tiling), tiling)
+    final = tilings.of(tiling).problem
+    assert any("_part_place" in node.name for body in bodies(final.program) for node in body.nodes)
+    results = []
+    for problem in (plain, final):
+        program, proof = emit_program(problem, Decisions(tiling=tiling), 10**9)
+        ((outputs, measured),) = run(program, proof, example)
+        assert measured == proof.peak_bytes
+        results.append((outputs, measured))
+    assert all_same(results[0][0], results[1][0])
+    assert results[1][1] <= results[0][1]
+
+
+def bodies(program: Program) -> list[fx.Graph]:
+    return [run.body for node in program.ops() if (loop := loop_of(node)) is not None for run in loop.runs]
