@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from passes.base import run_passes
 from passes.calibrate import calibrating
 from passes.cat_in_place import CatInPlace, joins_in_place
+from passes.loop import loop_of
 from passes.mark_state import written_nodes
 from passes.probe import Prober
 from passes.program import Program
@@ -44,7 +46,9 @@ def reuse_memory(program: Program, machine: Machine, memory: MemoryModel, keep: 
 
 def reuses_of(program: Program) -> tuple[str, ...]:
     """The passes of `reuse_memory` that changed something."""
-    users = [user for node in program.ops() if node.target is torch.ops.aten.alias.default for user in node.users]
+    loops = [loop for node in program.ops() if (loop := loop_of(node)) is not None]
+    nodes = itertools.chain(program.ops(), *(run.operators for loop in loops for run in loop.runs))
+    users = [user for node in nodes if node.target is torch.ops.aten.alias.default for user in node.users]
     written = any(written_nodes(user) for user in users)
     joined = any(user.target is torch.ops.aten.slice.Tensor and any(map(written_nodes, user.users)) for user in users)
     return (*(["write_in_place"] if written else []), *(["cat_in_place"] if joined else []))
