@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -17,6 +16,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from passes.check_cuts import Cut, begins, interval, is_whole, is_within
 from passes.check_kernels import Kernels, Value
 from passes.check_memory import Memory, Storage
 from passes.loop import Run
@@ -26,14 +26,6 @@ from runtime.errors import CheckError
 from runtime.layout import HostPlace, Layout
 
 _SELECT = torch.ops.aten.select.int
-
-
-class Cut(NamedTuple):
-    """The elements [start, stop) of one dimension."""
-
-    dim: int
-    start: int
-    stop: int
 
 
 class _Band(NamedTuple):
@@ -143,7 +135,7 @@ class Loops:
         for spec, key in values:
             first = self._memory.storages[key].over or spec
             known = wholes.setdefault(key, [first])
-            if spec not in known and _begins(first, spec):
+            if spec not in known and begins(first, spec):
                 known.append(spec)
         return wholes
 
@@ -173,7 +165,7 @@ class Loops:
             loop.written.setdefault(key, []).append(part)
         for key, parts in tile.read.items():
             own = tile.written.get(key)
-            if own is None or any(seen is None or not _is_within(seen, own) for seen in parts):
+            if own is None or any(seen is None or not is_within(seen, own) for seen in parts):
                 loop.read.add(key)
 
     def _check_shape(self, node: fx.Node) -> None:
@@ -195,13 +187,17 @@ class Loops:
             if key in loop.written and key in loop.read:
                 raise self._error("I5", f"the tiles of {loop.node.name} read {operand.name}, which they write")
             unwritten = storage.blank or storage.over is not None or (storage.host is not None and not storage.complete)
-            if (key in loop.written or unwritten) and not _is_whole(loop.written.get(key, []), loop.wholes[key][0].shape):
+            if (key in loop.written or unwritten) and not is_whole(loop.written.get(key, []), loop.wholes[key][0].shape):
                 raise self._error("I5", f"the tiles of {loop.node.name} do not write every element of {operand.name} once")
             if key in loop.written:
                 storage.complete, storage.blank, storage.over = True, False, None
                 storage.gone |= storage.before
 
     # Operators within a tile.
+
+    def is_own(self, key: int) -> bool:
+        """Whether a storage is no operand of the loop that runs: none does, or a tile has made it."""
+        return self._now is None or key >= self._now.tile.first
 
     def check_arguments(self, node: fx.Node) -> None:
         """Raises CheckError where a tile takes a part that is not there; the kernel would take less, or from the other end."""
@@ -227,7 +223,7 @@ class Loops:
                 continue
             if key in tile.written:
                 raise self._error("I5", f"{node.name} reads what the same tile has written over")
-            parts = (_interval(spec, whole) for whole in self._now.wholes.get(key, ()))
+            parts = (interval(spec, whole) for whole in self._now.wholes.get(key, ()))
             tile.read.setdefault(key, []).append(next((part for part in parts if part is not None), None))
 
     def writes(self, node: fx.Node, key: int) -> None:
@@ -241,7 +237,7 @@ class Loops:
                 raise self._error("I4", f"{node.name} writes to a slot that was not emptied for it")
             room.filled = True
             return
-        part = _interval(target, self._now.wholes[key][0])
+        part = interval(target, self._now.wholes[key][0])
         if part is None:
             raise self._error("I5", f"{node.name} writes no interval of its operand")
         if key in tile.written:
@@ -347,47 +343,6 @@ class Loops:
 
     def _error(self, invariant: str, message: str) -> CheckError:
         return self._replay.error(invariant, message)
-
-
-def _interval(part: TensorSpec, whole: TensorSpec) -> Cut | None:
-    """Which elements of which dimension of a tensor a view of it is: an interval, or one of a stack; None for others."""
-    at = part.offset - whole.offset
-    if not whole.shape:
-        return None
-    if part.shape == whole.shape[1:] and part.stride == whole.stride[1:]:
-        index, rest = divmod(at, whole.stride[0])
-        return Cut(0, index, index + 1) if not rest else None
-    cut = [d for d, (a, b) in enumerate(zip(part.shape, whole.shape, strict=False)) if a != b]
-    if len(part.shape) != len(whole.shape) or part.stride != whole.stride or len(cut) > 1:
-        return None
-    dim = cut[0] if cut else 0
-    start, rest = divmod(at, whole.stride[dim]) if whole.stride[dim] else (0, at)
-    return Cut(dim, start, start + part.shape[dim]) if not rest else None
-
-
-def _begins(first: TensorSpec, whole: TensorSpec) -> bool:
-    """Whether each element of a tensor is the one with the same indices of another, whose elements are all apart."""
-    if first.offset != whole.offset or len(first.shape) != len(whole.shape):
-        return False
-    span = 1
-    for stride, size in sorted((s, n) for s, n in zip(whole.stride, whole.shape, strict=True) if n > 1):
-        if stride < span:
-            return False
-        span = stride * size
-    rows = zip(first.shape, first.stride, whole.shape, whole.stride, strict=True)
-    return all(size <= most and (step == stride or size == 1) for size, step, most, stride in rows)
-
-
-def _is_within(part: Cut, other: Cut) -> bool:
-    return part.dim == other.dim and other.start <= part.start and part.stop <= other.stop
-
-
-def _is_whole(parts: list[Cut], shape: Sequence[int]) -> bool:
-    """Whether the intervals are of one dimension, one after the other, from its beginning to its end."""
-    if len({part.dim for part in parts}) != 1:
-        return False
-    ends = [(0, 0), *sorted((part.start, part.stop) for part in parts)]
-    return ends[-1][1] == shape[parts[0].dim] and all(before[1] == after[0] for before, after in pairwise(ends))
 
 
 def _banded(spec: TensorSpec, dim: int, size: int) -> TensorSpec:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from passes.check_cuts import Cut
 from passes.check_kernels import Value
 from passes.spec import TensorSpec
 from runtime.layout import HostPlace
@@ -22,7 +23,9 @@ class Storage:
         host, bands: its place, for what lives on the host, and the dimension of its bands.
         complete: of what lives on the host all has been written.
         blank: it was made uninitialised, and nothing has written it so far.
-        over: the result that is to be written over what it holds, which only tiles still read; `before` are the names of that.
+        over: the result that is to be written over what it holds, which only those still read that write it; `before` are the
+            names of that, `full` says whether there is any, `place` is the name of the result, `cuts` is what is written of it
+            outside of loops.
         gone: names of what has been written over.
         values: the names that refer to it.
     """
@@ -35,6 +38,9 @@ class Storage:
     complete: bool = False
     blank: bool = False
     over: TensorSpec | None = None
+    full: bool = False
+    place: str = ""
+    cuts: list[Cut] = field(default_factory=list)
     before: frozenset[str] = frozenset()
     gone: set[str] = field(default_factory=set)
     values: set[str] = field(default_factory=set)

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from passes.check_casts import check_casts
+from passes.check_in_place import InPlace
 from passes.check_kernels import Kernels, Value
 from passes.check_lookups import check_lookup
 from passes.check_loops import Loops
@@ -75,7 +76,7 @@ class _Replay:
         self.live = fixed_bytes + self.layout.resident_bytes + self.layout.staging_bytes + self.layout.state_bytes
         self.live_bytes: dict[str, int] = {}
         self.kernels, self.memory = Kernels(), Memory()
-        self.loops = Loops(self)
+        self.loops, self.in_place = Loops(self), InPlace(self)
 
     def run(self) -> Proof:
         self._check_layout()
@@ -275,6 +276,8 @@ class _Replay:
                 raise self.error("I6", f"{node.name} writes {owner}, which is not state")
             self.loops.writes(node, key)
             self.memory.storages[key].blank = False
+            if self.loops.is_own(key):
+                self.in_place.write(node, key)
         if written or any(output is not None and output[1] is None for output in outputs):  # else a view, or nothing
             self._check_contents(node, written)
         fresh: dict[int, int] = {}
@@ -291,10 +294,7 @@ class _Replay:
             result.append((spec, fresh[identity] if key is None else key))
         self._note(node, self._round(int(node.meta.get("workspace_bytes", 0))))
         self.memory.name(node, result)
-        if node.target is torch.ops.aten.alias.default:  # canonical programs have none: a name for what a loop will write there
-            spec, key = self.memory.only(node)
-            storage = self.memory.storages[key]
-            storage.over, storage.before = spec, frozenset(storage.values - {node.name})
+        self.in_place.announce(node)
         if not node.users:  # printed without a name: nothing holds it
             for key in self.memory.keys(node.name):
                 self._drop(key, node.name)
@@ -320,7 +320,7 @@ class _Replay:
             for key, storage in self.memory.storages_of(value).items():
                 if storage.host is not None:
                     raise self.error("I3", f"{node.name} reads {value.name}, which lives on the host, as a whole")
-                if key in read and (storage.blank or (storage.over is not None and self.loops.node is None)):
+                if key in read and (storage.blank or (storage.over is not None and self.loops.is_own(key))):
                     raise self.error("I5", f"{node.name} reads {value.name}, which nothing has written")
         self.loops.reads(node, read)
 

@@ -112,7 +112,7 @@ def _iterator_stride(shape: tuple[int, ...], operands: list[torch.Tensor], numbe
         if len(shape) == 4 and all(fake.is_contiguous(memory_format=torch.channels_last) for fake in operands):
             return torch.empty(shape, device="meta", memory_format=torch.channels_last).stride()
         strides = {fake.stride() for fake in operands}
-        if len(strides) == 1 and all(map(_is_dense, operands)):
+        if len(strides) == 1 and all(map(is_dense, operands)):
             return strides.pop()
     rank = len(shape)
     aligned = []
@@ -152,8 +152,8 @@ def _compare(dim: int, other: int, strides: list[list[int]], shape: tuple[int, .
     return 0
 
 
-def _is_dense(fake: torch.Tensor) -> bool:
-    """c10's is_non_overlapping_and_dense."""
+def is_dense(fake: torch.Tensor) -> bool:
+    """Whether no two elements are at one place and nothing lies between them: c10's is_non_overlapping_and_dense."""
     step = 1
     for stride, size in sorted((s, n) for n, s in zip(fake.shape, fake.stride(), strict=True) if n != 1):
         if stride != step:
@@ -214,7 +214,7 @@ def _channels_last(tensor: torch.Tensor, order: tuple[int, ...]) -> bool:
 
 def _like(tensor: torch.Tensor, other: FakeTensor) -> torch.Tensor:
     """C++'s empty_like keeps the strides of a dense tensor as they are (ATen/native/TensorFactories.cpp)."""
-    if not _is_dense(other) or tensor.stride() == other.stride():
+    if not is_dense(other) or tensor.stride() == other.stride():
         return tensor
     return torch.empty_strided(tensor.shape, other.stride(), dtype=tensor.dtype, device=tensor.device)
 

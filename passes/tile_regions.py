@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.buffers import empty_strided
 from passes.fakes import FaithfulFakes
 from passes.loop import Loop
 from passes.program import Program, tensors_of
@@ -186,7 +187,7 @@ def _label(region: Region, count: int) -> str:
 
 def _buffer(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
     """An uninitialised tensor for a result, laid out as that was where it was dense, and as such otherwise."""
-    return _empty(graph, node.name, tuple(like.shape), _strides(like), like)
+    return empty_strided(graph, node.name, tuple(like.shape), _strides(like), like)
 
 
 def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
@@ -197,14 +198,6 @@ def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
         strides[dim] = step
         step *= max(int(tensor.shape[dim]), 1)
     return tuple(strides)
-
-
-def _empty(graph: fx.Graph, name: str, shape: tuple[int, ...], strides: tuple[int, ...], like: torch.Tensor) -> fx.Node:
-    kwargs: dict[str, Any] = {"dtype": like.dtype, "device": torch.device("cpu")}
-    node = graph.create_node("call_function", aten.empty_strided.default, (list(shape), list(strides)), kwargs, name=name)
-    with like.fake_mode, FaithfulFakes():  # type: ignore[attr-defined]
-        node.meta["val"] = torch.empty_strided(shape, strides, dtype=like.dtype)
-    return node
 
 
 def _host(graph: fx.Graph, index: int, node: fx.Node, dim: int) -> fx.Node:
@@ -229,7 +222,7 @@ def _slot(graph: fx.Graph, value: fx.Node, name: str, size: int) -> fx.Node:
     """Device memory for one band of `size` of a value that lives on the host."""
     like, dim = value.meta["val"], value.args[2]
     count = like.numel() // like.shape[dim] * size
-    return _empty(graph, f"{name}_slot", (count,), (1,), like)
+    return empty_strided(graph, f"{name}_slot", (count,), (1,), like)
 
 
 def _stack(graph: fx.Graph, region: Region, node: fx.Node, dim: int, count: int) -> fx.Node:
@@ -239,7 +232,7 @@ def _stack(graph: fx.Graph, region: Region, node: fx.Node, dim: int, count: int)
     reduced = reduce_parts(call, Part(dim, 0, max(1, size // count)))
     like = _partial(region, node, reduced)
     shape = (count, *like.shape)
-    return _empty(graph, f"{node.name}_parts", shape, tuple(torch.empty(shape, device="meta").stride()), like)
+    return empty_strided(graph, f"{node.name}_parts", shape, tuple(torch.empty(shape, device="meta").stride()), like)
 
 
 def _partial(region: Region, node: fx.Node, reduced: Reduced) -> torch.Tensor:

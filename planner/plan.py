@@ -30,6 +30,7 @@ from planner.progress import working
 from planner.show import describe, where
 from planner.sizes import format_bytes
 from planner.solve.decisions import Decisions
+from planner.solve.reuse import reuses_of
 from planner.solve.tilings import Tilings
 from planner.timeline_files import save_memory_history, save_trace
 from planner.validate import Validation, compare, refuse_without_weights, run_alike
@@ -122,7 +123,8 @@ class Plan(PlanFacts):
         named: list[tuple[str, object]] = [("channels_last", tiling.channels_last), ("cast_weights", tiling.casts)]
         named += [("functionalise", tiling.tiles or tiling.norms), ("split_norms", tiling.norms)]
         named.append(("tile_regions", tiling.tiles))
-        return ", ".join([*(name for name, used in named if used), "stream_weights", "insert_frees"])
+        used = [name for name, used in named if used]
+        return ", ".join([*used, *reuses_of(self.problem.program), "stream_weights", "insert_frees"])
 
     @property
     def code(self) -> str:

@@ -20,7 +20,7 @@ from planner.prepare import infeasible
 from planner.profile_ops import counts_of
 from planner.sizes import format_bytes
 from planner.solve.bands import band_bytes
-from planner.solve.decisions import Decisions
+from planner.solve.decisions import UNTILED, Decisions
 from planner.solve.problem import Problem
 from planner.solve.simulate import EngineProgram, StepTime, simulate
 from planner.solve.tilings import Tilings
@@ -123,12 +123,12 @@ class PlanFacts:
     @property
     def unplanned_bytes(self) -> int:
         """Predicted reserved bytes with everything resident and nothing tiled."""
-        return self._tilings.base.resident.peak_bytes
+        return self._tilings.of(UNTILED).resident.peak_bytes
 
     @property
     def untiled_seconds(self) -> float:
         """Arithmetic of one call, nothing tiled."""
-        return self._tilings.base.problem.compute_seconds
+        return self._tilings.of(UNTILED).problem.compute_seconds
 
     @cached_property
     def engines(self) -> EngineProgram:

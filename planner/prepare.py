@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import fx, nn
 
 from passes.base import run_passes
@@ -25,6 +27,7 @@ from planner.solve.decide import Solver
 from planner.solve.decisions import UNTILED, Tiling
 from planner.solve.levels import Freedom
 from planner.solve.problem import Problem, build_problem
+from planner.solve.reuse import reuse_memory
 from planner.solve.tilings import Tilings
 from runtime.errors import InfeasibleBudget
 
@@ -67,7 +70,8 @@ def tilings_of(program: Program, options: Options, casting: Casting = NO_CASTS) 
     if program.origin is not None:  # sizes that vary
         return Tilings(base)
     layout = Layouts(base.problem, measured=profiler is not None) if options.layout else None
-    return Tilings(base, build, _freedom(program, options, memory), casting, layout)
+    reuse = partial(reuse_memory, machine=options.machine, memory=memory, keep=options.keeps_resident)
+    return Tilings(base, build, _freedom(program, options, memory), casting, layout, reuse)
 
 
 def _freedom(program: Program, options: Options, memory: MemoryModel) -> Freedom:

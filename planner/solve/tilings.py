@@ -40,13 +40,21 @@ Found = tuple[Solver, Schedule]
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """The tilings that go on from one rewriting of the canonical program, `base`. `of` gives the solver of a tiling."""
+    """The tilings that go on from one rewriting of the canonical program, whose problem is `start`.
+
+    `of` gives the solver of a tiling, `build` analyses a rewritten program.
+    """
 
     program: Program
-    base: Solver
+    start: Problem
     of: Callable[[Tiling], Solver]
     build: Callable[[Program, Tiling], Problem] | None
     freedom: Freedom
+
+    @property
+    def base(self) -> Solver:
+        """Nothing in tiles."""
+        return self.of(self.start.tiling)
 
     @cached_property
     def minimum(self) -> Solver:
@@ -106,7 +114,7 @@ class Branch:
     def _candidates(self, budget_bytes: int) -> Iterator[Solver]:
         """As it is, with tables on the host, then tiled finer and finer."""
         yield from self.coarse()
-        seen = {self.base.problem.tiling}
+        seen = {self.start.tiling}
         for cap, tiling in self.levels or ():
             if cap * _BELOW <= budget_bytes and tiling not in seen:
                 seen.add(tiling)
@@ -119,14 +127,14 @@ class Branch:
             return
         yield self.base
         if self.freedom.tables and self.build is not None:
-            yield self.of(replace(self.base.problem.tiling, lookups=self.freedom.tables))
+            yield self.of(replace(self.start.tiling, lookups=self.freedom.tables))
 
     @cached_property
     def levels(self) -> Levels | None:
         """None where nothing may be tiled."""
         if self.build is None or not self.freedom.tiles:
             return None
-        return Levels(self.program, self.base.problem, self.build, self.freedom)
+        return Levels(self.program, self.start, self.build, self.freedom)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +142,8 @@ class Tilings:
     """The solvers of one canonical program: `base` of the program as it is, others of its rewritings.
 
     `build` analyses a rewritten program; None where it may not be rewritten. `freedom`: what may be done to it. `casting`:
-    which weights may be stored in a smaller type. `layout`: what may run in channels-last.
+    which weights may be stored in a smaller type. `layout`: what may run in channels-last. `in_place`: the last rewriting of all
+    that are solved, after which less is live; regions are sought in programs without it.
     """
 
     base: Solver
@@ -142,6 +151,7 @@ class Tilings:
     freedom: Freedom = NONE
     casting: Casting = NO_CASTS
     layout: Layouts | None = None
+    in_place: Callable[[Program], Program] = lambda program: program
 
     @cached_property
     def minimum(self) -> Solver:
@@ -219,8 +229,12 @@ class Tilings:
     def branch(self, start: Tiling) -> Branch:
         """The tilings that go on from a rewriting."""
         if start not in self._branches:
-            base = self.of(start)
-            self._branches[start] = Branch(self.base.problem.program, base, self.of, self.build, self.freedom)
+            program = self.base.problem.program
+            problem = self.base.problem
+            if start:
+                assert self.build is not None
+                problem = self.build(tile_program(program, start), start)
+            self._branches[start] = Branch(program, problem, self.of, self.build, self.freedom)
         return self._branches[start]
 
     @cached_property
@@ -265,12 +279,16 @@ class Tilings:
         Raises:
             PlanFileError, Untileable: as `tile_program`.
         """
-        if not tiling:
+        if self.build is None:
+            assert not tiling
             return self.base
         if tiling not in self._solvers:
-            assert self.build is not None
-            program = tile_program(self.base.problem.program, tiling)
-            self._solvers[tiling] = Solver(self.build(program, tiling), self.base.repeats, self.base.pool)
+            program = self.base.problem.program
+            tiled = tile_program(program, tiling) if tiling else program
+            final = self.in_place(tiled)
+            changed = final is not program
+            made = Solver(self.build(final, tiling), self.base.repeats, self.base.pool) if changed else self.base
+            self._solvers[tiling] = made
         return self._solvers[tiling]
 
     @cached_property

@@ -80,7 +80,7 @@ def test_state_is_always_resident() -> None:
 
 
 def test_repr() -> None:
-    assert repr(tiny()) == "<Plan of Mlp.forward: 94.5 KB of 1.00 GB>"
+    assert repr(tiny()) == "<Plan of Mlp.forward: 82.3 KB of 1.00 GB>"
 
 
 @pytest.mark.parametrize("what", ["resident", "least"])
