@@ -223,6 +223,8 @@ class Finder:
             yield args[0], None
         if node.target in _MULTIPLIES + _DIVIDES:
             yield from _scaled(node, same, batch)
+        if node.target in _ADDS + _SUBTRACTS and not isinstance(args[1], fx.Node) and args[1] == 0 and args[0] in same:
+            yield args[0], None
         if node.target in _ADDS + _SUBTRACTS and isinstance(args[1], fx.Node):
             alpha = node.kwargs.get("alpha", 1)
             sign = -1 if node.target in _SUBTRACTS else 1
@@ -352,24 +354,31 @@ def _is_typed(found: Attention) -> bool:
 
 
 def _batch_of(scores: tuple[int, ...], values: tuple[int, ...], steps: tuple[Step, ...]) -> tuple[int, int] | None:
-    """The batch and the heads: of the first that has two dimensions; what has one has heads."""
+    """The batch and the heads: of the first that has two dimensions; of more, the last are heads; what has one has heads."""
     shapes = [*(s.batch for s in steps if isinstance(s, (Add, Fill))), values, scores]
-    two = next((shape for shape in shapes if len(shape) == 2), None)
-    if two is not None:
-        return two[0], two[1]
-    return (1, prod(scores)) if all(len(shape) < 2 for shape in shapes) else None
+    shapes.sort(key=lambda shape: len(shape) != 2)
+    several = next((shape for shape in shapes if len(shape) >= 2), None)
+    return (1, prod(scores)) if several is None else (prod(several[:-1]), several[-1])
 
 
-def fits(tensor: fx.Node, at: tuple[int, ...], batch: tuple[int, int]) -> tuple[int, ...] | None:
-    """The four dimensions of a tensor that broadcasts to scores with batch dimensions `at`, where those become `batch`."""
+Fit = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def fits(tensor: fx.Node, at: tuple[int, ...], batch: tuple[int, int]) -> Fit | None:
+    """How a tensor that broadcasts to scores with batch dimensions `at` does so where those become `batch`.
+
+    The shape that it is expanded to, and the four dimensions that it then has; None where there is no such way.
+    """
     shape = tuple(tensor.meta["val"].shape)
     padded = (*(1,) * (len(at) + 2 - len(shape)), *shape)
     own, last = padded[: len(at)], padded[len(at) :]
     if prod(own) == 1:
-        return (1, 1, *last)
-    if (*(1,) * (2 - len(at)), *at) == batch:
-        return (*(1,) * (2 - len(at)), *own, *last)
-    return (*batch, *last) if own == at else None
+        return padded, (1, 1, *last)
+    for cut in range(len(at) + 1):
+        if (prod(at[:cut]), prod(at[cut:])) == batch:
+            wide = [full if prod(mine) > 1 else mine for mine, full in ((own[:cut], at[:cut]), (own[cut:], at[cut:]))]
+            return (*wide[0], *wide[1], *last), (prod(wide[0]), prod(wide[1]), *last)
+    return (padded, (*batch, *last)) if own == at else None
 
 
 def _are_understood(steps: tuple[Step, ...], scores: tuple[int, ...], batch: tuple[int, int], dtype: torch.dtype) -> bool:

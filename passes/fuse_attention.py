@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -157,8 +158,11 @@ class _Builder:
 
     def _fitted(self, tensor: fx.Node, at: tuple[int, ...]) -> fx.Node:
         """A mask in the four dimensions of the operator."""
-        shape = fits(tensor, at, self._found.batch)
-        assert shape is not None
+        found = fits(tensor, at, self._found.batch)
+        assert found is not None
+        wide, shape = found
+        if prod(wide) != tensor.meta["val"].numel():
+            tensor = self._call(aten.expand.default, (tensor, list(wide)), "mask")
         return self._reshaped(tensor, shape, "mask")
 
     def _four_dimensions(self, mask: fx.Node) -> fx.Node:
