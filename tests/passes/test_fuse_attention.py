@@ -221,3 +221,289 @@ def test_the_operator_is_the_same_function(drawn: tuple[Pattern, tuple[Tensor, .
     pattern, tensors = drawn
     with torch.no_grad():
         check(pattern, *tensors)
+
+
+def test_before_and_after_in_text() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-1, -2) * 0.125 + mask, -1) @ v
+
+    found = check(attend, *normal(3, 1, 2, 5, 4).unbind(), normal(5, 5))
+    assert text(found).splitlines()[4:] == [
+        "matmul_1_mask = reshape(arg_3, [1, 1, 5, 5])",
+        "matmul_1_attention = scaled_dot_product_attention(arg_0, arg_1, arg_2, matmul_1_mask, scale=0.125)",
+        "matmul_1_most = amax(matmul_1_mask, [-1], True)",
+        "matmul_1_seen = mul.Tensor(matmul_1_most, 0.0)",
+        "matmul_1 = add.Tensor(matmul_1_attention, matmul_1_seen)",
+        "return matmul_1",
+    ]
+
+
+def test_a_mask_that_is_known_to_be_finite_needs_no_second_look() -> None:
+    def attend(x: Tensor, kept: Tensor) -> Tensor:
+        mask = (1.0 - kept.to(x.dtype)) * -1e4
+        return torch.softmax(x @ x.transpose(-1, -2) + mask[:, None, None], -1) @ x
+
+    found = check(attend, normal(2, 3, 5, 4), torch.tensor([[True, True, False, True, False], [False] * 5]))
+    assert [str(n.target) for n in found.ops()].count("aten.amax.default") == 0
+
+
+def test_two_attentions_of_which_one_reads_the_other() -> None:
+    def attend(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = torch.softmax(x @ x.transpose(-1, -2), -1) @ x
+        return x
+
+    program = canonical(Function(attend), normal(1, 2, 5, 4))
+    assert fusable_attentions(program) == ("softmax", "softmax_1")
+    check(attend, normal(1, 2, 5, 4))
+    assert fusable_attentions(FuseAttention(("softmax_1",)).apply(program)) == ("softmax",)
+    assert fusable_attentions(fused(program)) == ()
+
+
+def test_views_that_the_strides_of_attention_do_not_allow() -> None:
+    """What the product gave was contiguous; attention gives what its queries are, transposed."""
+
+    def attend(x: Tensor) -> tuple[Tensor, Tensor]:
+        q = x.transpose(1, 2)
+        y = torch.softmax(q @ q.transpose(-1, -2), -1) @ q
+        return y.view(-1, 4), (y + 1.0).view(-1)
+
+    found = check(attend, normal(2, 5, 3, 4))
+    assert "reshape" in str(found.output.all_input_nodes[0].target)
+
+
+def test_a_product_whose_result_is_permuted_keeps_its_strides() -> None:
+    def attend(x: Tensor) -> Tensor:
+        q = x.transpose(1, 2)
+        y = torch.einsum("bhij,bhjd->bihd", torch.softmax(q @ q.transpose(-1, -2), -1), q)
+        return (y + 1.0).permute(0, 2, 1, 3).view(2, -1)
+
+    check(attend, normal(2, 5, 3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_lower_precision(dtype: torch.dtype) -> None:
+    """Softmax in fp32 and back, as language models have it; more exact than what it replaces."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) / 2 + mask
+        return nn.functional.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v
+
+    allowed = torch.ones(7, 7, dtype=torch.bool).tril()
+    allowed[3] = dtype == torch.float16  # a row of padding: equal shares, but in float16 scores outlast its least number
+    mask = torch.zeros(7, 7, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    args = (*normal(3, 2, 3, 7, 4, dtype=dtype).unbind(), mask)
+    module = Function(attend).eval()
+    before = canonical(module, *args)
+    after = fused(before)
+    assert len(fusable_attentions(before)) == 1
+    assert_same(interpreted(after, module, *args), interpreted(before, module, *args), 10 * torch.finfo(dtype).eps)
+
+
+def test_casts_to_a_wider_type_are_left_out() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        scores = q.float() @ k.transpose(-1, -2).float() + mask.float()
+        return torch.softmax(scores, -1).to(v.dtype) @ v
+
+    args = (*normal(3, 2, 3, 7, 4, dtype=torch.bfloat16).unbind(), normal(7, 7, dtype=torch.bfloat16))
+    (node,) = [n for n in fused(canonical(Function(attend), *args)).ops() if n.target is SDPA]
+    assert {n.meta["val"].dtype for n in node.all_input_nodes} == {torch.bfloat16}
+
+
+# --- what is left alone ----------------------------------------------------------------------------------------------
+
+
+def _product(x: Tensor) -> Tensor:
+    return x @ x.transpose(-1, -2)
+
+
+def _in_place_result(x: Tensor, mask: Tensor) -> Tensor:
+    y = torch.softmax(_product(x), -1) @ x
+    y.add_(1.0)
+    return y
+
+
+def _changed_query(x: Tensor, mask: Tensor) -> Tensor:
+    q = x + 1
+    shares = torch.softmax(_product(q), -1)
+    q.mul_(2.0)
+    return shares @ x
+
+
+def _changed_mask(x: Tensor, mask: Tensor) -> Tensor:
+    numbers = mask * 1.0
+    scores = _product(x) + numbers
+    numbers.zero_()
+    return torch.softmax(scores, -1) @ x + numbers[..., :1]
+
+
+REFUSED: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "queries share the softmax": lambda x, mask: torch.softmax(_product(x), -2) @ x,
+    "scores are read elsewhere": lambda x, mask: ((s := _product(x)).sum(), torch.softmax(s, -1) @ x),
+    "shares are given": lambda x, mask: ((p := torch.softmax(_product(x), -1)), p @ x),
+    "shares are masked": lambda x, mask: (torch.softmax(_product(x), -1) * mask) @ x,
+    "scores are capped": lambda x, mask: torch.softmax(torch.tanh(_product(x)) * 5, -1) @ x,
+    "scores are cut": lambda x, mask: torch.softmax(_product(x)[..., :4], -1) @ x[..., :4, :],
+    "softmax in less precision": lambda x, mask: torch.softmax(_product(x), -1, dtype=torch.float32).double() @ x,
+    "a number like any other for a score": lambda x, mask: torch.softmax(_product(x).masked_fill(mask > 0, -5.0), -1) @ x,
+    "a low number that does not outweigh": lambda x, mask: torch.softmax(_product(x).masked_fill(mask > 0, -1e9), -1) @ x,
+    "scaled after scores were replaced": lambda x, mask: torch.softmax(_product(x).masked_fill(mask > 0, LEAST) * 0.5, -1) @ x,
+    "a factor for every score": lambda x, mask: torch.softmax(_product(x) * mask, -1) @ x,
+    "a factor behind a mask": lambda x, mask: torch.softmax((_product(x) + mask) * mask[0, 0], -1) @ x,
+    "values summed with shares twice": lambda x, mask: (p := torch.softmax(_product(x), -1)) @ p,
+    "no second product": lambda x, mask: torch.softmax(_product(x), -1).sum(-1),
+    "no first product": lambda x, mask: torch.softmax(mask, -1) @ x,
+    "two dimensions summed": lambda x, mask: torch.softmax(torch.einsum("bhid,bhjd->hij", x, x), -1) @ x[0],
+    "heads are exchanged in between": lambda x, mask: torch.softmax(_product(x).transpose(0, 1), -1) @ x.transpose(0, 1),
+    "the result is written in place": _in_place_result,
+    "the query is written in between": _changed_query,
+    "the mask is written in between": _changed_mask,
+    "no elements": lambda x, mask: torch.softmax(x[:, :, :0] @ x.transpose(-1, -2), -1) @ x,
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_fused(name: str) -> None:
+    program = canonical(Function(REFUSED[name]), normal(2, 3, 5, 4), normal(5, 5))
+    assert [n.name for n in program.ops() if "softmax" in str(n.target)] == ["softmax"]
+    assert fusable_attentions(program) == ()
+    with pytest.raises(
+        PlanFileError, match=r"fuses the attention around 'softmax', which is no softmax .* plan the model again"
+    ):
+        FuseAttention(("softmax",)).apply(program)
+
+
+@pytest.mark.parametrize("value", [torch.finfo(torch.float16).min, -INF])
+def test_half_precision_has_no_number_that_outweighs_but_minus_infinity(value: float) -> None:
+    def attend(x: Tensor, mask: Tensor) -> Tensor:
+        return torch.softmax(_product(x).masked_fill(mask, value), -1) @ x
+
+    program = canonical(Function(attend), normal(2, 3, 5, 4, dtype=torch.float16), normal(5, 5) > 0)
+    assert fusable_attentions(program) == (("softmax",) if value == -INF else ())
+
+
+@pytest.mark.parametrize("name", ["matmul", "nothing", "arg_0"])
+def test_a_name_that_is_no_such_softmax(name: str) -> None:
+    program = canonical(Function(lambda x: torch.softmax(_product(x), -1) @ x), normal(2, 3, 5, 4))
+    with pytest.raises(PlanFileError, match=f"around '{name}'"):
+        FuseAttention((name,)).apply(program)
+
+
+def test_nothing_to_fuse_is_the_same_program() -> None:
+    program = canonical(Function(torch.exp), normal(2))
+    assert FuseAttention(()).apply(program) is program
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2], [6, 5, 3, 5, 8, 9, 7]])
+PADDED = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+LEFT = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 1]])
+EAGER = {"attn_implementation": "eager"}
+SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
+
+
+def _llama() -> nn.Module:
+    return LlamaModel(LlamaConfig(**SMALL, num_key_value_heads=2, intermediate_size=48, use_cache=False, **EAGER))
+
+
+def _t5() -> nn.Module:
+    return T5EncoderModel(T5Config(d_model=32, d_kv=8, num_layers=2, num_heads=4, d_ff=48, vocab_size=99, **EAGER))
+
+
+def _bert() -> nn.Module:
+    return BertModel(BertConfig(**SMALL, intermediate_size=48, **EAGER))
+
+
+def _deberta() -> nn.Module:
+    return DebertaV2Model(DebertaV2Config(**SMALL, intermediate_size=48))
+
+
+def _diffusers(text: int) -> nn.Module:
+    """As pipelines had it before PyTorch had the operator: baddbmm into an empty tensor."""
+    return Attention(query_dim=32, cross_attention_dim=text, heads=4, dim_head=8, processor=AttnProcessor())
+
+
+GPT: dict[str, Any] = {"n_layer": 2, "n_head": 4, "vocab_size": 99, "use_cache": False}
+SWIN: dict[str, Any] = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4]}
+KINDS = [[["global", "local"], 1]]
+NEO: dict[str, Any] = {"attention_types": KINDS, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 99}
+XL: dict[str, Any] = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "vocab_size": 99, "use_mems_eval": False}
+IMAGE = normal(2, 7, 32, dtype=torch.float32)
+TEXT = normal(2, 5, 16, dtype=torch.float32)
+HIDDEN = normal(2, 1, 5, dtype=torch.float32)
+
+Model = tuple[Callable[[], nn.Module], dict[str, Tensor], int]
+MODELS: dict[str, Model] = {
+    "bert": (_bert, {"input_ids": IDS, "attention_mask": PADDED}, 2),
+    "t5": (_t5, {"input_ids": IDS, "attention_mask": PADDED}, 2),
+    "llama": (_llama, {"input_ids": IDS, "attention_mask": LEFT}, 2),
+    "llama in bfloat16": (lambda: _llama().bfloat16(), {"input_ids": IDS, "attention_mask": LEFT}, 2),
+    "gpt2": (lambda: GPT2Model(GPT2Config(n_embd=32, **GPT, **EAGER)), {"input_ids": IDS, "attention_mask": LEFT}, 2),
+    "gpt neo": (lambda: GPTNeoModel(GPTNeoConfig(**NEO, use_cache=False)), {"input_ids": IDS}, 2),
+    "bloom": (lambda: BloomModel(BloomConfig(hidden_size=32, **GPT)), {"input_ids": IDS, "attention_mask": LEFT}, 2),
+    "deberta": (_deberta, {"input_ids": IDS, "attention_mask": PADDED}, 2),
+    "xlnet": (lambda: XLNetModel(XLNetConfig(**XL)), {"input_ids": IDS}, 2),
+    "swin 2": (lambda: Swinv2Model(Swinv2Config(**SWIN, window_size=4)), {"pixel_values": normal(1, 3, 32, 32).float()}, 3),
+    "diffusers": (lambda: _diffusers(32), {"hidden_states": IMAGE}, 1),
+    "diffusers with a mask": (
+        lambda: _diffusers(16),
+        {"hidden_states": IMAGE, "encoder_hidden_states": TEXT, "attention_mask": HIDDEN},
+        1,
+    ),
+}
+
+
+def in_double(program: Program, module: nn.Module, inputs: list[Any]) -> list[Tensor]:
+    """What a program gives where nothing is rounded to less than fp64: weights, inputs and casts are read as that."""
+    named = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    given, env = iter(inputs), dict[fx.Node, Any]()
+
+    def wide(value: Any) -> Any:
+        if isinstance(value, torch.dtype):
+            return torch.float64 if value.is_floating_point else value
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            weight = program.weights.get(node.name)
+            constant = program.constants.get(node.name)
+            env[node] = wide(next(given) if weight is None else named[weight.name] if constant is None else constant)
+        elif node.op == "call_function":
+            args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+            env[node] = node.target(*map(wide, args), **{key: wide(value) for key, value in kwargs.items()})
+    return [env[node] for node in program.output.all_input_nodes]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models(name: str) -> None:
+    """All their attentions are fused, and without rounding the result is the same."""
+    make, kwargs, count = MODELS[name]
+    torch.manual_seed(0)
+    module = make().eval()
+    before = canonical(module, **kwargs)
+    names = fusable_attentions(before)
+    assert len(names) == count == sum("softmax" in str(node.target) for node in before.ops())
+    after = fused(before)
+    assert sum(node.target is SDPA for node in after.ops()) == count
+    assert [n.name for n in before.output.all_input_nodes] == [n.name for n in after.output.all_input_nodes]
+    inputs = list(kwargs.values())
+    with torch.no_grad():
+        assert_same(in_double(after, module, inputs), in_double(before, module, inputs))
+
+
+def test_a_fused_program_is_planned_proved_and_run() -> None:
+    """In less memory than whole scores take."""
+
+    def attend(x: Tensor) -> Tensor:
+        return torch.softmax(x @ x.transpose(-1, -2) * 0.5, -1) @ x
+
+    module, x = Function(attend).eval(), normal(1, 2, 256, 8)
+    whole = plan(module, "8MB", inputs=(x,), device="accounting")
+    tilings = tilings_of(fused(whole.problem.program), whole._options)
+    p = Plan(whole.target, whole._options, tilings, Decisions())
+    assert p.peak_bytes < whole.peak_bytes / 3
+    wanted = module(x)
+    m = p.build()
+    assert_same([m(x)], [wanted])
+    assert m.report().peak_bytes == p.peak_bytes
