@@ -4,9 +4,9 @@ before:  s = matmul(q, transpose(k)); t = mul(s, 0.125); u = add(t, mask); p = s
 after:   y = scaled_dot_product_attention(q, k, v, mask, scale=0.125)
 
 Requires: a canonical program. Ensures: the same mathematics (I5): 1e-12 in fp64, and what was rounded to half precision on the
-way is not any more (in a float16 row that -65504 hides all over, that no longer swallows the scores). Whatever masks do becomes
-one additive mask. A query that may look at no key at all (-inf everywhere) gives NaN in a softmax and zeros in that operator, so
-where a mask is not known to be finite, rows of which all is -inf are made NaN:
+way is not any more (in a float16 row that -65504 hides all over, it no longer swallows the scores). Whatever masks do becomes
+one additive mask. A query that may look at no key at all (-inf everywhere) gives NaN in a softmax and zeros in that operator.
+So where a mask is not known to be finite, rows of which all is -inf are made NaN:
 
          y = add(scaled_dot_product_attention(q, k, v, mask, ...), mul(amax(mask, [-1], True), 0.0))
 """

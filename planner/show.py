@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from passes.program import Program, Weight, module_path
 from planner.dynamic_plan import describe_sizes
+from planner.show_attention import attention_rows
 from planner.show_tiles import tile_rows
 from planner.sizes import format_bytes, format_seconds
 
@@ -37,6 +38,7 @@ def describe(plan: Plan) -> str:
         *_gap(plan),
         ("weights", _weights(plan)),
         *tile_rows(plan),
+        *attention_rows(plan),
     ]
     if plan.symbols:
         rows.insert(1, ("sizes", f"{describe_sizes(plan)}: {plan.problem.in_symbols.doubtful[1]}"))  # type: ignore[union-attr]
