@@ -105,7 +105,7 @@ def value_of(node: fx.Node, target: Any = None) -> Any:
     try:
         with modes[0], FaithfulFakes(), torch.no_grad():
             return function(*args, **kwargs)
-    except (TypeError, RuntimeError) as error:
+    except (TypeError, RuntimeError, ValueError) as error:  # a ValueError: a view that strides do not allow
         raise CaptureError(f"{node.name} ({node.target}) does not run on tensors without values: {error}") from error
 
 

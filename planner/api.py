@@ -42,7 +42,7 @@ def plan(
     call: Mapping[str, Any] | None = None,
     device: str | None = None,
     machine: str | os.PathLike[str] | Machine | None = None,
-    allow: tuple[str, ...] = ("offload", "tile", "layout"),
+    allow: tuple[str, ...] = ("offload", "tile", "layout", "attention"),
     allow_cast: str | torch.dtype | Sequence[str | torch.dtype] | None = None,
     max_error: float | None = None,
     keep: Mapping[str, Mapping[str, Any]] | None = None,
@@ -62,7 +62,7 @@ def plan(
             counted). Default: CUDA where it is or where `machine` is one, else cpu.
         machine: a preset's name, the path of a file with a machine (.toml or .json), a `Machine`, or None for this one.
         allow: transforms that may be used; without "offload" every weight stays on the device, without "layout" convolutions
-            keep the layout that they were captured in.
+            keep the layout that they were captured in, without "attention" products around a softmax stay as they are written.
         allow_cast: types in which weights may be stored, with scales: "float8_e4m3fn", "float8_e5m2", "int8", or several. As
             many weights are as shorten the step or are needed to fit; none without this. Small ones, the first and the last
             projections, and what models mark as not to be cast stay as they are.
@@ -119,6 +119,7 @@ def plan(
         casts=casts,
         max_error=check_max_error(max_error, casts),
         layout="layout" in check_allow(allow),
+        attention="attention" in check_allow(allow),
     )
     return plan_or_parts(target, options, prepare)
 

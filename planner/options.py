@@ -19,7 +19,7 @@ from planner.sizes import parse_size
 from planner.solve.constraints import FREE, TileConstraint
 from runtime.errors import PlannerError
 
-TRANSFORMS = ("offload", "tile", "cast", "layout")
+TRANSFORMS = ("offload", "tile", "cast", "layout", "attention")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Options:
     `opaque_bytes` maps patterns of module paths to bytes that their Python takes, where that cannot be found out. `repeats`:
     how many calls follow each other. `profile`: seconds are measured on the device, which must then be here. `casts`: the types
     in which weights may be stored, as long as the result's relative error stays within `max_error`. `layout`: convolutions may
-    run in channels-last.
+    run in channels-last. `attention`: products and softmaxes that are attention may be fused.
     """
 
     budget: Budget
@@ -48,6 +48,7 @@ class Options:
     casts: tuple[str, ...] = ()
     max_error: float | None = None
     layout: bool = True
+    attention: bool = True
 
     def __post_init__(self) -> None:
         if self.profile:

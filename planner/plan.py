@@ -120,7 +120,8 @@ class Plan(PlanFacts):
     def _passes(self) -> str:
         """Those that changed something, in their order."""
         tiling = self.decisions.tiling
-        named: list[tuple[str, object]] = [("channels_last", tiling.channels_last), ("cast_weights", tiling.casts)]
+        named: list[tuple[str, object]] = [("fuse_attention", tiling.attention), ("channels_last", tiling.channels_last)]
+        named.append(("cast_weights", tiling.casts))
         named += [("functionalise", tiling.tiles or tiling.norms), ("split_norms", tiling.norms)]
         named.append(("tile_regions", tiling.tiles))
         used = [name for name, used in named if used]
@@ -204,6 +205,7 @@ class Plan(PlanFacts):
             casts=self._options.casts,
             max_error=self._options.max_error,
             layout=self._options.layout,
+            attention=self._options.attention,
         )
 
     @classmethod
@@ -232,6 +234,7 @@ class Plan(PlanFacts):
                 tuple(data.get("casts", ())),
                 data.get("max_error"),
                 bool(data.get("layout", True)),
+                bool(data.get("attention", True)),
             )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:

@@ -71,6 +71,7 @@ def write_plan(
     casts: Sequence[str] = (),
     max_error: float | None = None,
     layout: bool = True,
+    attention: bool = True,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
@@ -98,6 +99,8 @@ def write_plan(
         data |= {"casts": list(casts), "max_error": max_error}
     if not layout:
         data["layout"] = False
+    if not attention:
+        data["attention"] = False
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

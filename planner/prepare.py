@@ -10,6 +10,7 @@ from passes.base import run_passes
 from passes.big_weights import embeddings_of, host_lookups
 from passes.canonicalise import CANONICALISE
 from passes.concretise import Concretise
+from passes.fuse_attention import fusable_attentions
 from passes.program import Program, module_path, tensors_of
 from planner.capture import capture
 from planner.cast_noise import casting_of
@@ -71,7 +72,8 @@ def tilings_of(program: Program, options: Options, casting: Casting = NO_CASTS) 
         return Tilings(base)
     layout = Layouts(base.problem, measured=profiler is not None) if options.layout else None
     reuse = partial(reuse_memory, machine=options.machine, memory=memory, keep=options.keeps_resident)
-    return Tilings(base, build, _freedom(program, options, memory), casting, layout, reuse)
+    attention = fusable_attentions(program) if options.attention else ()
+    return Tilings(base, build, _freedom(program, options, memory), casting, layout, attention, reuse)
 
 
 def _freedom(program: Program, options: Options, memory: MemoryModel) -> Freedom:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from passes.program import Program, Weight, module_path
 from planner.conv_layouts import convolutions_in
 from planner.dynamic_plan import describe_sizes
+from planner.show_attention import attention_rows
 from planner.show_tiles import cast_rows, tile_rows
 from planner.sizes import format_bytes, format_seconds
 
@@ -39,6 +40,7 @@ def describe(plan: Plan) -> str:
         ("weights", _weights(plan)),
         *cast_rows(plan),
         *tile_rows(plan),
+        *attention_rows(plan),
     ]
     if plan.symbols:
         rows.insert(1, ("sizes", f"{describe_sizes(plan)}: {plan.problem.in_symbols.doubtful[1]}"))  # type: ignore[union-attr]

@@ -21,7 +21,8 @@ class Tiling:
     `norms` are split into statistics and what applies them, of which `recomputed` have their input computed twice; `tiles` are
     the regions that run tile by tile, in program order; of their results `hosted` live on the host, and `over` may be written
     over values that are larger. `lookups` are the weights whose rows are looked up on the host, `slices` those that come in
-    parts, and `casts` those that are stored in a smaller type, by placeholder. `channels_last` are the regions that run so.
+    parts, and `casts` those that are stored in a smaller type, by placeholder. `channels_last` are the regions that run
+    so, and `attention` the softmaxes that are fused with the products around them.
     """
 
     norms: tuple[str, ...] = ()
@@ -33,6 +34,7 @@ class Tiling:
     over: tuple[str, ...] = ()
     casts: tuple[Cast, ...] = ()
     channels_last: tuple[ConvRegion, ...] = ()
+    attention: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self != UNTILED

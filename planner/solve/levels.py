@@ -17,6 +17,7 @@ from passes.big_weights import readers_of, sliceable
 from passes.cast_weights import CastWeights
 from passes.channels_last import ChannelsLast
 from passes.functionalise import Functionalise
+from passes.fuse_attention import FuseAttention
 from passes.gather_writes import GatherWrites
 from passes.host_lookup import HostLookup
 from passes.program import Program
@@ -74,7 +75,8 @@ def tile_program(program: Program, tiling: Tiling) -> Program:
         PlanFileError: it names what the program does not have. Untileable: a region that cannot be cut so.
     """
     passes: tuple[Pass, ...] = (
-        ChannelsLast(tiling.channels_last),  # first: others cut and replace what regions are named by
+        FuseAttention(tiling.attention),  # first, as the next: others name what they leave
+        ChannelsLast(tiling.channels_last),  # others cut and replace what regions are named by
         HostLookup(tiling.lookups),
         SliceWeights(tiling.slices),
         CastWeights(tiling.casts),
@@ -168,8 +170,7 @@ class Levels:
     @cached_property
     def _whole(self) -> Program:
         """The program whose tables are looked up, nothing sliced and nothing cast."""
-        layout = self.base.tiling.channels_last
-        return tile_program(self.program, Tiling(lookups=self.freedom.tables, channels_last=layout))
+        return tile_program(self.program, replace(self.looked_up, casts=()))
 
     @property
     def _costs(self) -> TileCosts:

@@ -19,9 +19,12 @@ from passes.probe import call_of
 from passes.program import storage_id, tensors_of
 from passes.regions import Calls, Region, TileNeeds, find_region
 from passes.tile_rules import Part, Untileable
+from passes.tile_rules.base import Tiled
 from passes.write_over import fits_over, written_over
+from planner.solve.attention_tiles import attention_tile_bytes
 from planner.solve.problem import Problem
 
+_ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _CONVOLUTIONS = {
     getattr(getattr(torch.ops.aten, f"conv{rank}d"), overload) for rank in (1, 2, 3) for overload in ("default", "padding")
 }
@@ -320,6 +323,15 @@ class TileCosts:
     def _tile_workspace(self, region: Region, tile: TileNeeds, node: fx.Node, share: float) -> int:
         """Of an operator in a tile. cuDNN's convolutions take the same for smaller images, and parts are copied for them."""
         workspace, step = self._workspace(node), tile.steps[node]
+        parts = tile.parts.get(node)
+        if (
+            self.problem.memory.device == "cuda"
+            and node.target is _ATTENTION
+            and isinstance(step, Tiled)
+            and parts
+            and parts[0]
+        ):
+            return attention_tile_bytes(region.calls.call(node), step.needs, parts[0], self.problem.machine.capability)
         if self.problem.memory.device != "cuda" or node.target not in _CONVOLUTIONS or step is None:
             return int(workspace * share)
         image, need = region.calls.arguments(node)[0], step.needs[0]

@@ -142,8 +142,9 @@ class Tilings:
     """The solvers of one canonical program: `base` of the program as it is, others of its rewritings.
 
     `build` analyses a rewritten program; None where it may not be rewritten. `freedom`: what may be done to it. `casting`:
-    which weights may be stored in a smaller type. `layout`: what may run in channels-last. `in_place`: the last rewriting of all
-    that are solved, after which less is live; regions are sought in programs without it.
+    which weights may be stored in a smaller type. `layout`: what may run in channels-last. `attention`: the softmaxes that can
+    be fused with the products around them. `in_place`: the last rewriting of all that are solved, after which less is live;
+    regions are sought in programs without it.
     """
 
     base: Solver
@@ -151,6 +152,7 @@ class Tilings:
     freedom: Freedom = NONE
     casting: Casting = NO_CASTS
     layout: Layouts | None = None
+    attention: tuple[str, ...] = ()
     in_place: Callable[[Program], Program] = lambda program: program
 
     @cached_property
@@ -189,12 +191,16 @@ class Tilings:
         return min(kept, key=lambda each: (*_changes(each[0].problem.tiling), each[1].time.step_seconds))
 
     def _in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:
-        """In the layouts that are given; then the fastest of these in channels-last, where its arithmetic is shorter."""
+        """As it is and with fused attention, with casts of the faster one; then the fastest of these in channels-last.
+
+        Each only where it could be faster than what was found before.
+        """
         yield from self._cast_in_turn(budget_bytes, found)
         if self.layout is None or not found:
             return
         solver, schedule = min(found, key=lambda each: each[1].time.step_seconds)
-        start, step = Tiling(casts=solver.problem.tiling.casts), schedule.time.step_seconds
+        tiling, step = solver.problem.tiling, schedule.time.step_seconds
+        start = Tiling(casts=tiling.casts, attention=tiling.attention)
         own = self.branch(start).base.problem
         copies = (own.total_weight_bytes + own.memory.fixed_bytes - budget_bytes) / own.machine.link_peak_bandwidth
         if max(step - self.layout.most_seconds, copies) * _ENOUGH >= step or not self.layout.regions:
@@ -207,23 +213,28 @@ class Tilings:
         """Without casts; with about as many as end the wait for copies; with all of them. Until the step is the arithmetic."""
         plain = self.branch(UNTILED)
         yield plain
+        if self.attention:
+            fused = self.branch(Tiling(attention=self.attention))
+            yield fused
+            fastest = min(found, key=lambda each: each[1].time.step_seconds, default=None)
+            plain = fused if fastest is None or fastest[0].problem.tiling.attention else plain
         if not self.casting.casts:
             return
         problem = plain.base.problem
         over = problem.total_weight_bytes + int(problem.activation_bytes.max()) - budget_bytes
         late = over / problem.machine.link_peak_bandwidth - problem.compute_seconds
         if found:
-            late = found[0][1].time.step_seconds - problem.compute_seconds
+            late = min(each.time.step_seconds for _, each in found) - problem.compute_seconds
         counts = [self.casting.count_for(share * late * problem.machine.link_peak_bandwidth) for share in _SHARES]
         for count in dict.fromkeys((*counts, len(self.casting.casts))):
             if found and min(each.time.step_seconds for _, each in found) <= _ENOUGH * problem.compute_seconds:
                 return
-            yield self.branch(Tiling(casts=self.casting.casts[:count]))
+            yield self.branch(replace(plain.start.tiling, casts=self.casting.casts[:count]))
 
     @cached_property
     def _extremes(self) -> list[Branch]:
-        """What needs the least memory is among them: without casts, and with all of them."""
-        starts = [UNTILED, Tiling(casts=self.casting.casts)]
+        """What needs the least memory is among them: as it is, with fused attention, with all casts."""
+        starts = [UNTILED, Tiling(attention=self.attention), Tiling(attention=self.attention, casts=self.casting.casts)]
         return [self.branch(start) for start in dict.fromkeys(starts)]
 
     def branch(self, start: Tiling) -> Branch:
@@ -296,9 +307,9 @@ class Tilings:
         return {}
 
 
-def _changes(tiling: Tiling) -> tuple[int, bool]:
+def _changes(tiling: Tiling) -> tuple[int, bool, bool]:
     """What is done besides tiles and copies, the less the better of what is as fast."""
-    return len(tiling.casts), bool(tiling.channels_last)
+    return len(tiling.casts), bool(tiling.channels_last), bool(tiling.attention)
 
 
 def _left(solver: Solver, host_bytes: int | None) -> int | None:

@@ -140,6 +140,7 @@ def bodies(loop: Loop) -> int:
 def interpreted(program: Program, module: nn.Module, *inputs: Tensor) -> list[Tensor]:
     """What a program without loops gives, operator by operator; also checks the geometry that it says."""
     named = dict(module.named_parameters()) | dict(module.named_buffers())
+    named |= {program.weights[node].name: constant for node, constant in program.constants.items() if node in program.weights}
     given, env = iter(inputs), dict[fx.Node, Any]()
     for node in program.graph.nodes:
         if node.op == "placeholder":
