@@ -24,12 +24,12 @@ def check_casts(program: Program, refuse: Refuse) -> None:
     It looks at the emitted graph and at `Weight.stored` alone; `refuse(node, invariant, message)` if not.
     """
     weights = program.weights
-    if all(weight.stored is None for weight in weights.values()):
+    if not any(is_cast(weight) for weight in weights.values()):
         return
     arrived = {node: weights[key] for node, key in arrivals(program)}
     for node, weight in arrived.items():
         for user in [user for user in node.users if user.target is not ops.free]:
-            if weight.stored is not None and user.target is not _UPCAST:
+            if is_cast(weight) and user.target is not _UPCAST:
                 raise refuse(user, "I3", f"{user.name} reads {weight.label}, which is stored in another type")
     for node in program.graph.nodes:
         if node.target is _UPCAST:
@@ -37,6 +37,11 @@ def check_casts(program: Program, refuse: Refuse) -> None:
             if not _are_one(held):
                 labels = " and ".join(str(None if weight is None else weight.label) for weight in held)
                 raise refuse(node, "I3", f"{node.name} joins {labels}, which are not values and scales of one weight")
+
+
+def is_cast(weight: Weight) -> bool:
+    """Whether it is stored in another type, and not only in another layout."""
+    return weight.stored is not None and weight.stored.part in _PARTS
 
 
 def _are_one(held: list[Weight | None]) -> bool:

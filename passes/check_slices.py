@@ -110,7 +110,7 @@ class _Uses:
             if weight.rows is None or (weight.stored is not None and weight.stored.part == "scales"):
                 continue
             # What is stored in another type is cast back first, which `check_casts` proves.
-            for whole in [node] if weight.stored is None else _users(node):
+            for whole in [node] if weight.stored is None or weight.stored.part == "layout" else _users(node):
                 for user in _users(whole):
                     for reader, held in [(u, user) for u in _users(user)] if user.target in _TRANSPOSES else [(user, whole)]:
                         yield self._use(reader, held, weight)
