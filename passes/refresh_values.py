@@ -140,10 +140,13 @@ def carry_on(changed: Mapping[fx.Node, Any]) -> None:
         views = any(storage_id(t) in stale for t in _tensors(old))
         if not views and all(_same_geometry(n.meta["val"], before[n]) for n in inputs):
             continue
-        if isinstance(node.target, torch._ops.OpOverload):
-            node.meta["val"] = value_of(node)
-        else:
+        if not isinstance(node.target, torch._ops.OpOverload):
             node.meta["val"] = node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr]
+        elif is_symbolic(node):
+            with enable_python_dispatcher():
+                node.meta["val"] = value_of(node)
+        else:
+            node.meta["val"] = value_of(node)
         before.setdefault(node, old)
         queue.extend(node.users)
 

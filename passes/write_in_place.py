@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from passes.fakes import is_dense
 from passes.functionalise import functional_overload
 from passes.loop import loop_of
-from passes.program import Program, copy_graph, is_symbolic, storage_bytes, storage_id, tensors_of
-from passes.refresh_values import carry_on, value_of
+from passes.program import Program, copy_graph, geometry, is_symbolic, storage_bytes, storage_id, tensors_of
+from passes.refresh_values import carry_on
 from passes.tile_rules.base import rule_of
 from passes.tile_rules.pointwise import pointwise
 from runtime.errors import PlanFileError
@@ -73,13 +74,11 @@ class WriteInPlace:
 
 
 def writable_in_place(program: Program) -> tuple[str, ...]:
-    """The elementwise operators that may write over an argument, in program order; none where sizes are symbols.
+    """The elementwise operators that may write over an argument, in program order, also where sizes are symbols.
 
     That argument is all of a storage that the program made. Nothing reads this storage afterwards, and the operator itself only
     through that one argument, once. The result would be in a storage of its own, of the same dtype, sizes and strides.
     """
-    if any(is_symbolic(node) for node in program.graph.nodes):
-        return ()
     loops = [loop for node in program.ops() if (loop := loop_of(node)) is not None]
     graphs = [program.graph, *(run.body for loop in loops for run in loop.runs)]
     return tuple(dict.fromkeys(node.name for graph in graphs for node in _arguments_to_write(graph)))
@@ -124,7 +123,9 @@ def _arguments_to_write(graph: fx.Graph) -> dict[fx.Node, int]:
 def _is_fresh(node: fx.Node, holders: Mapping[int, list[fx.Node]]) -> bool:
     """Whether the result is one tensor in a storage of its own."""
     value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.numel() > 0 and holders[storage_id(value)][0] is node
+    if not isinstance(value, torch.Tensor) or holders[storage_id(value)][0] is not node:
+        return False
+    return is_symbolic(node) or value.numel() > 0
 
 
 def _candidates(node: fx.Node) -> list[int]:
@@ -155,10 +156,14 @@ def _same_place(value: fx.Node, node: fx.Node) -> bool:
     one, other = value.meta.get("val"), node.meta["val"]
     if not isinstance(one, torch.Tensor) or one.dtype != other.dtype or one.device != other.device:
         return False
-    if one.shape != other.shape or one.stride() != other.stride() or one.storage_offset():
+    sizes, rank = geometry(one), one.dim()  # in symbols, where they are some: those are equal where the expressions are
+    if sizes != geometry(other) or sizes[-1] != 0 or storage_bytes(one) != storage_bytes(other):
         return False
-    nbytes = one.numel() * one.dtype.itemsize
-    return nbytes == storage_bytes(one) == storage_bytes(other) and is_dense(one)
+    if not is_symbolic(value):
+        return storage_bytes(one) == one.numel() * one.dtype.itemsize and is_dense(one)
+    steps = [prod(sizes[dim + 1 : rank]) for dim in range(rank)]
+    whole = storage_bytes(one) == prod(sizes[:rank]) * one.dtype.itemsize
+    return whole and all(step == stride for step, stride in zip(steps, sizes[rank:-1], strict=True))
 
 
 def _rewrite(node: fx.Node, index: int, taken: set[str]) -> None:
@@ -170,8 +175,8 @@ def _rewrite(node: fx.Node, index: int, taken: set[str]) -> None:
     with graph.inserting_before(node):
         place = graph.create_node("call_function", aten.alias.default, (node.args[index],), name=name)
     place.meta |= {key: value for key, value in node.meta.items() if key != "val"}
-    place.meta["val"] = value_of(place)
+    place.meta["val"] = node.args[index].meta["val"]  # type: ignore[union-attr]
     others = [argument for i, argument in enumerate(node.args) if i != index]
     node.target, node.args = in_place_overload(node.target), (place, *others)  # type: ignore[assignment]
-    node.meta["val"] = value_of(node)
+    node.meta["val"] = place.meta["val"]  # which has the geometry of what was there
     carry_on({node: old})

@@ -12,6 +12,7 @@ from passes.canonicalise import CANONICALISE
 from passes.concretise import Concretise
 from passes.fuse_attention import fusable_attentions
 from passes.program import Program, module_path, tensors_of
+from passes.write_in_place import WriteInPlace, writable_in_place
 from planner.capture import capture
 from planner.cast_noise import casting_of
 from planner.conv_layouts import Layouts
@@ -45,7 +46,7 @@ def prepare(model: nn.Module, options: Options) -> Tilings:
             program = run_passes(capture(model, options.args, options.kwargs, options.method), CANONICALISE)
         else:
             program = capture_dynamic(model, options.method, options.args, options.kwargs, options.dynamic)
-            program = run_passes(program, (Concretise(options.dynamic.largest),))
+            program = run_passes(program, (WriteInPlace(writable_in_place(program)), Concretise(options.dynamic.largest)))
     refuse_shared_state(model, program)
     check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
     return tilings_of(program, options, _casting(model, program, options))

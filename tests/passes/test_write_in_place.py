@@ -257,10 +257,18 @@ def test_refused(why: str) -> None:
     assert set(in_place(program)) <= ({"add"} if why in SUMS else set())
 
 
-def test_not_where_sizes_are_symbols() -> None:
-    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
-    p = plan(module, "1GB", inputs=(torch.randn(6, 4),), dynamic={0: {0: "n"}}, device="accounting")
-    assert "alias" not in p.code
+def test_also_where_sizes_are_symbols() -> None:
+    """One program for all sizes; at each as eager, and what is predicted is measured."""
+    module = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 4), nn.Sigmoid()).eval()
+    p = plan(module, "1GB", inputs=(torch.randn(64, 4),), dynamic={0: {0: "n"}}, device="accounting")
+    assert "relu_.default(" in p.code
+    m = p.build()
+    for n in (64, 17, 2):
+        x = torch.randn(n, 4)
+        with torch.no_grad():
+            assert torch.equal(m(x), module(x))
+        assert m.report().peak_bytes == p.peak_bytes_at(n=n)
+    p.restore()
 
 
 def test_an_operator_that_cannot_is_refused_by_name() -> None:

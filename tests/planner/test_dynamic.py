@@ -309,7 +309,8 @@ def test_largest_image_where_tiles_are_allowed() -> None:
     small = planned_at(16, dynamic=square)
     whole = planned_at(16, dynamic=square, allow=("offload",)).largest("height")
     tiled = small.largest("height")
-    assert tiled > 1.5 * whole
+    assert whole >= 33  # 28 where the activation is not in place
+    assert tiled >= 48
     p = planned_at(tiled)
     assert p.decisions.tiling.tiles
     assert p.reserved_bytes <= p.budget_bytes
