@@ -366,7 +366,7 @@ def test_a_call_that_changes_attributes(what: str) -> None:
         ({"keep": {"upp.weihgt": {"resident": True}}}, "keep={'up.weight': {'resident': True}}"),
         ({"allow": ("compress",)}, "allow=('offload', 'tile', 'cast', 'layout')"),
         ({"allow": "compress"}, "allow=('offload', 'tile', 'cast', 'layout')"),
-        ({"allow_cast": "float9"}, "write allow_cast='float8_e4m3fn'"),
+        ({"allow_cast": "float8_e4m3"}, "write allow_cast='float8_e4m3fn'"),
         ({"max_error": 0.1}, "nothing may be cast; write allow_cast="),
         ({"repeats": 0}, "write repeats=28"),
         ({"profile": 1}, "write profile=True"),
