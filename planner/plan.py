@@ -360,8 +360,8 @@ class Plan(PlanFacts):
         finally:
             if module is not None:
                 module.close()
-        casts = len(self.decisions.tiling.casts)
-        self.validation = compare(mine, own, draws=not compare(other, own, draws=False).equal, casts=casts)
+        draws = not compare(other, own, draws=False).equal
+        self.validation = compare(mine, own, draws, self.cast_count)
         return self.validation
 
     def restore(self) -> nn.Module:
