@@ -76,9 +76,7 @@ def _readers(program: Program) -> Iterator[tuple[str, list[tuple[fx.Node, int | 
 
 def _permuted(user: fx.Node, dims: tuple[int, ...]) -> tuple[int, ...] | None:
     """Where the dimensions are that a transpose gives; None for what is none."""
-    if user.target is aten.t.default:
-        return dims[::-1]
-    if user.target is aten.numpy_T.default:
+    if user.target in (aten.t.default, aten.numpy_T.default):
         return dims[::-1]
     if user.target is aten.permute.default:
         return tuple(dims[d] for d in user.args[1])  # type: ignore[union-attr,index]

@@ -52,12 +52,12 @@ class Weight:
 
     @property
     def host_name(self) -> str:
-        """What the host calls it: the module's name, or that of what is stored of it."""
+        """The module's name, or that of what is stored of it."""
         return self.name if self.stored is None else self.stored.name
 
     @property
     def label(self) -> str:
-        """The host's name, with the rows where it is a part."""
+        """As `host_name`, with the rows where it is a part."""
         return self.host_name if self.rows is None else f"{self.host_name}{self.rows}"
 
 

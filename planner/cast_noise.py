@@ -1,6 +1,6 @@
 """How well weights can be stored in smaller types: the relative error of each, measured on its values where it has any.
 
-Of a large weight a part is measured: rows spread evenly, with the scales that these rows have.
+Of a large weight a part is measured: rows spread evenly, with their own scales and with the one that the whole would have.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from planner.solve.casting import NO_CASTS, Candidate, Casting, ordered, saved_b
 from runtime.origins import has_no_bytes, named_tensors
 from runtime.stored import quantise, scales_of
 
-# Relative errors (of 2-norms) of normally distributed weights, with a scale a row; larger ones, for fewer bits, come first.
+# Relative errors (of 2-norms) of normally distributed weights of 128 a row, with a scale a row.
 TYPICAL = {"float8_e5m2": 0.0511, "float8_e4m3fn": 0.0255, "int8": 0.0068}
 # Elements that are measured of a weight, and how much larger the error with one scale for all may be to be as good.
 _SAMPLE = 1 << 18

@@ -138,7 +138,7 @@ def make_executable(
 
 def _view(weight: Weight) -> WeightView:
     spec, stored = weight.spec, weight.stored
-    name, aliases = (weight.name, weight.aliases) if stored is None else (stored.name, ())
+    name, aliases = (weight.name, weight.aliases) if stored is None else (stored.key, ())
     return WeightView(
         name, aliases, spec.shape, spec.stride, spec.dtype, weight.nbytes, weight.state, spec.grad, weight.rows, stored
     )

@@ -47,8 +47,8 @@ class Layout:
 
     `state` are the weights that the program writes (I6): resident too, but each in an allocation of its own that programs share
     and the module sees, so their offsets are all 0. `pools` are segments that the device's allocator is given beforehand
-    for activations and bundles without an offset, which would else get segments of their own. `hosted` are
-    the places of values that live on the host, in an arena of `host_bytes`.
+    for activations and bundles without an offset, which would else get segments of their own. `hosted` are the places of
+    values that live on the host, in an arena of `host_bytes`.
     """
 
     alignment: int

@@ -44,8 +44,13 @@ class Stored:
 
     @property
     def name(self) -> str:
-        """What the host calls it: no module has such names."""
+        """What people read: the weight, and which part of it."""
         return f"{self.weight}:{self.part}"
+
+    @property
+    def key(self) -> str:
+        """What the host calls it: another for each way to store the weight, and no module has such names."""
+        return f"{self.name}:{self.dtype}:{self.dim}"
 
     def make(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
         """The stored tensor, from the module's; with its scales, where those are known already.

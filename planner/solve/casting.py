@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
@@ -45,9 +46,9 @@ class Casting:
         return tuple(candidate.cast for candidate in self.candidates)
 
     def error(self, casts: Iterable[Cast]) -> float:
-        """The relative error of the result, estimated, with those weights cast."""
-        powers = {candidate.cast: candidate.power for candidate in self.candidates}
-        return float(self.scale * sum(powers[cast] for cast in casts) ** 0.5)
+        """The relative error of the result, estimated, with those weights cast; NaN where one of them is no candidate."""
+        powers = {candidate.cast.weight: candidate.power for candidate in self.candidates}
+        return float(self.scale * sum(powers.get(cast.weight, math.nan) for cast in casts) ** 0.5)
 
     def is_measured(self) -> bool:
         """Whether the noise of all weights is that of their values, and not of typical ones."""

@@ -191,6 +191,35 @@ class TestComposition:
         p.restore()
         assert torch.equal(module(other), expected)
 
+    def test_a_loaded_plan_says_its_error_where_the_model_has_no_values(self, tmp_path: Path) -> None:
+        """Typical noise goes with a scale a row; the plan that was saved may have one scale."""
+        module, x = model()
+        p = planned(module, x)
+        p.save(tmp_path / "plan.json")
+        again = Plan.load(tmp_path / "plan.json", module.to("meta"), inputs=(x.to("meta"),))
+        assert again.decisions == p.decisions
+        assert 0.5 * p.cast_error <= again.cast_error <= 2 * p.cast_error
+        assert "stored as float8_e4m3fn" in str(again)
+
+    def test_another_signature_may_store_a_weight_otherwise(self) -> None:
+        """What both store of one weight is not the same: after it was written it needs a scale a row."""
+        module, x = model()
+        with torch.no_grad():
+            for layer in module.up:  # type: ignore[union-attr]
+                layer.weight.copy_(torch.linspace(-0.1, 0.1, 128).expand(256, 128))
+        p = planned(module, x, allow_cast="int8", keep={"down.*": {"cast": False}})
+        assert {cast.dim for cast in p.decisions.tiling.casts} == {None}
+        m = p.build()
+        m(x)
+        with torch.no_grad():
+            for layer in module.up:  # type: ignore[union-attr]
+                layer.weight[7] *= 100
+        other = torch.randn(5, 32)
+        found = m(other)
+        p.restore()
+        expected = module(other).detach()
+        assert float((found - expected).norm()) <= 0.02 * float(expected.norm())
+
     def test_weights_that_are_written_are_stored_again(self) -> None:
         module, x = model()
         p = planned(module, x)
