@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.mark_state import written_nodes
 from passes.probe import call_of
 from passes.program import storage_id, tensors_of
 from passes.tile_rules import Part, Reduced, TileCall, Tiled, Untileable, reduce_parts, tile
@@ -47,14 +48,25 @@ class Calls:
         self._arguments: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self._maps: dict[tuple[fx.Node, int], tuple[int | None, ...] | Untileable] = {}
         self._holders: dict[int, list[fx.Node]] = {}
+        self._written: dict[int, fx.Node] = {}
 
     def sharing(self, node: fx.Node) -> list[fx.Node]:
         """The nodes of its graph whose values are in the same memory, itself among them."""
-        if not self._holders:
-            for other in node.graph.nodes:
-                for tensor in tensors_of(other):
-                    self._holders.setdefault(storage_id(tensor), []).append(other)
+        self._look_at(node.graph)
         return self._holders[storage_id(node.meta["val"])]
+
+    def writer(self, node: fx.Node) -> fx.Node | None:
+        """The last operator of its graph that writes to the memory of a value; None where none does."""
+        self._look_at(node.graph)
+        return self._written.get(storage_id(node.meta["val"]))
+
+    def _look_at(self, graph: fx.Graph) -> None:
+        if self._holders:
+            return
+        for node in graph.nodes:
+            for tensor in tensors_of(node):
+                self._holders.setdefault(storage_id(tensor), []).append(node)
+            self._written |= {storage_id(tensor): node for target in written_nodes(node) for tensor in tensors_of(target)}
 
     def call(self, node: fx.Node) -> TileCall:
         if node not in self._calls:
@@ -90,6 +102,8 @@ class Calls:
     def _ask(self, node: fx.Node, dim: int) -> tuple[int | None, ...]:
         if node.target is operator.getitem:
             return (dim,)
+        if "untileable" in node.meta:
+            raise Untileable(node.meta["untileable"])
         call = self.call(node)
         parts = []
         for output in call.outputs:
@@ -101,6 +115,8 @@ class Calls:
 
     def merges(self, node: fx.Node, dim: int) -> tuple[int | None, ...]:
         """As `dims`, for a result that is merged from parts along `dim` of the first argument."""
+        if "untileable" in node.meta:
+            raise Untileable(node.meta["untileable"])
         call = self.call(node)
         size = call.tensors[0].shape[dim]
         if size < 2:
@@ -261,6 +277,7 @@ def find_region(stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Call
         raise Untileable("the region ends between an operator and the members of its result")
     if not results and not merged:
         raise Untileable("nothing can be cut along this dimension")
+    _refuse_two_names(results, calls)
     whole = tuple(n for n in stretch if n not in tiled and n not in merged)
     if any(n in hosted for node in whole for n in node.all_input_nodes):
         raise Untileable("something reads a value that lives on the host as a whole")
@@ -381,6 +398,15 @@ def is_view(node: fx.Node) -> bool:
     """Whether the result is in storage that was there before."""
     before = {storage_id(t) for n in node.all_input_nodes for t in tensors_of(n)}
     return all(storage_id(t) in before for t in tensors_of(node))
+
+
+def _refuse_two_names(results: Sequence[fx.Node], calls: Calls) -> None:
+    """Results have each a memory of their own, so what is written to one of them later would not be in the others."""
+    names: dict[int, fx.Node] = {}
+    for node in results:
+        other, writer = names.setdefault(storage_id(node.meta["val"]), node), calls.writer(node)
+        if other is not node and writer is not None:
+            raise Untileable(f"{writer.name} writes to {other.name}, of which {node.name} is another name")
 
 
 def _members(node: fx.Node) -> int:

@@ -18,6 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from passes.big_weights import Reader, readers_of, sliceable, why_not_sliced
 from passes.fakes import FaithfulFakes
 from passes.program import Program, Weight, is_symbolic
+from passes.refresh_values import carry_on
 from runtime.errors import PlanFileError
 from runtime.executable import Rows
 
@@ -137,6 +138,7 @@ class _Unrolled:
                 assert part.rows is not None
                 self._one(whole, index, part.rows, arrival)
         self.node.replace_all_uses_with(whole)
+        carry_on({whole: self.node.meta["val"]})  # what looks at it is in its memory now
         self.graph.erase_node(self.node)
 
     def _one(self, whole: fx.Node, index: int, rows: Rows, arrival: fx.Node) -> None:
@@ -152,6 +154,7 @@ class _Unrolled:
             last = bias.meta["val"].dim() - 1
             arguments[self.reader.bias] = self._call(f"bias_{index}", aten.slice.Tensor, bias, last, rows.start, rows.stop)
         made = self._call(f"rows_{index}", _overload(self.node), *arguments, **self.node.kwargs)
+        made.meta["untileable"] = "computes a part of the features already"
         self._call(f"copied_{index}", aten.copy_.default, into, made)
 
     def _result(self) -> fx.Node:

@@ -12,7 +12,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from passes.cache import cache_folder, read_json, write_json
 from passes.calibrate import base_sizes, environment, free_ram_bytes, tensor_over
+from passes.functionalise import functional_overload
 from passes.probe import Call, call_of
 from passes.program import operator_name
 from passes.spec import TensorSpec
@@ -103,8 +104,8 @@ class Profiler:
         for i, node in enumerate(nodes):
             if seconds[i] == 0 or not isinstance(node.target, torch._ops.OpOverload):
                 continue
-            call = call_of(node)
-            name = self._name(node.target, call)
+            call = _call_of(node)
+            name = self._name(call.key[0], call)
             calls.setdefault(name, (call, costs[i]))
             positions.setdefault(name, []).append(i)
         known = _known(self._file)
@@ -188,6 +189,18 @@ class Profiler:
         if self._file is not None and fresh:
             with contextlib.suppress(OSError):
                 write_json(self._file, {"version": VERSION, "seconds": {**_read(self._file), **fresh}})
+
+
+def _call_of(node: fx.Node) -> Call:
+    """A node's call; of what `write_in_place` made, the call that it was, which takes as long.
+
+    Repeated in place, what is written would drift to infinity or to zero.
+    """
+    call, functional = call_of(node), functional_overload(node.target)
+    place = node.args[0] if node.args else None
+    if functional is None or not isinstance(place, fx.Node) or place.target is not aten.alias.default:
+        return call
+    return replace(call, fresh_bytes=tuple(spec.nbytes for spec in call.outputs), key=(functional, *call.key[1:]))
 
 
 def cache_file() -> Path | None:

@@ -30,10 +30,15 @@ def cut_all(program: Program, count: int, *, above: int = 0) -> Program:
 
 
 def plan_of(
-    program: Program, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], device: str = "accounting"
+    program: Program,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    device: str = "accounting",
+    **allowed: bool,
 ) -> Plan:
     """The roomy plan of a program that was made from the module's call."""
-    options = Options(Budget.parse("1GB", device), Machine.preset("cpu").on(device), device, "forward", args, kwargs)
+    options = Options(Budget.parse("1GB", device), Machine.preset("cpu").on(device), device, "forward", args, kwargs, **allowed)
     return Plan(module, options, tilings_of(program, options))
 
 

@@ -161,7 +161,7 @@ def test_random_modules_run_as_predicted_with_everything_in_parts(case: Case) ->
     with torch.no_grad():
         expected = eager(*case.args, **case.kwargs)
     for changed, close in variants:
-        p = plan_of(changed, case.fresh(), case.args, case.kwargs)
+        p = plan_of(changed, case.fresh(), case.args, case.kwargs, tile=close is not None, attention=close is not None)
         p = p.replan(p.minimum_bytes)
         m = p.build()
         given = m(*case.args, **case.kwargs)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from passes.base import run_passes
 from passes.big_weights import sliceable
+from passes.program import storage_id
 from passes.slice_weights import SliceWeights, WeightSlices, row_ranges
 from runtime.errors import PlanFileError
 from runtime.executable import Rows
@@ -96,6 +97,16 @@ def test_every_reader_gives_the_same(name: str) -> None:
         assert "w_weight" not in p.program.weights
         assert sum(w.name == "weight" for w in p.program.weights.values()) == count
         check_runs(p, expected, x, close=1e-12)
+
+
+def test_views_of_a_result_are_in_its_memory() -> None:
+    def read(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, weight, bias).view(2, 2, 3, 3).transpose(1, 2).relu()
+
+    program = canonical(Reads(read), torch.ones(2, 3, 4, dtype=F64))
+    program = run_passes(program, (SliceWeights((WeightSlices("w_weight", 2),)),))
+    storages = {name: storage_id(program.node(name).meta["val"]) for name in ("linear__whole", "view", "transpose")}
+    assert len(set(storages.values())) == 1
 
 
 def test_channels_last_weights_and_results() -> None:

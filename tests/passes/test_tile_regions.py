@@ -200,3 +200,18 @@ def test_a_result_that_is_read_within_and_after() -> None:
     assert_alike(m(x), Two()(x))
     assert m.report().peak_bytes == p.peak_bytes
     p.restore()
+
+
+def test_two_names_of_what_is_written_afterwards_stay_one_memory() -> None:
+    def function(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x.sin()
+        part = y[:, :2]
+        y.mul_(3)
+        return part + 1, y.cos()
+
+    module, x = Function(function).eval(), torch.randn(6, 4, dtype=torch.float64)
+    p = plan(module, "1MB", inputs=(x,), device="accounting")
+    with pytest.raises(Untileable, match="mul_ writes to sin, of which slice_1 is another name"):
+        Plan(p.target, p._options, p._tilings, Decisions(tiling=Tiling(tiles=(Tile("sin", "slice_1", "arg_0", 0, 3),))))
+    free = Plan(p.target, p._options, p._tilings, Decisions(tiling=Tiling(tiles=(Tile("cos", "cos", "mul_", 0, 3),))))
+    assert_alike(free.build()(x), module(x))

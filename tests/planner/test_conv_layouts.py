@@ -33,7 +33,7 @@ def test_taken_where_it_pays_and_shown() -> None:
     assert region.operators[0] == "conv2d"
     assert p.step_seconds * 1.01 < planned(ratio=1.0).step_seconds
     assert "    channels-last: 3 convolutions in 1 region\n" in str(p)
-    assert "passes: canonicalise, channels_last, stream_weights, insert_frees" in p.code
+    assert "passes: canonicalise, channels_last, write_in_place, stream_weights, insert_frees" in p.code
 
 
 @pytest.mark.parametrize("options", [{"ratio": 1.0}, {"ratio": 2.0}, {"ratio": 0.999}, {"allow": ("offload", "tile")}])

@@ -209,7 +209,7 @@ class TestCalls:
 
         class Again(TorchFunctionMode):
             def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if func is torch.ops.aten.relu.default:
+                if func is torch.ops.aten.relu_.default:
                     with pytest.raises(ModuleUnusable, match="called from inside itself") as caught:
                         built(x())
                     seen.append(caught.value)
@@ -230,7 +230,7 @@ class TestCalls:
 
         class Pause(TorchFunctionMode):
             def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                if func is torch.ops.aten.relu.default:
+                if func is torch.ops.aten.relu_.default:
                     inside.set()
                     assert go_on.wait(20)
                 return func(*args, **(kwargs or {}))
