@@ -214,7 +214,7 @@ def _exchange(fresh: Path, target: Path) -> None:
     os.rename(target, old)
     try:
         os.rename(fresh, target)
-    except OSError:
+    except BaseException:
         os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
