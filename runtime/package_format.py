@@ -45,7 +45,7 @@ _INLINE = 110  # characters of JSON on one line
 
 def dump_document(data: Mapping[str, Any]) -> str:
     """The text of `plan.json`, with a digest of the rest."""
-    return _pretty({"format": FORMAT, "version": VERSION, "digest": _digest(data), **data}, "") + "\n"
+    return _pretty({"format": FORMAT, "version": VERSION, "digest": _digest(data), **data}) + "\n"
 
 
 def load_document(text: str, path: str) -> dict[str, Any]:
@@ -75,17 +75,17 @@ def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _pretty(value: Any, indent: str) -> str:
-    """JSON for people: what is short stays on one line."""
-    flat = json.dumps(value, allow_nan=False)
-    if not isinstance(value, (dict, list)) or not value or len(flat) + len(indent) <= _INLINE:
+def _pretty(value: Any, indent: str = "", key: str = "") -> str:
+    """JSON for people: what is short stays on one line, behind its key."""
+    flat = key + json.dumps(value, allow_nan=False)
+    if not isinstance(value, (dict, list, tuple)) or not value or len(flat) + len(indent) <= _INLINE:
         return flat
     inner = indent + " "
-    if isinstance(value, list):
+    if not isinstance(value, dict):
         lines = [inner + _pretty(item, inner) for item in value]
-        return "[\n" + ",\n".join(lines) + f"\n{indent}]"
-    lines = [f"{inner}{json.dumps(key)}: {_pretty(item, inner)}" for key, item in value.items()]
-    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+        return f"{key}[\n" + ",\n".join(lines) + f"\n{indent}]"
+    lines = [inner + _pretty(item, inner, f"{json.dumps(name)}: ") for name, item in value.items()]
+    return f"{key}{{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 # Tensors.

@@ -148,7 +148,7 @@ def test_convolutions_in_another_layout(folder: Path) -> None:
     assert any(entry.get("stored", {}).get("part") == "layout" for entry in entries.values())
 
 
-def test_strides_that_safetensors_does_not_know(folder: Path) -> None:
+def test_strides_that_safetensors_does_not_know(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -165,6 +165,11 @@ def test_strides_that_safetensors_does_not_know(folder: Path) -> None:
     assert_package_is_plan(p, [((x(),), {})], folder)
     loaded = runtime.load(folder)
     assert loaded.get_parameter("transposed").stride() == module.transposed.stride()
+    loaded.close()
+    plan(module, "1MB", inputs=(x(),), device="cpu").emit(folder)
+    monkeypatch.setattr("runtime.homes.ScratchFolder", None)  # they are read where they are
+    loaded = runtime.load(folder)
+    assert same(loaded(x()), module(x()))
     loaded.close()
 
 
@@ -343,6 +348,20 @@ def test_no_weights(folder: Path) -> None:
         planned(Mlp(), x()).emit(folder, copy=False)
     meta_plan().emit(folder, Mlp(hidden=64))
     assert folder.exists()
+
+
+@pytest.mark.parametrize("device", ["accounting", "cpu"])
+def test_of_a_plan_that_was_built_with_weights_from_elsewhere(checkpoint: Path, folder: Path, device: str) -> None:
+    p = meta_plan(device)
+    m = p.build(weights=checkpoint)
+    with torch.no_grad():
+        m.up.weight.mul_(2)  # as the module is now
+    p.emit(folder)
+    wanted = m(x())
+    p.restore()
+    loaded = runtime.load(folder)
+    assert torch.equal(loaded(x()), wanted)
+    loaded.close()
 
 
 # What is written.
