@@ -627,3 +627,5 @@ def test_from_the_shell(
     (folder / "notes").write_text("")
     assert main(argv) == 2
     assert "that folder is not empty" in capsys.readouterr().err
+    assert main([*argv, "--reference"]) == 2
+    assert "--reference is for a checkpoint folder" in capsys.readouterr().err
