@@ -17,6 +17,7 @@ from planner.cast_fit import fitted
 from planner.compare import Comparison, compare_policies
 from planner.dynamic import DynamicShapes
 from planner.dynamic_plan import describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
+from planner.emit_package import emit_package
 from planner.frontier import POINTS, Frontier, frontier_of
 from planner.machine import Machine, machine_from_mapping
 from planner.memory_use import MemoryUse, memory_use
@@ -282,6 +283,24 @@ class Plan(PlanFacts):
             PlannerError: another suffix, or the file cannot be written.
         """
         plot(self, path)
+
+    def emit(self, folder: str | Path, weights: Any = None, *, max_shard_size: int | str = "5GB", copy: bool = True) -> None:
+        """Writes a package that `runtime.load(folder)` runs, without the planner and without the model's library.
+
+        In it are the program as Python, `plan.json` and, as safetensors, the weights that the program reads as it stores them.
+        Nothing is pickled. State, which programs write, begins as it is now; of a built plan all known calls are served.
+
+        Args:
+            folder: a new one, an empty one, or a package, which is replaced when the new one is whole.
+            weights: for a model on the meta device, as for `build`.
+            max_shard_size: of a file with weights, which a larger weight has for itself.
+            copy: False leaves weights in the checkpoint folder given as `weights`, where they lie as the program reads them.
+
+        Raises:
+            PlannerError: the plan is one in parts, the module has hooks, or weights are missing.
+            PackageError: there is something else in the folder, or it cannot be written; nothing half-written is left.
+        """
+        emit_package(self, folder, weights, max_shard_size, copy=copy)
 
     def build(self, weights: Any = None, *, concurrent: Literal["wait", "raise"] = "wait") -> PlannedModule:
         """The module that runs the plan. Its weights move, one at a time, into one host arena that the original then shares.

@@ -65,3 +65,7 @@ class StoreError(PlannerError):
 
 class ModuleUnusable(PlannerError):
     """A planned module was used after `close()`, trained, moved, or entered twice at once."""
+
+
+class PackageError(PlannerError):
+    """An emitted package that cannot be written, read or run as asked; names the file, and the tensor where it is about one."""

@@ -174,7 +174,7 @@ class _FileSegment:
 
     def write(self, view: WeightView, offset: int, value: torch.Tensor) -> None:
         """Past the mapping, of which no page becomes resident."""
-        content = memoryview(_bytes_of(view, value).numpy())  # type: ignore[arg-type]
+        content = memoryview(bytes_of(view, value).numpy())  # type: ignore[arg-type]
         self._file.write(content, self._start + offset)
         if self._waiting == 0:
             return  # written again
@@ -193,7 +193,7 @@ class _FileSegment:
         return FileRange(self._file, self._start + offset, nbytes)
 
 
-def _bytes_of(view: WeightView, value: torch.Tensor) -> torch.Tensor:
+def bytes_of(view: WeightView, value: torch.Tensor) -> torch.Tensor:
     """The value's bytes as the view lays them (uint8, 1-d); the value's own memory where that is laid out so already."""
     value = value.detach()
     dense = value.numel() * value.dtype.itemsize == view.nbytes

@@ -104,7 +104,7 @@ class Runner:
     def _move_weights(self, programs: Sequence[Executable], lookup: Lookup | None) -> None:
         """Moves all weights of the module into the host arena, those of programs first and in the order of their use."""
         tensors = named_tensors(self.module)
-        order = list(dict.fromkeys(name for program in programs for name in _first_use(program)))
+        order = list(dict.fromkeys(name for program in programs for name in first_use(program)))
         read = [view for program in programs for view in (*program.weights.values(), *program.tables.values())]
         views = {view.name: view.whole for view in read}
         seen: set[int] = set()
@@ -407,7 +407,7 @@ class Runner:
         self.device.close()
 
 
-def _first_use(program: Executable) -> list[str]:
+def first_use(program: Executable) -> list[str]:
     """Weights in the order in which bundles travel, then the residents: neighbours in a bundle are neighbours on the host.
 
     Last come tables, of which only rows are read.

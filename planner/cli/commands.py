@@ -66,6 +66,13 @@ def run_command(arguments: Namespace) -> Answer:
     return run(arguments)
 
 
+def emit_command(arguments: Namespace) -> Answer:
+    """`vramplan emit`."""
+    from planner.cli.emit import emit
+
+    return emit(arguments)
+
+
 def compare_command(arguments: Namespace) -> Answer:
     """`vramplan compare`."""
     from planner.cli.compare import compare
@@ -160,6 +167,7 @@ def calibrate_command(arguments: Namespace) -> Answer:
 COMMANDS: dict[str, Callable[[Namespace], Answer]] = {
     "plan": plan_command,
     "run": run_command,
+    "emit": emit_command,
     "compare": compare_command,
     "frontier": frontier_command,
     "plot": plot_command,

@@ -48,6 +48,11 @@ fields of --json:
   link_fraction, host_bytes; file with --trace
 """
 
+EMIT_FIELDS = """\
+fields of --json: plan (as of `vramplan plan --json`), weights ("checkpoint", "random" or "factory"),
+  folder, package_bytes (without what it refers to)
+"""
+
 PLOT_FIELDS = """\
 fields of --json: those of `vramplan plan --json`, and file (the picture), files (all that was written)
 """
@@ -112,6 +117,14 @@ def make_parser() -> argparse.ArgumentParser:
     _add_target(run)
     run.add_argument("--calls", type=int, default=2, metavar="N", help="how often (default 2); the last one is reported")
     run.add_argument("--trace", metavar="FILE", help="write predicted and measured timelines there, for ui.perfetto.dev")
+
+    emit = _command(
+        commands, "emit", "plan a model and write a package that runs without vramplan's planner", f"{TARGETS}\n{EMIT_FIELDS}"
+    )
+    _add_target(emit)
+    emit.add_argument("folder", metavar="FOLDER", help="a new one, or a package to replace; runtime.load(FOLDER) runs it")
+    emit.add_argument("--max-shard-size", metavar="SIZE", default="5GB", help="of a file with weights (default 5GB)")
+    emit.add_argument("--reference", action="store_true", help="leave weights in the checkpoint's files, and refer to them")
 
     compare = _command(
         commands, "compare", "what the offloading switches of today would do, beside the plan", f"{TARGETS}\n{COMPARE_FIELDS}"

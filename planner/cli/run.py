@@ -39,7 +39,7 @@ def run(arguments: Namespace) -> Answer:
         check_folder(arguments.trace, "the trace")
     target = target_of(arguments)
     require_host_memory(target)
-    origin = "checkpoint" if target.load is not None else "random" if _lacks_weights(target.module) else "factory"
+    origin = "checkpoint" if target.load is not None else "random" if lacks_weights(target.module) else "factory"
     if target.load is not None:
         with quiet(arguments.debug):
             target = dataclasses.replace(target, module=target.load())
@@ -81,7 +81,8 @@ def host_bytes_available() -> int:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _lacks_weights(module: nn.Module) -> bool:
+def lacks_weights(module: nn.Module) -> bool:
+    """Whether a module is on the meta device."""
     return any(parameter.is_meta for parameter in module.parameters())
 
 
