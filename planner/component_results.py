@@ -65,21 +65,32 @@ def outcome_of(module: nn.Module, function: Callable[..., Any], call: Call, labe
     """What `function`, a bound method of the module or its call, gives; nothing is left changed.
 
     Raises:
-        PlannerError: the result cannot be had without real values; names the call by its `label`, and says why.
+        PlannerError: the result cannot be had without real values, or arguments are changed; names the call by its `label`.
     """
     reasons: list[str] = []
     for how, run in (("fakes", _on_fakes), ("integers", _on_integers), ("values", _on_values)):
-        outcome = run(module, function, call, reasons)
+        try:
+            outcome = run(module, function, call, reasons)
+        except _ChangesArguments:
+            raise PlannerError(
+                f"{label} ({type(module).__name__}) changes a list, dict or cache that it is given, which its program would "
+                "not repeat; return the value instead, or plan the other components one by one: plan(pipe.transformer, ...)"
+            ) from None
         if outcome is not None:
             return outcome
         if how == "integers" and _nbytes(module) > MOST_REAL_BYTES:
             reasons.append(f"it is too large to be run for real ({format_bytes(_nbytes(module))})")
             break
     raise PlannerError(
-        f"what {label} ({type(module).__name__}) gives cannot be known without real values: {'; '.join(dict.fromkeys(reasons))}. "
-        "Leave it out of the pipeline (set the component to None), pass its result to the call (such as prompt_embeds=...), or "
+        f"what {label} ({type(module).__name__}) gives cannot be known without real values: "
+        f"{'; '.join(dict.fromkeys(reasons))}. Leave it out of the pipeline (set the component to None), "
+        "pass its result to the call (such as prompt_embeds=...), or "
         "plan the other components one by one: plan(pipe.transformer, ...)"
     )
+
+
+class _ChangesArguments(Exception):
+    """A call changes a container among its arguments."""
 
 
 class _NoAnswers(Answers):
@@ -105,16 +116,19 @@ def _on_integers(module: nn.Module, function: Any, call: Call, reasons: list[str
     leaves = [r.detach().clone() if is_integer(r) else f for r, f in zip(tree_leaves(call), fakes, strict=True)]
     inputs = tree_unflatten(leaves, spec)
     found: list[Any] = []
-    answers: Answers | None = Answers()
+    path = Answers()
     for _ in range(MAX_PATHS):
-        result = _attempt(module, function, inputs, mode, answers, reasons)
-        if answers.sizes or answers.guessed or answers.looped or (result is None and not answers.taken):
-            break
+        result = _attempt(module, function, inputs, mode, path, reasons)
+        if path.sizes or path.guessed or path.looped or (result is None and not path.taken):
+            return None
         found += [] if result is None else [result[0]]  # a path may end in an error of the component's own: a check that fails
-        answers = answers.following()
-        if answers is None:
+        following = path.following()
+        if following is None:
             break
-    if answers is not None or not found:
+        path = following
+    else:
+        return None  # there are too many
+    if not found:
         return None
     if any(outline(other) != outline(found[0]) for other in found):
         reasons.append("its shapes depend on values")
@@ -142,11 +156,7 @@ def _on_values(module: nn.Module, function: Any, call: Call, reasons: list[str])
 def _attempt(
     module: nn.Module, function: Any, inputs: Call, mode: FakeTensorMode | None, answers: Answers, reasons: list[str]
 ) -> tuple[Any] | None:
-    """The result in a tuple; None, with a reason, where the component's Python fails.
-
-    Raises:
-        PlannerError: it changes a list, dict or cache that it is given.
-    """
+    """The result in a tuple; None, with a reason, where the component's Python fails."""
     given = outline(inputs)
     args, kwargs = inputs
     try:
@@ -156,10 +166,7 @@ def _attempt(
         reasons.append(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__))
         return None
     if outline((args, kwargs)) != given:
-        raise PlannerError(
-            f"{type(module).__name__} changes a list, dict or cache that it is given, which its program would not repeat; "
-            "return the value instead"
-        )
+        raise _ChangesArguments
     return (result,)
 
 
@@ -170,7 +177,9 @@ def _running(module: nn.Module, mode: FakeTensorMode | None, answers: Answers) -
         if mode is None:
             yield
             return
-        known = [(o, k, b.detach().clone()) for o in module.modules() for k, b in o._buffers.items() if is_known(b)]
+        known = [
+            (o, k, b.detach().clone()) for o in module.modules() for k, b in o._buffers.items() if b is not None and is_known(b)
+        ]
         with fake_weights(module, mode):
             for owner, key, buffer in known:
                 owner._buffers[key] = buffer

@@ -23,8 +23,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from planner.call_key import CallKey
 from planner.component_results import Outcome, is_integer, outcome_of
-from planner.dry_run_calls import CallKey, ComponentCall, DryRun, Step
+from planner.dry_run_calls import ComponentCall, DryRun, Step
 from planner.frontends.caches import register_containers
 from planner.isolate import exchanged_weights, random_draws
 from planner.outermost import Outermost, outermost_calls
@@ -84,9 +85,9 @@ def record(
             raise
         except Exception as error:
             raise PlannerError(
-                f"the dry run of {name} ends in an error of its own Python, {type(error).__name__}: {error}. "
-                "Either the call is wrong, and fails without a plan too, or that Python cannot go on with zeros for what components "
-                "give; then plan the components one by one: plan(pipe.transformer, ...)"
+                f"the dry run of {name} ends in an error of its own Python, {type(error).__name__}: {error}. Either the call "
+                "is wrong, and fails without a plan too, or that Python cannot go on where components give zeros; then plan "
+                "them one by one: plan(pipe.transformer, ...)"
             ) from error
         return recorder.finish()
 

@@ -2,48 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_unflatten
 
-from passes.program import storage_id
-from passes.spec import TensorSpec, short_dtype
+from passes.spec import TensorSpec
+from planner.call_key import CallKey, call_specs, frozen
 from planner.pretend_device import Held
-from planner.sizes import format_bytes
-
-
-@dataclass(frozen=True)
-class CallKey:
-    """What makes two calls one: component, method, geometry of tensors, Python values, dtypes of the weights, autocast.
-
-    Storages are numbered within the call, and where in its storage a tensor lies counts only beside another one of the same
-    storage: the timestep of every step, a view into one tensor of all timesteps, is the same argument.
-    """
-
-    component: str
-    method: str
-    leaves: tuple[Any, ...]
-    spec: TreeSpec
-    floats: tuple[float, ...]
-    dtypes: tuple[torch.dtype, ...]
-    autocast: torch.dtype | None
-
-    @classmethod
-    def of(cls, component: str, method: str, args: Any, kwargs: Any, module: nn.Module) -> CallKey:
-        leaves, spec = tree_flatten((args, kwargs))
-        dtypes = dict.fromkeys(parameter.dtype for parameter in module.parameters())
-        autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-        floats = tuple(leaf for leaf in leaves if isinstance(leaf, float))
-        return cls(component, method, _frozen(leaves), spec, floats, tuple(sorted(dtypes, key=str)), autocast)
-
-    @property
-    def without_floats(self) -> tuple[Any, ...]:
-        return self.component, self.method, self.leaves, self.spec, self.dtypes, self.autocast
+from planner.show_dry_run import brief, describe
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +44,7 @@ class ComponentCall:
     @classmethod
     def of(cls, key: CallKey, given: Any, result: Any, *, by_values: bool, most_steps: int | None) -> ComponentCall:
         (leaves, spec), (outputs, result_spec) = tree_flatten(given), tree_flatten(result)
-        both = _specs([*leaves, *outputs])
+        both = call_specs([*leaves, *outputs])
         own, others = tuple(both[: len(leaves)]), tuple(both[len(leaves) :])
         return cls(
             key.component, key.method, own, spec, others, result_spec, key.dtypes, key.autocast, by_values, most_steps
@@ -84,7 +54,7 @@ class ComponentCall:
     def outline(result: Any) -> tuple[Any, ...]:
         """Equal for results of the same structure, shapes and strides."""
         leaves, spec = tree_flatten(result)
-        return spec, _frozen(leaf if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in leaves)
+        return spec, frozen(leaf if isinstance(leaf, torch.Tensor) else type(leaf) for leaf in leaves)
 
     @property
     def name(self) -> str:
@@ -107,7 +77,9 @@ class ComponentCall:
         for spec in specs:
             stop = spec.offset * spec.dtype.itemsize + spec.span_bytes
             ends[spec.storage] = max(ends.get(spec.storage, 0), stop)
-        homes = {storage: torch.empty(-nbytes // -16 * 16, dtype=torch.uint8, device="meta") for storage, nbytes in ends.items()}
+        homes = {
+            storage: torch.empty(-nbytes // -16 * 16, dtype=torch.uint8, device="meta") for storage, nbytes in ends.items()
+        }
 
         def meta(spec: TensorSpec) -> torch.Tensor:
             return homes[spec.storage].view(spec.dtype).as_strided(spec.shape, spec.stride, spec.offset)
@@ -115,9 +87,17 @@ class ComponentCall:
         args, kwargs = tree_unflatten([meta(x) if isinstance(x, TensorSpec) else x for x in self.leaves], self.spec)
         return args, kwargs
 
+    @property
+    def signature(self) -> str:
+        """Shapes and plain values of arguments and results, as `(i64[1, 77]) -> f32[1, 77, 768]`."""
+        arguments = [
+            *map(brief, self.args),
+            *(f"{key}={brief(value)}" for key, value in self.kwargs.items() if value is not None),
+        ]
+        return f"({', '.join(arguments)}) -> {brief(self.result_leaves)}"
+
     def __str__(self) -> str:
-        arguments = [*map(_brief, self.args), *(f"{key}={_brief(value)}" for key, value in self.kwargs.items() if value is not None)]
-        return f"{self.name}({', '.join(arguments)}) -> {_brief(self.result_leaves)}"
+        return self.name + self.signature
 
 
 @dataclass(frozen=True)
@@ -188,15 +168,24 @@ class DryRun:
     def steps_of(self, call: int) -> list[Step]:
         return [step for step in self.steps if step.call == call]
 
+    def held_beside(self, call: int) -> Held:
+        """The most that the pipeline holds while that call runs, its arguments apart."""
+        return _most(step.held for step in self.steps_of(call))
+
+    def held_before(self, call: int) -> Held:
+        """The most that the pipeline holds between that call and the one before it."""
+        return _most(step.between for step in self.steps_of(call))
+
     def varying_floats(self, call: int) -> tuple[str, ...]:
-        """Where in the arguments of a call there are Python floats that differ from step to step: `[1]['scale']`."""
+        """Where in the arguments of a call there are Python floats that differ from step to step: `scale`, `args[2]`."""
         seen = [step.floats for step in self.steps_of(call)]
         given = self.calls[call]
-        paths = [keystr(p) for p, leaf in tree_flatten_with_path((given.args, given.kwargs))[0] if isinstance(leaf, float)]
+        leaves = tree_flatten_with_path((given.args, given.kwargs))[0]
+        paths = [_spelled(path) for path, leaf in leaves if isinstance(leaf, float)]
         return tuple(path for path, values in zip(paths, zip(*seen, strict=True), strict=True) if len(set(values)) > 1)
 
     def __str__(self) -> str:
-        return "\n".join(_describe(self))
+        return "\n".join(describe(self))
 
 
 def phases_of(sequence: Sequence[int]) -> Iterator[Phase]:
@@ -222,94 +211,12 @@ def _longest(sequence: Sequence[int], start: int) -> Phase:
     return best
 
 
-def _describe(run: DryRun) -> Iterator[str]:
-    calls = f"{len(run.steps)} calls" if len(run.steps) != 1 else "1 call"
-    yield f"{run.name}: {calls} of {', '.join(run.components) or 'no component'}"
-    for phase in run.phases:
-        for place, (index, times) in enumerate(_runs(phase.cycle)):
-            call = run.calls[index]
-            bracket = f"{phase.times} x" if place == 0 else ""
-            inner = f" x {times}" if times > 1 else ""
-            yield f"  {bracket:>6} {call}{inner}"
-            held = Held()
-            for step in run.steps_of(index):
-                held = held.most(step.held)
-            yield f"  {'':6}   beside it {format_bytes(held.device_bytes)} of the pipeline's own tensors"
-            floats = run.varying_floats(index)
-            if floats:
-                yield f"  {'':6}   floats that vary: {', '.join(floats)}"
-            if call.most_steps is not None:
-                yield f"  {'':6}   goes on until values say stop, {call.most_steps} steps at most"
-    between = run.last
-    for step in run.steps:
-        between = between.most(step.between)
-    yield f"  between the calls the pipeline holds {format_bytes(between.device_bytes)} at most"
-    for site in run.asked:
-        yield f"  may go another way with real values: {site}"
+def _most(held: Iterable[Held]) -> Held:
+    return reduce(Held.most, held, Held())
 
 
-def _runs(cycle: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(call, how often one after the other) within a cycle."""
-    start = 0
-    for place in range(1, len(cycle) + 1):
-        if place == len(cycle) or cycle[place] != cycle[start]:
-            yield cycle[start], place - start
-            start = place
-
-
-def _brief(value: Any) -> str:
-    """A value in a few characters: shapes, and no more of containers than that they are there."""
-    if isinstance(value, TensorSpec):
-        return f"{short_dtype(value.dtype)}[{', '.join(map(str, value.shape))}]"
-    if value is None or isinstance(value, (bool, int, float)):
-        return repr(value)
-    tensors = [_brief(leaf) for leaf in tree_leaves(value) if isinstance(leaf, TensorSpec)]
-    if not tensors:
-        return repr(value) if isinstance(value, (str, torch.dtype)) else f"{type(value).__name__}"
-    shown = ", ".join(tensors[:3]) + (f", {len(tensors) - 3} more" if len(tensors) > 3 else "")
-    return shown if len(tensors) == 1 else f"({shown})"
-
-
-def _specs(leaves: Sequence[Any]) -> list[Any]:
-    """The leaves with specs for tensors; storages are numbered, and begin with the first of their tensors."""
-    numbers: dict[int, int] = {}
-    first: dict[int, int] = {}  # bytes from which on a storage is used
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
-            key, start = storage_id(leaf), leaf.storage_offset() * leaf.dtype.itemsize
-            numbers.setdefault(key, len(numbers))
-            first[key] = min(first.get(key, start), start)
-
-    def spec(tensor: torch.Tensor) -> TensorSpec:
-        key = storage_id(tensor)
-        offset = tensor.storage_offset() - first[key] // tensor.dtype.itemsize
-        made = TensorSpec.of(tensor, numbers[key])
-        return TensorSpec(made.shape, made.stride, made.dtype, offset, made.storage, made.grad)
-
-    return [spec(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-
-
-def _frozen(leaves: Any) -> tuple[Any, ...]:
-    """Leaves as what makes them equal: geometry of tensors, type and value of Python values, floats by type alone."""
-    return tuple(_Leaf(leaf) for leaf in _specs(list(leaves)))
-
-
-class _Leaf:
-    """A leaf that is equal to others of its type and value; by identity where it cannot be compared so."""
-
-    __slots__ = ("_key", "_value")
-
-    def __init__(self, value: Any) -> None:
-        self._value = value  # alive, so that its identity stays its own
-        if isinstance(value, float):
-            self._key: Any = float
-        elif isinstance(value, (TensorSpec, bool, int, str, complex, type(None), type, torch.dtype, torch.device)):
-            self._key = type(value), value
-        else:
-            self._key = type(value), id(value)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Leaf) and self._key == other._key
-
-    def __hash__(self) -> int:
-        return hash(self._key)
+def _spelled(path: Any) -> str:
+    """A key path into (args, kwargs) as a name: `args[0]`, `scales[2]`."""
+    if path[0].idx == 0:
+        return "args" + keystr(path[1:])
+    return f"{path[1].key}{keystr(path[2:])}"

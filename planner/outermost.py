@@ -19,6 +19,7 @@ from torch import nn
 
 # Where `nn.Module.__call__` looks for something to run in place of `forward` and its hooks.
 _CALL = "_compiled_call_impl"
+_ABSENT = object()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +47,13 @@ def outermost_calls(components: Mapping[str, nn.Module], handle: Callable[[Outer
     Calls: of a component itself; of any method of its class, `nn.Module`'s own apart; of a submodule that has weights.
     """
     gate = _Gate(handle)
-    placed: list[tuple[dict[str, Any], str]] = []
+    placed: dict[tuple[int, str], tuple[dict[str, Any], Any]] = {}
 
     def place(owner: nn.Module, key: str, shim: Callable[..., Any]) -> None:
-        if key not in vars(owner):  # what somebody replaced on the object is for others to refuse
-            vars(owner)[key] = shim
-            placed.append((vars(owner), key))
+        table = vars(owner)
+        if (id(owner), key) not in placed:  # a component within another one stays itself
+            placed[id(owner), key] = table, table.get(key, _ABSENT)
+            table[key] = shim
 
     try:
         for name, component in components.items():
@@ -64,8 +66,11 @@ def outermost_calls(components: Mapping[str, nn.Module], handle: Callable[[Outer
                     place(inner, _CALL, gate.shim(name, inner, f"{path}.forward", inner._call_impl))
         yield
     finally:
-        for table, key in placed:
-            table.pop(key, None)
+        for (_, key), (table, before) in placed.items():
+            if before is _ABSENT:
+                table.pop(key, None)
+            else:
+                table[key] = before
 
 
 class _Gate:

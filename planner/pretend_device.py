@@ -26,7 +26,7 @@ aten = torch.ops.aten
 EXECUTION = torch.device("cpu", 0)
 _HOST = torch.device("cpu")
 # A new object each time it is looked up, but equal ones.
-_DEVICE_OF = torch.Tensor.device.__get__  # type: ignore[attr-defined]
+_DEVICE_OF = torch.Tensor.device.__get__
 _MOVES = {torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda}
 _ASKS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 

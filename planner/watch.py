@@ -23,7 +23,8 @@ from runtime.errors import CaptureError, UnknownSize
 aten = torch.ops.aten
 _TRUTHS = {aten.equal.default, aten.is_nonzero.default, aten.allclose.default}
 _MAX_QUESTIONS = 10_000
-_OURS = ("planner/watch.py", "planner/pretend_device.py", "passes/fakes.py")
+_OURS = tuple(f"planner/{name}.py" for name in ("watch", "pretend_device", "outermost", "dry_run", "component_results"))
+_OURS += ("passes/fakes.py",)
 # Values of tensors up to this many elements are known where they do not depend on unknown ones: paddings, sizes, masks.
 KNOWN_ELEMENTS = 4096
 

@@ -54,7 +54,9 @@ def pipelines_of(pipe: Any) -> list[Any]:
         PlannerError: it is no pipeline of diffusers.
     """
     if not isinstance(pipe, diffusers.DiffusionPipeline):
-        raise PlannerError(f"a pipeline of diffusers is wanted, got {type(pipe).__name__}; pass diffusers.XPipeline(...) itself")
+        raise PlannerError(
+            f"a pipeline of diffusers is wanted, got {type(pipe).__name__}; pass diffusers.XPipeline(...) itself"
+        )
     found = [pipe]
     for each in found:
         inner = (value for value in vars(each).values() if isinstance(value, diffusers.DiffusionPipeline))

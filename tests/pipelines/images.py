@@ -173,7 +173,12 @@ def sana() -> tuple[Any, dict[str, Any]]:
         transformer=transformer,
         scheduler=flow(shift=7.0),
     )
-    call = {"complex_human_instruction": None, "max_sequence_length": 16, "use_resolution_binning": False, "clean_caption": False}
+    call = {
+        "complex_human_instruction": None,
+        "max_sequence_length": 16,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+    }
     return pipe, {**_CALL, **_SIZE, **call}
 
 
@@ -200,7 +205,12 @@ def qwen_image() -> tuple[Any, dict[str, Any]]:
         "patch_size": 14,
     }
     config = Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, image_token_id=20, video_token_id=21, vision_start_token_id=22, vision_end_token_id=23
+        text_config=text,
+        vision_config=vision,
+        image_token_id=20,
+        video_token_id=21,
+        vision_start_token_id=22,
+        vision_end_token_id=23,
     )
     transformer = QwenImageTransformer2DModel(
         patch_size=2,

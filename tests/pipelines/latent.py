@@ -18,8 +18,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
-    UNet2DConditionModel,
     UnCLIPScheduler,
+    UNet2DConditionModel,
     VQModel,
 )
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -116,7 +116,12 @@ def _prior() -> dict[str, Any]:
     )
     return {
         "prior": PriorTransformer(
-            num_attention_heads=2, attention_head_dim=8, num_layers=1, embedding_dim=16, num_embeddings=77, additional_embeddings=4
+            num_attention_heads=2,
+            attention_head_dim=8,
+            num_layers=1,
+            embedding_dim=16,
+            num_embeddings=77,
+            additional_embeddings=4,
         ),
         "image_encoder": CLIPVisionModelWithProjection(vision),
         "text_encoder": clip(projection=16),

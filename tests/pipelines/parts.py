@@ -41,9 +41,7 @@ def tokenizer(length: int = 12) -> PreTrainedTokenizerFast:
 
 
 def t5(hidden: int = 16) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=32, d_model=hidden, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
-    )
+    config = T5Config(vocab_size=32, d_model=hidden, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
     return T5EncoderModel(config)
 
 

@@ -45,9 +45,15 @@ def cogvideox() -> tuple[Any, dict[str, Any]]:
         max_text_seq_length=16,
     )
     vae = AutoencoderKLCogVideoX(
-        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
-        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, sample_height=16, sample_width=16,
-    )  # fmt: skip
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("CogVideoXDownBlock3D",) * 4,
+        up_block_types=("CogVideoXUpBlock3D",) * 4,
+        sample_height=16,
+        sample_width=16,
+    )
     pipe = built(
         CogVideoXPipeline,
         tokenizer=tokenizer(77),
