@@ -30,6 +30,7 @@ from runtime.errors import PlannerError, UnknownSize
 
 # A component of so many bytes may be run for real, on one core, without anybody wondering what takes so long.
 MOST_REAL_BYTES = 2**31
+_SEEDS = (None, 0, 1)  # of the values on which it is run then; the first are zeros
 How = Literal["fakes", "integers", "values"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -138,14 +139,15 @@ def _on_integers(module: nn.Module, function: Any, call: Call, reasons: list[str
 
 def _on_values(module: nn.Module, function: Any, call: Call, reasons: list[str]) -> Outcome | None:
     results = []
-    for fill in (torch.Tensor.zero_, torch.Tensor.normal_):
+    for seed in _SEEDS:
+        fill = functools.partial(_filled, generator=None if seed is None else torch.Generator().manual_seed(seed))
         inputs = tree_map_only(torch.Tensor, functools.partial(_input, fill=fill), call)
-        with exchanged_weights(module, functools.partial(_weight, fill=fill)), random_draws():
+        with exchanged_weights(module, functools.partial(_weight, fill=fill)):
             result = _attempt(module, function, inputs, None, Answers(), reasons)
         if result is None:
             return None
         results.append((inputs, result[0]))
-    if _shapes(results[0][1]) != _shapes(results[1][1]):
+    if any(_shapes(result) != _shapes(results[0][1]) for _, result in results):
         reasons.append("its shapes depend on values")
         return None
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -196,25 +198,19 @@ def is_integer(leaf: Any) -> bool:
     return is_known(leaf) and not leaf.is_floating_point() and not leaf.is_complex()
 
 
-def _input(tensor: torch.Tensor, fill: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+def _input(tensor: torch.Tensor, fill: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """A real tensor in place of an argument; integers keep their values."""
-    if not tensor.is_meta and not tensor.is_floating_point():
-        return tensor.detach().clone()
-    return _filled(tensor, fill)
+    return fill(tensor) if tensor.is_meta or tensor.is_floating_point() else tensor.detach().clone()
 
 
-def _weight(tensor: torch.Tensor, fill: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+def _weight(tensor: torch.Tensor, fill: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """A real tensor in place of a weight; buffers that have values keep them."""
-    if not tensor.is_meta and not isinstance(tensor, nn.Parameter):
-        return tensor.detach().clone()
-    return _filled(tensor, fill)
+    return fill(tensor) if tensor.is_meta or isinstance(tensor, nn.Parameter) else tensor.detach().clone()
 
 
-def _filled(tensor: torch.Tensor, fill: Callable[[torch.Tensor], Any]) -> torch.Tensor:
+def _filled(tensor: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     made = torch.zeros(tensor.shape, dtype=tensor.dtype)
-    if made.is_floating_point():
-        fill(made)
-    return made
+    return made if generator is None or not made.is_floating_point() else made.normal_(generator=generator)
 
 
 def _nbytes(module: nn.Module) -> int:

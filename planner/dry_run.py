@@ -174,7 +174,7 @@ def _without_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """In place of a weight while the pipeline's Python runs: no bytes, but buffers keep their values, which it may read."""
     if isinstance(tensor, nn.Parameter) or tensor.is_meta or isinstance(tensor, FakeTensor):
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return tensor if tensor.device.type == "cpu" else tensor.detach().cpu()
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _own_call(call: Mapping[str, Any], device: PretendDevice) -> dict[str, Any]:

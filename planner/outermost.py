@@ -98,7 +98,7 @@ class _Gate:
 def _methods(kind: type) -> list[str]:
     """Names of the methods of a module's class that are not those of every module."""
     found = dict.fromkeys(["forward"])
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+    for base in kind.__mro__:  # also behind `nn.Module`, where mixins such as that of `generate` come
         for name, value in vars(base).items():
             if isinstance(value, types.FunctionType) and not name.startswith("__"):
                 found[name] = None

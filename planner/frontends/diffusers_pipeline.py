@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -24,6 +23,8 @@ except ImportError as error:
     raise PlannerError("this needs diffusers: pip install 'vramplan[diffusers]'") from error
 
 _PROGRESS = "_progress_bar_config"
+_GENERATION = ("max_new_tokens", "max_length", "num_return_sequences", "return_dict_in_generate")
+_DEFAULT_LENGTH = 20  # of transformers, prompt included
 
 
 def record(pipe: Any, call: Mapping[str, Any]) -> DryRun:
@@ -86,18 +87,19 @@ def generated(
     """
     if method != "generate" or not isinstance(module, transformers.GenerationMixin):
         return None
-    config = copy.deepcopy(module.generation_config)
-    config.update(**kwargs)
+    config = kwargs.get("generation_config") or module.generation_config
+    asked = {name: kwargs.get(name, getattr(config, name, None)) for name in _GENERATION}
     ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
-    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or config.return_dict_in_generate:
+    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or asked["return_dict_in_generate"]:
         raise PlannerError(
             f"{type(module).__name__}.generate is called without input_ids, or for more than ids; how large its result is "
             "cannot be known. Pass what the pipeline makes of it to the call instead (such as prompt=...)"
         )
     given = 1 if module.config.is_encoder_decoder else ids.shape[1]
-    new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or 20) - given
-    batch = ids.shape[0] * (config.num_return_sequences or 1)
-    return torch.empty(batch, given + new, dtype=torch.int64, device="meta"), new
+    new = asked["max_new_tokens"]
+    if new is None:
+        new = (asked["max_length"] or _DEFAULT_LENGTH) - given
+    return torch.empty(ids.shape[0] * (asked["num_return_sequences"] or 1), given + new, dtype=torch.int64, device="meta"), new
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def _prior() -> dict[str, Any]:
 
 
 def kandinsky_prior() -> tuple[Any, dict[str, Any]]:
-    return built(KandinskyV22PriorPipeline, **_prior()), _CALL
+    return built(KandinskyV22PriorPipeline, **_prior()), {**_CALL}
 
 
 def kandinsky() -> tuple[Any, dict[str, Any]]:
