@@ -50,7 +50,8 @@ class PretendDevice:
     """Within it, storages that are made are counted by where they are, and `asked` collects lines that ask for answers.
 
     Answers are tensors whose values are made up (`answer`), and what is computed from them. A line of Python that asks for the
-    value of one (`.item()`, `if x > 0`, `mask.nonzero()`) may go another way with the real values.
+    value of one (`.item()`, `if x > 0`, `mask.nonzero()`) may go another way with the real values. What NumPy makes of it is
+    not followed: there, pictures are made.
     """
 
     def __init__(self) -> None:

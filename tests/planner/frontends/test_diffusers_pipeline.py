@@ -31,6 +31,7 @@ from planner.outermost import Outermost, outermost_calls
 from planner.pretend_device import PretendDevice
 from runtime.errors import PlannerError
 from tests.pipelines import PIPELINES
+from tests.pipelines.full_size import flux_dev
 from tests.pipelines.parts import PROMPT, SIDE
 
 EVERY = pytest.mark.parametrize("name", PIPELINES)
@@ -229,6 +230,22 @@ def test_prompts_of_two_lengths_are_one_cycle() -> None:
     run = dried("QwenImage").run
     assert Phase((2, 3), 3) in run.phases
     assert run.calls[2].component == run.calls[3].component == "transformer"
+
+
+@pytest.mark.slow  # some five seconds
+def test_flux_as_large_as_it_is_published() -> None:
+    pipe, call = flux_dev()
+    run = record(pipe, call)
+    assert [(run.calls[phase.cycle[0]].name, phase.times) for phase in run.phases] == [
+        ("text_encoder.forward", 1),
+        ("text_encoder_2.forward", 1),
+        ("transformer.forward", 28),
+        ("vae.decode", 1),
+    ]
+    assert run.calls[-1].result_leaves[0].shape == (1, 3, 1024, 1024)
+    assert run.held_beside(2).device_bytes < 10**6
+    decoded = 3 * 1024 * 1024 * 2
+    assert 3 * decoded < run.last.device_bytes < 5 * decoded
 
 
 def test_a_cast_of_the_pipeline_shows() -> None:
