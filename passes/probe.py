@@ -6,7 +6,6 @@ operator on fake tensors under a dispatch mode that watches storages come and go
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils.flop_counter import flop_registry
 
 from passes.calibrate import Calibrator, base_sizes, environment
 from passes.fakes import FaithfulFakes
+from passes.live_storages import LiveStorages
 from passes.program import operator_name, storage_id, tensors_of
 from passes.spec import TensorSpec
 from passes.workspace import OpCall, workspace_bytes
@@ -164,25 +164,19 @@ class _Watch(FaithfulFakes):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live_bytes = self.peak_bytes = self.flops = 0
-        self._known: dict[int, int] = {}
+        self.peak_bytes = self.flops = 0
+        self._storages = LiveStorages()
 
     def ignore(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
-            self._known[storage_id(tensor)] = 0
-
-    def _gone(self, key: int) -> None:
-        self.live_bytes -= self._known.pop(key)
+            self._storages.count(tensor, 0)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         result = super().run(func, args, kwargs)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and storage_id(tensor) not in self._known:
-                storage = tensor.untyped_storage()
-                self._known[storage_id(tensor)] = int(storage.nbytes())
-                self.live_bytes += int(storage.nbytes())
-                weakref.finalize(storage, self._gone, storage_id(tensor)).atexit = False
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+            if isinstance(tensor, torch.Tensor):
+                self._storages.count(tensor)
+        self.peak_bytes = max(self.peak_bytes, self._storages.live_bytes)
         self.flops += _flops(func, args, kwargs, result)
         return result
 

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import random
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,28 @@ def fake_weights(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
 
     Afterwards every attribute of every submodule is what it was, also those that tracing wrote.
     """
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+
+    with exchanged_weights(module, fake):
+        yield
+
+
+@contextlib.contextmanager
+def exchanged_weights(module: nn.Module, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within it, `stand_in` of each takes the place of parameters, buffers and foreign constants; ties are kept.
+
+    Afterwards every attribute of every submodule is what it was, also those that were written meanwhile.
+    """
     held = PlainState(module)
     memo: dict[int, torch.Tensor] = {}
     saved: list[tuple[Any, Any]] = []  # containers and shallow copies of what they held
 
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
+    def exchanged(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in memo:
-            with mode:
-                shadow: torch.Tensor = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            shadow = stand_in(tensor)
             memo[id(tensor)] = nn.Parameter(shadow, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else shadow
         return memo[id(tensor)]
 
@@ -51,14 +65,14 @@ def fake_weights(module: nn.Module, mode: FakeTensorMode) -> Iterator[None]:
         for owner in module.modules():
             for key, value in list(owner.__dict__.items()):
                 if isinstance(value, list):
-                    value[:] = [fake(v) if isinstance(v, nn.Parameter) else v for v in value]
+                    value[:] = [exchanged(v) if isinstance(v, nn.Parameter) else v for v in value]
                 elif isinstance(value, torch.Tensor) and value.device.type != "cpu":
-                    owner.__dict__[key] = fake(value)
+                    owner.__dict__[key] = exchanged(value)
             tables: list[dict[str, Any]] = [owner._parameters, owner._buffers]
             for slots in tables:
                 for key, tensor in list(slots.items()):
                     if tensor is not None:
-                        slots[key] = fake(tensor)
+                        slots[key] = exchanged(tensor)
         yield
     finally:
         for container, content in saved:

@@ -66,9 +66,7 @@ class PlainState:
 
     def restore(self) -> None:
         """Gives containers, and objects that are no modules, their content back; attributes of modules stay what they are."""
-        for container, content in self._contents.values():
-            if not _is_filled_with(container, content):
-                refill(container, content)
+        _refill_changed(self._contents)
 
     def _is_copyable(self, now: Any, before: Any) -> bool:
         """Whether a copy can stand for it: nobody else holds its containers, but those that its attribute has kept."""
@@ -95,6 +93,26 @@ def as_left(module: nn.Module, leftovers: Leftovers) -> Iterator[None]:
         yield
     finally:
         held.undo()
+
+
+@contextlib.contextmanager
+def held_objects(*values: Any) -> Iterator[None]:
+    """Puts back what lists, dicts, sets, attributes of objects and tensors hold that can be reached from `values`.
+
+    Modules are not looked into, and what is deeper than a few levels is not either.
+    """
+    look = _Look()
+    for value in values:
+        look.at(value)
+    tensors = [(tensor, tensor._version, tensor.detach().clone()) for tensor in look.tensors]
+    try:
+        yield
+    finally:
+        _refill_changed(look.contents)
+        for tensor, version, content in tensors:
+            if tensor._version != version:
+                with torch.no_grad():
+                    tensor.copy_(content)
 
 
 class Unrepeatable(Exception):
@@ -125,6 +143,7 @@ class _Look:
 
     def __init__(self) -> None:
         self.contents: dict[int, tuple[Any, Any]] = {}  # containers with shallow copies
+        self.tensors: list[torch.Tensor] = []  # that may be written
         self._known: dict[int, Any] = {}
 
     def at(self, value: Any, depth: int = 0) -> Any:
@@ -133,6 +152,7 @@ class _Look:
         if isinstance(value, torch.Tensor):
             # A parameter may be written like a buffer, which the capture sees.
             tracked = not isinstance(value, nn.Parameter) and not value.is_inference()
+            self.tensors += [value] if tracked else []
             return _Same(value), value._version if tracked else None
         if depth > _DEPTH or not (isinstance(value, _HOLDERS) or _is_object(value)):
             return _Same(value)
@@ -162,6 +182,12 @@ def _is_object(value: Any) -> bool:
         return False
     package = type(value).__module__.partition(".")[0]
     return package != "torch" and package not in sys.stdlib_module_names and isinstance(getattr(value, "__dict__", None), dict)
+
+
+def _refill_changed(contents: dict[int, tuple[Any, Any]]) -> None:
+    for container, content in contents.values():
+        if not _is_filled_with(container, content):
+            refill(container, content)
 
 
 def _is_filled_with(container: Any, content: Any) -> bool:

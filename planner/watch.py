@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import weakref
 from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from passes.fakes import FaithfulFakes
+from passes.live_storages import LiveStorages
 from passes.probe import Prober
 from passes.program import storage_id
 from runtime.errors import CaptureError, UnknownSize
@@ -23,6 +23,8 @@ from runtime.errors import CaptureError, UnknownSize
 aten = torch.ops.aten
 _TRUTHS = {aten.equal.default, aten.is_nonzero.default, aten.allclose.default}
 _MAX_QUESTIONS = 10_000
+_OURS = tuple(f"planner/{name}.py" for name in ("watch", "pretend_device", "outermost", "dry_run", "component_results"))
+_OURS += ("passes/fakes.py",)
 # Values of tensors up to this many elements are known where they do not depend on unknown ones: paddings, sizes, masks.
 KNOWN_ELEMENTS = 4096
 
@@ -95,10 +97,8 @@ class Watch(FaithfulFakes):
         super().__init__()
         self._prober = prober
         self.answers, self._weights, self._read, self._note = answers, weights, read, note
-        self.live_bytes = 0
         self.paused = False
-        self._sizes: dict[int, int] = {}
-        self._deaths: list[weakref.finalize[Any, Any]] = []
+        self._storages = LiveStorages()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
@@ -108,27 +108,19 @@ class Watch(FaithfulFakes):
         finally:
             self.paused = False
 
+    @property
+    def live_bytes(self) -> int:
+        return self._storages.live_bytes
+
     def detach(self) -> None:
-        for death in self._deaths:
-            death.detach()
+        self._storages.detach()
 
     def bytes_of(self, storage: int) -> int:
-        return self._sizes.get(storage, 0)
+        return self._storages.bytes_of(storage)
 
     def count(self, tensor: torch.Tensor) -> None:
-        key = storage_id(tensor)
-        if key in self._sizes or key in self._weights:
-            return
-        storage = tensor.untyped_storage()
-        self._sizes[key] = int(storage.nbytes())
-        self.live_bytes += self._sizes[key]
-        death = weakref.finalize(storage, self._gone, key)
-        death.atexit = False
-        self._deaths.append(death)
-        self._note(self.live_bytes)
-
-    def _gone(self, key: int) -> None:
-        self.live_bytes -= self._sizes.pop(key)
+        if storage_id(tensor) not in self._weights and self._storages.count(tensor):
+            self._note(self.live_bytes)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -156,7 +148,7 @@ class Watch(FaithfulFakes):
             with _disable_current_modes():  # values that are known stay known
                 return func(*args, **kwargs)
         if func in _TRUTHS:
-            return self.answers.decide(_site())
+            return self.answers.decide(asking_site())
         if func is aten._local_scalar_dense.default:
             return self._scalar(args[0])
         if func is aten.nonzero.default:
@@ -175,11 +167,11 @@ class Watch(FaithfulFakes):
 
     def _scalar(self, tensor: torch.Tensor) -> Any:
         if tensor.dtype is torch.bool:
-            return self.answers.decide(_site())
+            return self.answers.decide(asking_site())
         if tensor.is_floating_point():
             self.answers.guessed = True
-            return float(self.answers.decide(_site()))  # a factor, or what `if` asks of a number
-        raise UnknownSize(f"{_site()} takes an integer out of a tensor")
+            return float(self.answers.decide(asking_site()))  # a factor, or what `if` asks of a number
+        raise UnknownSize(f"{asking_site()} takes an integer out of a tensor")
 
     def _nonzero(self, mask: torch.Tensor) -> torch.Tensor:
         rows = self.answers.rows(mask.numel())
@@ -200,7 +192,7 @@ class UnknownFloat(float):
     """A number out of a tensor without values. It scales and compares like the answer that was given; it is no size."""
 
     def __trunc__(self) -> int:
-        raise UnknownSize(f"{_site()} makes an integer of a number in a tensor")
+        raise UnknownSize(f"{asking_site()} makes an integer of a number in a tensor")
 
     __int__ = __index__ = __floor__ = __ceil__ = __round__ = __trunc__  # type: ignore[assignment]
 
@@ -232,7 +224,7 @@ class Numbers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         unknown = not self.paused and args and isinstance(args[0], FakeTensor) and args[0].is_floating_point()
         if unknown and func in (torch.Tensor.__int__, torch.Tensor.__index__):
-            raise UnknownSize(f"{_site()} makes an integer of a number in a tensor")
+            raise UnknownSize(f"{asking_site()} makes an integer of a number in a tensor")
         result = func(*args, **(kwargs or {}))
         return UnknownFloat(result) if unknown and func is torch.Tensor.item and type(result) is float else result
 
@@ -249,12 +241,12 @@ def _is_mask(index: Any) -> bool:
     return isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
 
 
-def _site() -> str:
-    """File and line of the Python that asks: the innermost frame outside of torch and of this module."""
+def asking_site() -> str:
+    """File and line of the Python that asks: the innermost frame outside of torch and of what runs it here."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         name = frame.f_code.co_filename
-        if "/torch/" not in name and not name.endswith(("planner/watch.py", "passes/fakes.py")):
+        if "/torch/" not in name and not name.endswith(_OURS):
             return f"{name}:{frame.f_lineno}"
         frame = frame.f_back
     return "?"
