@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import nn
 
 from planner.budget import Budget
 from planner.cast_fit import fitted
+from planner.checkpoint import open_saved
 from planner.compare import Comparison, compare_policies
 from planner.dynamic import DynamicShapes
 from planner.dynamic_plan import describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
@@ -206,18 +208,26 @@ class Plan(PlanFacts):
             max_error=self._options.max_error,
             layout=self._options.layout,
             attention=self._options.attention,
+            folder=self._options.folder,
         )
 
     @classmethod
     def load(
-        cls, path: str | Path, model: nn.Module, *, inputs: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None
+        cls,
+        path: str | Path,
+        model: nn.Module | str | os.PathLike[str],
+        *,
+        inputs: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
     ) -> Plan:
-        """A saved plan for this model: captured again, decisions applied again, checked again.
+        """A saved plan for this model, or for the model in a folder: captured again, decisions applied again, checked again.
 
         Raises:
             PlanFileError: truncated, of another version, or made for another model (names the differing node).
+            CheckpointError: the folder's files are damaged, or are not the model's.
         """
         data = read_plan(path)
+        model, folder = open_saved(model, data)
         try:
             args, named = (inputs or (), kwargs or {}) if inputs is not None or kwargs else load_call(data["call"])
             machine = machine_from_mapping(data["machine"], origin=str(path))
@@ -235,6 +245,7 @@ class Plan(PlanFacts):
                 data.get("max_error"),
                 bool(data.get("layout", True)),
                 bool(data.get("attention", True)),
+                folder,
             )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -287,11 +298,13 @@ class Plan(PlanFacts):
         """The module that runs the plan. Its weights move, one at a time, into one host arena that the original then shares.
 
         Args:
-            weights: for a model on the meta device: a module, a state dict or a folder of safetensors files.
+            weights: for a model on the meta device: a module, a state dict or a folder of safetensors files; by default the
+                folder that was planned, if it was one.
             concurrent: what a call does while another thread is inside: wait or raise.
 
         Raises:
             PlannerError: no such device here, or weights are missing.
+            CheckpointError: a file of the folder is damaged, or changed since it was planned; names file and tensor.
         """
         if self._runner is not None and not self._runner.closed:
             raise PlannerError("this plan is built already; close() the planned module, or p.restore(), before building again")
@@ -300,7 +313,9 @@ class Plan(PlanFacts):
                 f"this plan is for {self.device}, and there is no CUDA device here; build it where there is one, "
                 "or plan with device='accounting'"
             )
-        lookup = open_weights(weights) if weights is not None else None
+        if weights is None and self._options.folder is not None:
+            weights = self._options.folder.require_weights()
+        lookup = open_weights(weights, self._target) if weights is not None else None
         with torch.inference_mode(False):
             return self._build(lookup, concurrent)
 
