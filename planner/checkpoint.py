@@ -180,7 +180,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         PlannerError: there is none, it is damaged, or names no class.
     """
     if not folder.exists():
-        raise PlannerError(f"there is no folder {str(folder)!r}; download the model and give its folder")
+        raise PlannerError(
+            f"there is no folder {str(folder)!r}; download the model and give its folder, or plan a module: "
+            "plan(model, budget='6GB', inputs=(x,))"
+        )
     if not folder.is_dir():
         raise PlannerError(
             f"{str(folder)!r} is a file; give the folder that holds config.json, or a plan file to Plan.load (`vramplan show`)"

@@ -16,6 +16,7 @@ from torch import nn
 from planner.budget import Budget
 from planner.cast_fit import fitted
 from planner.checkpoint import open_saved
+from planner.checkpoint_weights import Checkpoint
 from planner.compare import Comparison, compare_policies
 from planner.dynamic import DynamicShapes
 from planner.dynamic_plan import describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
@@ -29,6 +30,7 @@ from planner.plan_file import check_fingerprint, fingerprint, load_call, read_pl
 from planner.plot import plot
 from planner.prepare import prepare, tilings_of
 from planner.progress import working
+from planner.save_shards import save_sharded
 from planner.show import describe, where
 from planner.sizes import format_bytes
 from planner.solve.decisions import Decisions
@@ -59,6 +61,7 @@ class Plan(PlanFacts):
         super().__init__(target, options, tilings, decisions)
         self.validation: Validation | None = None
         self._runner: Runner | None = None
+        self._lookup: Lookup | None = None  # into files; what is in memory is not kept alive here
 
     @cached_property
     def peak_bytes_expr(self) -> sympy.Expr | int:
@@ -317,7 +320,10 @@ class Plan(PlanFacts):
             weights = self._options.folder.require_weights()
         lookup = open_weights(weights, self._target) if weights is not None else None
         with torch.inference_mode(False):
-            return self._build(lookup, concurrent)
+            module = self._build(lookup, concurrent)
+        self._lookup = lookup if isinstance(lookup, Checkpoint) else None
+        module._runner.save = self.save_sharded
+        return module
 
     def _build(self, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PlannedModule:
         call = bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs)
@@ -341,6 +347,33 @@ class Plan(PlanFacts):
     def _replan_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
         options = dataclasses.replace(self._options, args=args, kwargs=kwargs, dynamic=None)
         return Plan(self._target, options, prepare(self._target, options)).executable
+
+    @property
+    def runner(self) -> Runner | None:
+        """What runs the built module; None before `build()` and after `restore()`."""
+        return None if self._runner is None or self._runner.closed else self._runner
+
+    @property
+    def lookup(self) -> Lookup | None:
+        """The checkpoint that weights come from, if they do."""
+        return self._lookup if self._lookup is not None or self._options.folder is None else self._options.folder.weights
+
+    def save_sharded(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB", *, stored: bool = False) -> None:
+        """Writes the module's weights, as they are now, into a new folder, as a checkpoint that its library loads.
+
+        Shard by shard: no more than one weight is in memory besides. config.json and an index are written too; where anything
+        goes wrong, nothing is left.
+
+        Args:
+            max_shard_size: bytes, or a size such as "5GB"; a larger weight gets a file of its own.
+            stored: write cast weights as they are stored, values and scales (`planner.save_shards` says how), which takes less
+                room, and which `plan(folder, allow_cast=...)` reads as they are. Other libraries cannot.
+
+        Raises:
+            PlannerError: the folder has a checkpoint already, or a weight has no values.
+            StoreError: the disk is full or refuses.
+        """
+        save_sharded(self, folder, max_shard_size, stored)
 
     def report(self) -> Report:
         """What the last call of the built module measured."""

@@ -75,6 +75,7 @@ class Runner:
         self._constants: dict[str, torch.Tensor] = {}  # in the store: tensors that are no parameter and no buffer
         self._watched: dict[str, torch.Tensor] = {}
         self.pinned = False
+        self.save: Callable[..., None] | None = None  # writes the weights as a checkpoint: `PlannedModule.save_sharded`
 
     def attach(self, signature: Signature, program: Executable, lookup: Lookup | None = None) -> None:
         """Moves the weights of the module into the host arena and loads the first program.
