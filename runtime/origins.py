@@ -120,7 +120,7 @@ def stored_sources(
         def make() -> torch.Tensor:
             if stored.part == "scales" and stored.weight in scales:
                 return scales.pop(stored.weight)
-            weight = in_memory(read())
+            weight = in_memory(read()).to(tensors[stored.weight].dtype)
             if stored.part == "layout":
                 return stored.make(weight)
             weight = weight.cpu()
