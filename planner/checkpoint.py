@@ -258,5 +258,5 @@ def _equal(a: Any, b: Any) -> bool:
         return False
     return all(
         torch.equal(mine.view(torch.uint8), other.view(torch.uint8))
-        for (_, mine), (_, other) in zip(a.pieces(a.dtype), b.pieces(b.dtype), strict=True)
+        for (_, mine), (_, other) in zip(a.pieces(), b.pieces(), strict=True)
     )

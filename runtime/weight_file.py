@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import weakref
 from collections.abc import Iterator, Mapping
@@ -127,23 +128,35 @@ class FileTensor:
             self.where.file.read_into(_bytes_of(target), self.where.offset)
         else:
             flat = target.view(-1)
-            for first, piece in self.pieces(target.dtype):
+            for first, piece in self.pieces():
                 flat[first : first + piece.numel()] = piece
 
-    def pieces(self, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-        """The values in that dtype, in order: (number of the first, values as a 1-d tensor)."""
+    def pieces(self, dtype: torch.dtype | None = None) -> Iterator[tuple[int, torch.Tensor]]:
+        """The values, in that dtype or their own, in order: (number of the first, values as a 1-d tensor).
+
+        A piece is overwritten by the next one.
+        """
         step = PIECE_BYTES // self.dtype.itemsize
         count = self.where.nbytes // self.dtype.itemsize
+        buffer = _buffer(min(step, count), self.dtype)
+        converted = buffer if dtype is None or dtype == self.dtype else _buffer(min(step, count), dtype)
         for first in range(0, count, step):
-            piece = torch.empty(min(step, count - first), dtype=self.dtype)
+            piece, result = (b[: min(step, count - first)] for b in (buffer, converted))
             self.where.file.read_into(_bytes_of(piece), self.where.offset + first * self.dtype.itemsize)
-            yield first, piece.to(dtype)
+            yield first, piece if converted is buffer else result.copy_(piece)
 
 
 # What a copy reads: bytes in host memory (uint8, 1-d), or bytes of a file.
 Source = torch.Tensor | FileRange
 # A weight's value: in memory, or in a file from which it is read when it is needed.
 Value = torch.Tensor | FileTensor
+
+
+def _buffer(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory that goes back to the system at once: pieces from the heap, freed between small values, leave holes there."""
+    if count == 0:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize), dtype=dtype)
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:

@@ -22,7 +22,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     T5Config,
-    T5EncoderModel,
     T5ForConditionalGeneration,
 )
 from transformers.utils import logging
@@ -40,10 +39,6 @@ def llama(tied: bool = True) -> nn.Module:
 
 def llama_untied() -> nn.Module:
     return llama(tied=False)
-
-
-def t5_encoder() -> nn.Module:
-    return T5EncoderModel(T5Config(feed_forward_proj="gated-gelu", **T5))
 
 
 def t5() -> nn.Module:
@@ -92,7 +87,7 @@ def wan() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    f.__name__: f for f in (llama, llama_untied, t5_encoder, t5, bert, bert_with_head, clip_text, vae, unet, flux, wan)
+    f.__name__: f for f in (llama, llama_untied, t5, bert, bert_with_head, clip_text, vae, unet, flux, wan)
 }
 
 
