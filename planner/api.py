@@ -11,6 +11,7 @@ from torch import nn
 
 from passes.calibrate import free_ram_bytes
 from planner.budget import Budget
+from planner.checkpoint import open_target
 from planner.dynamic import read_dynamic
 from planner.machine import Machine
 from planner.options import (
@@ -33,7 +34,7 @@ BudgetLike = int | str | Mapping[str | int, int | str] | Budget
 
 
 def plan(
-    target: nn.Module,
+    target: nn.Module | str | os.PathLike[str],
     budget: BudgetLike | None,
     *,
     inputs: tuple[Any, ...] = (),
@@ -50,14 +51,19 @@ def plan(
     dynamic: Any = None,
     profile: bool = False,
     opaque_bytes: int | str | Mapping[str, int | str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    variant: str | None = None,
 ) -> Plan:
     """Plans `target.method(*inputs, **kwargs)` so that its device memory stays within `budget`.
 
     Args:
-        target: a module in eval mode; real, fake or meta weights, wherever they are. It is not changed before `build()`.
+        target: a module in eval mode; real, fake or meta weights, wherever they are. It is not changed before `build()`. Or the
+            folder of a diffusers or transformers model: its config is read and the headers of its safetensors files, and
+            `build()` reads the weights from there, one at a time (on cpu: the budget's share of them, ahead of use).
         budget: bytes, a size such as "6GB" (6e9) or "6GiB", a mapping such as {"cuda": "6GB"}; None for what is free now.
-        inputs, kwargs: an example call; real, fake or meta tensors, of which only shapes, strides and dtypes are read.
-        method: which method to plan.
+        inputs, kwargs: an example call; real, fake or meta tensors, of which only shapes, strides and dtypes are read. Of a
+            folder's model they may be left out where they are known: from a preset of its class, else from its config.
+        method: which method to plan; of a folder without inputs the one whose inputs are known (an autoencoder's decode).
         device: "cuda", "cuda:1", "cpu" (the budget is RAM, weights live on disk) or "accounting" (CPU kernels, every byte
             counted). Default: CUDA where it is or where `machine` is one, else cpu.
         machine: a preset's name, the path of a file with a machine (.toml or .json), a `Machine`, or None for this one.
@@ -79,19 +85,22 @@ def plan(
             A model that is planned in parts is planned for one call.
         opaque_bytes: what the Python of modules that cannot be captured takes at most, besides inputs and weights, by pattern
             of their paths: {"blocks.*.moe": "200MB"}. Asked for by UnknownSize where it cannot be found out.
+        dtype: of a folder's model; default: what its config says, else that of most of its weights. Weights in other dtypes
+            are converted as they are read; parts that the library keeps in float32 stay so.
+        variant: of a folder's files: "fp16" for model.fp16.safetensors.
 
     Returns:
         The plan: printable, and `build()` makes the module that runs it.
 
     Raises:
         BudgetError: the budget cannot be read, or names a device that is not here.
+        CheckpointError: a file of the folder is damaged, or lacks a weight of the model; names file and tensor.
         InfeasibleBudget: no plan fits; says the minimum, where it is and what would help.
         CaptureError: the call cannot be captured, nor run on tensors without values; names the operator or line.
         UnknownSize: how many bytes are needed depends on values; names the module.
         PlannerError: anything else that was asked and cannot be done.
     """
-    if not isinstance(target, nn.Module):
-        raise PlannerError(f"plan() takes an nn.Module, got {type(target).__name__}: plan(model, budget='6GB', inputs=(x,))")
+    target, folder = open_target(target, dtype, variant)
     if call is not None:
         raise PlannerError(f"call={call!r} is not supported for a module yet; leave it at None")
     casts = check_casts(allow_cast)
@@ -100,6 +109,8 @@ def plan(
     chosen = _device(device, budget, machine)
     described = _machine(machine, chosen)
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    if folder is not None and not args and not kwargs:
+        kwargs, method = folder.call(method)
     if dynamic is not None:
         refuse_unplannable(target, method)  # before its method is looked at
     options = Options(
@@ -120,6 +131,7 @@ def plan(
         max_error=check_max_error(max_error, casts),
         layout="layout" in check_allow(allow),
         attention="attention" in check_allow(allow),
+        folder=folder,
     )
     return plan_or_parts(target, options, prepare)
 

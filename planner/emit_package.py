@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from planner.checkpoint_weights import Checkpoint
 from planner.dynamic_plan import dynamic_signature
 from planner.package_weights import PackageWeights, write_shards
 from planner.sizes import format_bytes, parse_size
@@ -46,7 +47,10 @@ def emit_package(plan: Plan, folder: str | Path, weights: Any, max_shard_size: i
     most = parse_size(max_shard_size, what="max_shard_size")
     target = Path(os.path.realpath(folder))
     _check_target(target, folder)
-    if not copy and not isinstance(weights, (str, os.PathLike)):
+    built = plan.runner is not None
+    if weights is None and plan.options.folder is not None and not (built and copy):
+        weights = plan.options.folder.require_weights()
+    if not copy and not isinstance(weights, (str, os.PathLike, Checkpoint)):
         raise PlannerError(
             "copy=False refers to files of a checkpoint: say which, p.emit(folder, weights='path/of/a/checkpoint', copy=False)"
         )

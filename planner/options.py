@@ -12,6 +12,7 @@ import torch
 
 from passes.cast_weights import STORAGE_TYPES
 from planner.budget import Budget
+from planner.checkpoint import ModelFolder
 from planner.dynamic import DynamicShapes
 from planner.machine import Machine
 from planner.profile_ops import Profiler, refuse_profile
@@ -29,7 +30,8 @@ class Options:
     `opaque_bytes` maps patterns of module paths to bytes that their Python takes, where that cannot be found out. `repeats`:
     how many calls follow each other. `profile`: seconds are measured on the device, which must then be here. `casts`: the types
     in which weights may be stored, as long as the result's relative error stays within `max_error`. `layout`: convolutions may
-    run in channels-last. `attention`: products and softmaxes that are attention may be fused.
+    run in channels-last. `attention`: products and softmaxes that are attention may be fused. `folder`: where the target and
+    its weights came from, if that was a folder.
     """
 
     budget: Budget
@@ -49,6 +51,7 @@ class Options:
     max_error: float | None = None
     layout: bool = True
     attention: bool = True
+    folder: ModelFolder | None = None
 
     def __post_init__(self) -> None:
         if self.profile:

@@ -19,7 +19,7 @@ from runtime.errors import PlannerError
 from runtime.executable import Executable, WeightView
 from runtime.homes import bytes_of
 from runtime.layout import align
-from runtime.origins import Lookup, has_no_bytes, in_files, named_tensors, source_of, stored_sources
+from runtime.origins import Lookup, has_no_bytes, in_files, in_memory, named_tensors, source_of, stored_sources
 from runtime.package_files import header_hash
 from runtime.package_format import encode_tensor
 from runtime.runner import first_use
@@ -87,7 +87,7 @@ class PackageWeights:
 
     def value(self, name: str) -> torch.Tensor:
         """Read, or made, now; to be asked for once."""
-        return self._sources.pop(name)()
+        return in_memory(self._sources.pop(name)())
 
     def place(self, name: str) -> FileRange | None:
         """Where it is in a checkpoint's file, if it stays there."""

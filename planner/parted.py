@@ -269,6 +269,7 @@ class PartedPlan(Plan):
             offload=self._options.offload,
             opaque_bytes=self._options.opaque_bytes,
             profile=self._options.profile,
+            folder=self._options.folder,
         )
 
     @classmethod

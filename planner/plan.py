@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import nn
 
 from planner.budget import Budget
 from planner.cast_fit import fitted
+from planner.checkpoint import open_saved
+from planner.checkpoint_weights import Checkpoint
 from planner.compare import Comparison, compare_policies
 from planner.dynamic import DynamicShapes
 from planner.dynamic_plan import describe_sizes, dynamic_signature, largest, peak_bytes_at, peak_bytes_expr
@@ -28,6 +31,7 @@ from planner.plan_file import check_fingerprint, fingerprint, load_call, read_pl
 from planner.plot import plot
 from planner.prepare import prepare, tilings_of
 from planner.progress import working
+from planner.save_shards import save_sharded
 from planner.show import describe, where
 from planner.sizes import format_bytes
 from planner.solve.decisions import Decisions
@@ -58,6 +62,7 @@ class Plan(PlanFacts):
         super().__init__(target, options, tilings, decisions)
         self.validation: Validation | None = None
         self._runner: Runner | None = None
+        self._lookup: Lookup | None = None  # into files; what is in memory is not kept alive here
 
     @cached_property
     def peak_bytes_expr(self) -> sympy.Expr | int:
@@ -207,18 +212,26 @@ class Plan(PlanFacts):
             max_error=self._options.max_error,
             layout=self._options.layout,
             attention=self._options.attention,
+            folder=self._options.folder,
         )
 
     @classmethod
     def load(
-        cls, path: str | Path, model: nn.Module, *, inputs: tuple[Any, ...] | None = None, kwargs: dict[str, Any] | None = None
+        cls,
+        path: str | Path,
+        model: nn.Module | str | os.PathLike[str],
+        *,
+        inputs: tuple[Any, ...] | None = None,
+        kwargs: dict[str, Any] | None = None,
     ) -> Plan:
-        """A saved plan for this model: captured again, decisions applied again, checked again.
+        """A saved plan for this model, or for the model in a folder: captured again, decisions applied again, checked again.
 
         Raises:
             PlanFileError: truncated, of another version, or made for another model (names the differing node).
+            CheckpointError: the folder's files are damaged, or are not the model's.
         """
         data = read_plan(path)
+        model, folder = open_saved(model, data)
         try:
             args, named = (inputs or (), kwargs or {}) if inputs is not None or kwargs else load_call(data["call"])
             machine = machine_from_mapping(data["machine"], origin=str(path))
@@ -236,6 +249,7 @@ class Plan(PlanFacts):
                 data.get("max_error"),
                 bool(data.get("layout", True)),
                 bool(data.get("attention", True)),
+                folder,
             )  # fmt: skip
             Budget.parse(options.budget, options.device)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
@@ -294,7 +308,8 @@ class Plan(PlanFacts):
             folder: a new one, an empty one, or a package, which is replaced when the new one is whole.
             weights: for a model on the meta device, as for `build`.
             max_shard_size: of a file with weights, which a larger weight has for itself.
-            copy: False leaves weights in the checkpoint folder given as `weights`, where they lie as the program reads them.
+            copy: False leaves weights in the checkpoint folder, given as `weights` or planned, where they lie there as
+                the program reads them.
 
         Raises:
             PlannerError: the plan is one in parts, the module has hooks, or weights are missing.
@@ -306,11 +321,13 @@ class Plan(PlanFacts):
         """The module that runs the plan. Its weights move, one at a time, into one host arena that the original then shares.
 
         Args:
-            weights: for a model on the meta device: a module, a state dict or a folder of safetensors files.
+            weights: for a model on the meta device: a module, a state dict or a folder of safetensors files; by default the
+                folder that was planned, if it was one.
             concurrent: what a call does while another thread is inside: wait or raise.
 
         Raises:
             PlannerError: no such device here, or weights are missing.
+            CheckpointError: a file of the folder is damaged, or changed since it was planned; names file and tensor.
         """
         if self._runner is not None and not self._runner.closed:
             raise PlannerError("this plan is built already; close() the planned module, or p.restore(), before building again")
@@ -319,9 +336,14 @@ class Plan(PlanFacts):
                 f"this plan is for {self.device}, and there is no CUDA device here; build it where there is one, "
                 "or plan with device='accounting'"
             )
-        lookup = open_weights(weights) if weights is not None else None
+        if weights is None and self._options.folder is not None:
+            weights = self._options.folder.require_weights()
+        lookup = open_weights(weights, self._target) if weights is not None else None
         with torch.inference_mode(False):
-            return self._build(lookup, concurrent)
+            module = self._build(lookup, concurrent)
+        self._lookup = lookup if isinstance(lookup, Checkpoint) else None
+        module._runner.save = self.save_sharded
+        return module
 
     def _build(self, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PlannedModule:
         call = bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs)
@@ -345,6 +367,33 @@ class Plan(PlanFacts):
     def _replan_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
         options = dataclasses.replace(self._options, args=args, kwargs=kwargs, dynamic=None)
         return Plan(self._target, options, prepare(self._target, options)).executable
+
+    @property
+    def runner(self) -> Runner | None:
+        """What runs the built module; None before `build()` and after `restore()`."""
+        return None if self._runner is None or self._runner.closed else self._runner
+
+    @property
+    def lookup(self) -> Lookup | None:
+        """The checkpoint that weights come from, if they do."""
+        return self._lookup if self._lookup is not None or self._options.folder is None else self._options.folder.weights
+
+    def save_sharded(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB", *, stored: bool = False) -> None:
+        """Writes the module's weights, as they are now, into a new folder, as a checkpoint that its library loads.
+
+        Shard by shard: no more than one weight is in memory besides. config.json and an index are written too; where anything
+        goes wrong, nothing is left.
+
+        Args:
+            max_shard_size: bytes, or a size such as "5GB"; a larger weight gets a file of its own.
+            stored: write cast weights as they are stored, values and scales (`planner.save_shards` says how), which takes less
+                room, and which `plan(folder, allow_cast=...)` reads as they are. Other libraries cannot.
+
+        Raises:
+            PlannerError: the folder has a checkpoint already, or a weight has no values.
+            StoreError: the disk is full or refuses.
+        """
+        save_sharded(self, folder, max_shard_size, stored)
 
     def report(self) -> Report:
         """What the last call of the built module measured."""

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, tr
 from passes.program import Program, operator_name, tensors_of
 from passes.spec import TensorSpec
 from planner.budget import Budget
+from planner.checkpoint import ModelFolder
 from planner.machine import Machine
 from runtime.errors import PlanFileError
 
@@ -72,6 +73,7 @@ def write_plan(
     max_error: float | None = None,
     layout: bool = True,
     attention: bool = True,
+    folder: ModelFolder | None = None,
 ) -> None:
     """Writes atomically: a crash leaves the old file or none."""
     data = {
@@ -101,6 +103,8 @@ def write_plan(
         data["layout"] = False
     if not attention:
         data["attention"] = False
+    if folder is not None:  # not where it is: how it is opened
+        data["folder"] = {"dtype": str(folder.dtype).removeprefix("torch."), "variant": folder.variant}
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

@@ -63,6 +63,20 @@ class StoreError(PlannerError):
     """The files that hold the weights cannot be made, written or read; names the file or folder."""
 
 
+class CheckpointError(StoreError):
+    """A checkpoint is damaged, lacks a tensor, or changed on disk since the plan was made; names file and tensor.
+
+    Attributes:
+        path: the file, or the folder where no file can be named.
+        tensor: a tensor that is concerned; empty where none can be named.
+    """
+
+    def __init__(self, message: str, *, path: str = "", tensor: str = "") -> None:
+        super().__init__(message)
+        self.path = path
+        self.tensor = tensor
+
+
 class ModuleUnusable(PlannerError):
     """A planned module was used after `close()`, trained, moved, or entered twice at once."""
 

@@ -6,10 +6,12 @@ copies.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -17,7 +19,11 @@ import torch
 from runtime.errors import StoreError
 from runtime.executable import WeightView
 from runtime.scratch import VARIABLE, ScratchFolder
-from runtime.weight_file import FileRange, OpenFile, Source, safetensors_header
+from runtime.weight_file import FileRange, FileTensor, OpenFile, Source, Value, is_contiguous, safetensors_header
+
+# A private map of a file that is larger than RAM is refused unless it says that it wants no swap kept for it. Python names the
+# flag from 3.13 on.
+_NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 class Segment(Protocol):
@@ -29,8 +35,8 @@ class Segment(Protocol):
         """The weight at that offset, in a storage of its own, and the very bytes: what is written there stays."""
         ...
 
-    def write(self, view: WeightView, offset: int, value: torch.Tensor) -> None:
-        """Puts the value there.
+    def write(self, view: WeightView, offset: int, value: Value) -> None:
+        """Puts the value there; one that is in a file is read straight to it.
 
         Raises:
             StoreError: the disk refuses.
@@ -81,8 +87,8 @@ class _MemorySegment:
     def tensor(self, view: WeightView, offset: int) -> torch.Tensor:
         return view.on(torch.frombuffer(self._map, dtype=torch.uint8, count=view.nbytes, offset=offset), 0)
 
-    def write(self, view: WeightView, offset: int, value: torch.Tensor) -> None:
-        self.tensor(view, offset).copy_(value)
+    def write(self, view: WeightView, offset: int, value: Value) -> None:
+        _put(self.tensor(view, offset), value)
 
     def source(self, offset: int, nbytes: int) -> Source:
         return self.buffer[offset : offset + nbytes]
@@ -93,14 +99,14 @@ class CheckpointSegment:
 
     def __init__(self, file: OpenFile) -> None:
         self._file = file
-        self._map = mmap.mmap(file.fd, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        self._map = mmap.mmap(file.fd, 0, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
     def tensor(self, view: WeightView, offset: int) -> torch.Tensor:
         return view.on(torch.frombuffer(self._map, dtype=torch.uint8, count=view.nbytes, offset=offset), 0)
 
-    def write(self, view: WeightView, offset: int, value: torch.Tensor) -> None:
-        self.tensor(view, offset).copy_(value)
+    def write(self, view: WeightView, offset: int, value: Value) -> None:
+        _put(self.tensor(view, offset), value)
 
     def source(self, offset: int, nbytes: int) -> Source:
         return FileRange(self._file, offset, nbytes)
@@ -160,11 +166,15 @@ class _FileSegment:
         try:
             # All blocks now: a full disk is an error here, and would be a bus error in a write through the mapping.
             os.posix_fallocate(self._file.fd, 0, self._start + nbytes)
+            self._file.write(memoryview(header), 0)
         except OSError as error:
+            self._remove()
             raise StoreError(
                 f"no room for {nbytes} bytes of weights in {folder.parent} ({error.strerror}); set {VARIABLE} to another folder"
             ) from error
-        self._file.write(memoryview(header), 0)
+        except StoreError:
+            self._remove()
+            raise
         self._map = mmap.mmap(self._file.fd, self._start + nbytes)
         self.buffer = torch.frombuffer(self._map, dtype=torch.uint8, count=nbytes, offset=self._start)
 
@@ -172,16 +182,21 @@ class _FileSegment:
         own = torch.frombuffer(self._map, dtype=torch.uint8, count=view.nbytes, offset=self._start + offset)
         return view.on(own, 0)
 
-    def write(self, view: WeightView, offset: int, value: torch.Tensor) -> None:
+    def write(self, view: WeightView, offset: int, value: Value) -> None:
         """Past the mapping, of which no page becomes resident."""
-        content = memoryview(bytes_of(view, value).numpy())  # type: ignore[arg-type]
-        self._file.write(content, self._start + offset)
+        for first, content in _contents(view, value):
+            self._file.write(content, self._start + offset + first)
+            if self._waiting:
+                self._digest.update(content)
         if self._waiting == 0:
             return  # written again
-        self._digest.update(content)
         self._waiting -= 1
         if self._waiting == 0:
             self._finish()
+
+    def _remove(self) -> None:
+        with contextlib.suppress(OSError):
+            self._file.path.unlink()
 
     def _finish(self) -> None:
         os.rename(self._folder.path / f"{self._name}.part", self._folder.path / self._name)
@@ -191,6 +206,24 @@ class _FileSegment:
 
     def source(self, offset: int, nbytes: int) -> Source:
         return FileRange(self._file, self._start + offset, nbytes)
+
+
+def _put(target: torch.Tensor, value: Value) -> None:
+    if isinstance(value, FileTensor):
+        value.copy_into(target)
+    else:
+        target.copy_(value)
+
+
+def _contents(view: WeightView, value: Value) -> Iterator[tuple[int, memoryview]]:
+    """The value's bytes as the view lays them, one part after the other, each with the place of its first byte."""
+    if not isinstance(value, FileTensor):
+        yield 0, memoryview(bytes_of(view, value).numpy())  # type: ignore[arg-type]
+    elif not is_contiguous(view):
+        yield 0, memoryview(bytes_of(view, value.read()).numpy())  # type: ignore[arg-type]
+    else:
+        for first, piece in value.pieces(view.dtype):
+            yield first * view.dtype.itemsize, memoryview(piece.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def bytes_of(view: WeightView, value: torch.Tensor) -> torch.Tensor:

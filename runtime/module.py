@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from typing import Any, Self
 
 from torch import nn
@@ -25,6 +26,18 @@ class PlannedModule(nn.Module):
     def report(self) -> Report:
         """What the last call measured."""
         return self._runner.report()
+
+    def save_sharded(self, folder: str | os.PathLike[str], max_shard_size: int | str = "5GB", *, stored: bool = False) -> None:
+        """Writes the weights, as they are now, into a new folder: a checkpoint in shards that the model's library loads.
+
+        `max_shard_size` is bytes, or a size such as "5GB". With `stored`, cast weights are written as they are stored.
+
+        Raises:
+            PlannerError: the folder has a checkpoint already, or a weight has no values.
+            StoreError: the disk is full or refuses; nothing is left then.
+        """
+        assert self._runner.save is not None
+        self._runner.save(folder, max_shard_size, stored=stored)
 
     def close(self) -> None:
         """Frees arenas and page locks; the original module keeps its weights. Closing twice is nothing."""

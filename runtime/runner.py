@@ -39,6 +39,7 @@ from runtime.report import Report
 from runtime.signature import CallSignature, Signature, bind_call
 from runtime.store import HostStore
 from runtime.trace import bundle_weights
+from runtime.weight_file import FileTensor, Value
 
 log = logging.getLogger("vramplan")
 ALIGNMENT = 512  # of weights, where no program says another
@@ -74,6 +75,7 @@ class Runner:
         self._constants: dict[str, torch.Tensor] = {}  # in the store: tensors that are no parameter and no buffer
         self._watched: dict[str, torch.Tensor] = {}
         self.pinned = False
+        self.save: Callable[..., None] | None = None  # writes the weights as a checkpoint: `PlannedModule.save_sharded`
 
     def attach(self, signature: Signature, program: Executable, lookup: Lookup | None = None) -> None:
         """Moves the weights of the module into the host arena and loads the first program.
@@ -131,9 +133,10 @@ class Runner:
             if name in tensors:
                 self._adopt(tensors[name], value, name, owners)
             else:
-                self.store.fill(name, value)
+                held = self.store.fill(name, value)
                 if views[name].stored is None:
-                    self._constants[name] = original_of(self.module, name, value)
+                    constant = held if isinstance(value, FileTensor) else value
+                    self._constants[name] = original_of(self.module, name, constant)
         self.pinned = self.device.pin(self.store.buffer)
         if not self.pinned:
             warnings.warn(
@@ -143,7 +146,7 @@ class Runner:
             )
         self.device.enforce(self.budget_bytes)
 
-    def _adopt(self, tensor: torch.Tensor, value: torch.Tensor, name: str, owners: Owners) -> None:
+    def _adopt(self, tensor: torch.Tensor, value: Value, name: str, owners: Owners) -> None:
         """Points a parameter or buffer at the host arena; one on the meta device is replaced, for that cannot be pointed."""
         assert self.store is not None
         if has_no_bytes(tensor):
@@ -312,6 +315,8 @@ class Runner:
                 "autocast is on, and a plan keeps the dtypes it was made with: call outside torch.autocast, "
                 "or plan the model cast with .to(torch.bfloat16)"
             )
+        if self.store is not None:
+            self.store.check()
         changed = self.fingerprint.changed()
         if changed is not None:
             raise ModuleUnusable(f"{changed} since the plan was made, which the program does not know; plan and build it again")

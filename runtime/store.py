@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from runtime.checkpoint_file import CheckpointFile
 from runtime.executable import WeightView
 from runtime.homes import CheckpointSegment, Home, MemoryHome, Segment
-from runtime.weight_file import FileRange, OpenFile, Source
+from runtime.weight_file import FileRange, FileTensor, OpenFile, Source, Value, is_contiguous
 
 
 class HostStore:
@@ -38,6 +39,7 @@ class HostStore:
         self._names: dict[str, str] = {}  # of tied weights: another name of one to its own
         self._segments: list[Segment] = []
         self._given = dict(given or {})
+        self._checkpoints = list(dict.fromkeys(w.file for w in self._given.values() if isinstance(w.file, CheckpointFile)))
         self._written: set[str] = set()  # of those: what the process changed in its own memory
         self.extend({name: view for name, view in views.items() if name not in self._given})
         self._take(views)
@@ -99,8 +101,8 @@ class HostStore:
         self._written |= fresh
         return bool(fresh)
 
-    def fill(self, name: str, value: torch.Tensor) -> torch.Tensor:
-        """Copies one weight in; gives the tensor that now holds it."""
+    def fill(self, name: str, value: Value) -> torch.Tensor:
+        """Copies one weight in, or reads it in from a file; gives the tensor that now holds it."""
         if name in self._given:
             return self.tensor(name)
         segment, offset = self._places[name]
@@ -117,6 +119,21 @@ class HostStore:
         segment, offset = self._places[name]
         with _disable_current_modes():  # bytes of the host are none of the device's, whoever counts those
             return self._segments[segment].tensor(view, offset)
+
+    def value(self, name: str) -> Value:
+        """The weight as it is now, in a file where it lies there as the format has tensors: reading it touches no mapping."""
+        name = self._own(name)
+        view = self.views[name]
+        if view.nbytes and is_contiguous(view):
+            ((_, source),) = self.runs([(name, 0)])
+            if isinstance(source, FileRange):
+                return FileTensor(source, view.dtype, view.shape)
+        return self.tensor(name)
+
+    def check(self) -> None:
+        """Raises CheckpointError where a checkpoint's file that weights are read from has changed."""
+        for file in self._checkpoints:
+            file.check()
 
     def leave(self, tensor: torch.Tensor) -> torch.Tensor:
         """One of the store's tensors as it can outlive the store: in memory."""

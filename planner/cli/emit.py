@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import Namespace
 from pathlib import Path
 
-from planner.cli.commands import Answer, make_plan, plan_data, quiet, target_of
+from planner.cli.commands import Answer, make_plan, plan_data, target_of
 from planner.cli.random_weights import RandomWeights
 from planner.cli.run import lacks_weights, require_host_memory
 from planner.sizes import format_bytes
@@ -22,13 +21,11 @@ def emit(arguments: Namespace) -> Answer:
     target = target_of(arguments)
     if arguments.reference and target.load is None:
         raise PlannerError(f"--reference is for a checkpoint folder with safetensors files, which {target.name!r} is not")
-    require_host_memory(target)
     origin = "checkpoint" if target.load is not None else "random" if lacks_weights(target.module) else "factory"
-    if target.load is not None:
-        with quiet(arguments.debug):
-            target = dataclasses.replace(target, module=target.load())
+    if origin != "checkpoint":
+        require_host_memory(target)
     p = make_plan(target, arguments)
-    weights = RandomWeights(target.module) if origin == "random" else target.name if arguments.reference else None
+    weights = target.load() if target.load is not None else RandomWeights(target.module) if origin == "random" else None
     p.emit(arguments.folder, weights, max_shard_size=arguments.max_shard_size, copy=not arguments.reference)
     nbytes = sum(path.stat().st_size for path in Path(arguments.folder).iterdir())
     text = (

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from planner.cli.commands import Answer, make_plan, plan_data, quiet, target_of
+from planner.cli.commands import Answer, make_plan, plan_data, target_of
 from planner.cli.random_weights import RandomWeights
 from planner.cli.targets import Target
 from planner.plan import Plan
@@ -38,13 +38,14 @@ def run(arguments: Namespace) -> Answer:
     if arguments.trace:
         check_folder(arguments.trace, "the trace")
     target = target_of(arguments)
-    require_host_memory(target)
     origin = "checkpoint" if target.load is not None else "random" if lacks_weights(target.module) else "factory"
-    if target.load is not None:
-        with quiet(arguments.debug):
-            target = dataclasses.replace(target, module=target.load())
+    if origin != "checkpoint":
+        require_host_memory(target)
     p = make_plan(target, arguments)
-    m = p.build(weights=RandomWeights(target.module) if origin == "random" else None)
+    if origin == "checkpoint" and p.device != "cpu":  # where it stays on disk
+        require_host_memory(target)
+    weights = target.load() if target.load is not None else RandomWeights(target.module) if origin == "random" else None
+    m = p.build(weights=weights)
     try:
         seconds = _call(p, m, target, arguments.calls)
         report = p.report()

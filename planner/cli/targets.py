@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
+from planner.checkpoint_weights import Checkpoint
 from planner.presets import Preset
 from planner.recipes import random_tensor
 from runtime.errors import PlannerError
@@ -29,7 +30,7 @@ class Target:
 
     Attributes:
         name: as it was asked for. module: parameters on the meta device, but for a factory's. method, args, kwargs: the call.
-        concrete: the same call with values. load: reads the checkpoint's weights, where there is one.
+        concrete: the same call with values. load: gives the checkpoint's weights, where there is one, for `build(weights=)`.
     """
 
     name: str
@@ -38,7 +39,7 @@ class Target:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     concrete: Callable[[], Call]
-    load: Callable[[], nn.Module] | None = None
+    load: Callable[[], Checkpoint] | None = None
 
 
 def resolve(

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.checkpoint_names import Naming
+from planner.frontends.diffusers_names import naming as _naming
 from planner.frontends.empty import keep_in_float32, without_weights
 from runtime.errors import PlannerError
 
 try:
     import diffusers
+    from diffusers.models.model_loading_utils import _fetch_remapped_cls_from_config
+    from diffusers.models.modeling_utils import LegacyModelMixin
     from diffusers.utils import logging as _logging
 except ImportError as error:
     raise PlannerError("this needs diffusers: pip install 'vramplan[diffusers]'") from error
@@ -26,7 +30,7 @@ def build(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> nn.
     Raises:
         PlannerError: no such model class, or a config that it does not take.
     """
-    kind = _model_class(class_name)
+    kind = _remapped(_model_class(class_name), config)
     verbosity = _logging.get_verbosity()
     _logging.set_verbosity_error()  # it would name config keys that newer versions have added
     try:
@@ -54,6 +58,39 @@ def config_of(module: nn.Module) -> dict[str, Any]:
     """The config with all defaults put in."""
     config: Any = module.config
     return dict(config)
+
+
+def rebuild(module: nn.Module) -> nn.Module:
+    """Another instance of the module's class with its config, as `build` makes it."""
+    return build(type(module).__name__, config_of(module), next(p.dtype for p in module.parameters()))
+
+
+def naming(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Naming:
+    """What the tensors of a checkpoint are to the model."""
+    return _naming(module, tensors)
+
+
+def untied(module: nn.Module, name: str) -> None:
+    """Is told that a weight is tied no more; diffusers keeps no record of that."""
+
+
+def read_extras(module: nn.Module, folder: Path) -> None:
+    """What beside config and weights `from_pretrained` gives a model."""
+    model: Any = module
+    model.register_to_config(_name_or_path=str(folder))
+
+
+def save_config(module: nn.Module, folder: Path) -> None:
+    """Writes config.json, with the name of the class."""
+    model: Any = module
+    model.save_config(folder)
+
+
+def _remapped(kind: Any, config: Mapping[str, Any]) -> Any:
+    """What took the place of a class that is kept for old checkpoints alone."""
+    if not issubclass(kind, LegacyModelMixin):
+        return kind
+    return _fetch_remapped_cls_from_config({"norm_type": None, **config}, kind)
 
 
 def _model_class(name: str) -> Any:

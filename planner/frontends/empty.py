@@ -20,7 +20,7 @@ def without_weights(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with accelerate.init_empty_weights(include_buffers=False):
+        with accelerate.init_empty_weights(include_buffers=False), torch.random.fork_rng(devices=[]):
             yield
     finally:
         torch.set_default_dtype(before)

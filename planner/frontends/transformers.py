@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import inspect
 import re
@@ -13,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 
+from planner.checkpoint_names import Naming
 from planner.frontends.empty import keep_in_float32, without_weights
 from planner.recipes import Recipe, Size
 from runtime.errors import PlannerError
@@ -54,6 +56,43 @@ def config_of(module: nn.Module) -> dict[str, Any]:
     """The config with all defaults put in."""
     config: Any = module.config
     return config.to_dict()
+
+
+def rebuild(module: nn.Module) -> nn.Module:
+    """Another instance of the module's class with its config, as `build` makes it."""
+    return build(type(module).__name__, config_of(module), next(p.dtype for p in module.parameters()))
+
+
+def naming(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Naming:
+    """What the tensors of a checkpoint are to the model."""
+    from planner.frontends.transformers_names import naming as find  # needs version 5
+
+    return find(module, tensors)
+
+
+def untied(module: nn.Module, name: str) -> None:
+    """Tells the model that one of its weights is tied no more: a checkpoint has other values under each of the names."""
+    model: Any = module
+    model.all_tied_weights_keys.pop(name, None)
+
+
+def read_extras(module: nn.Module, folder: Path) -> None:
+    """What beside config and weights `from_pretrained` gives a model: its name, and how it generates."""
+    model: Any = module
+    model.config._name_or_path = model.name_or_path = str(folder)
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+
+
+def save_config(module: nn.Module, folder: Path) -> None:
+    """Writes config.json with the names of class and dtype, and how the model generates where it does."""
+    model: Any = module
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(module).__name__]
+    config.dtype = model.dtype
+    config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
 
 
 def recipe(module: nn.Module) -> Recipe | None:

@@ -279,7 +279,10 @@ def test_a_line_that_asks_for_an_answer_is_reported() -> None:
     assert dry(run, {"limit": -1.0}, net=net).is_certain
 
 
-@pytest.mark.parametrize("ask", [Tensor.tolist, Tensor.nonzero, lambda y: y[y > 0], Tensor.item], ids=str)
+ASKS = {"tolist": Tensor.tolist, "nonzero": Tensor.nonzero, "mask": lambda y: y[y > 0], "item": Tensor.item}
+
+
+@pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS.keys())
 def test_ways_to_ask(ask: Any) -> None:
     net = Net()
     assert not dry(lambda: ask(net(torch.ones(1, 4))[0, 0]), net=net).is_certain

@@ -380,10 +380,10 @@ class TestReferences:
                 runtime.load(folder, checkpoint=checkpoint)
 
     def test_another_header(self, shard: Path, folder: Path) -> None:
-        state = {("up.w" if name == "up.weight" else name): value for name, value in Mlp().state_dict().items()}
+        state = {("up.weighs" if name == "up.weight" else name): value for name, value in Mlp().state_dict().items()}
         nbytes = shard.stat().st_size
         save_file(state, shard)
-        shard.write_bytes(shard.read_bytes().ljust(nbytes, b"\0"))
+        assert shard.stat().st_size == nbytes
         with pytest.raises(PackageError, match=r"model.safetensors has another header: the tensor '.*' is "):
             runtime.load(folder, checkpoint=shard.parent)
 
