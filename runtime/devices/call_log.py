@@ -16,12 +16,12 @@ class CallLog:
 
     def __init__(self, started: float) -> None:
         self._started = started
-        self._copies: list[tuple[int, int, float, Arrival]] = []
+        self._copies: list[tuple[int, int, Arrival]] = []
         self._stalls: list[Stall] = []
         self._evictions: list[Eviction] = []
 
     def copy(self, bundle: int, nbytes: int, arrival: Arrival) -> None:
-        self._copies.append((bundle, nbytes, self._now(), arrival))
+        self._copies.append((bundle, nbytes, arrival))
 
     def waited(self, bundle: int, began: float, arrival: Arrival) -> None:
         start, stop = began - self._started, self._now()
@@ -36,10 +36,10 @@ class CallLog:
     def timeline(self, seconds: float) -> Timeline:
         """Copies that are still under way (for the next call) end with this one, as far as it knows."""
         copies = []
-        for bundle, nbytes, issued, arrival in self._copies:
+        for bundle, nbytes, arrival in self._copies:
             start = seconds if arrival.began is None else arrival.began - self._started
             stop = seconds if arrival.ended is None else arrival.ended - self._started
-            copies.append(Copy(bundle, nbytes, issued, start, max(start, stop)))
+            copies.append(Copy(bundle, nbytes, arrival.issued - self._started, start, max(start, stop)))
         return Timeline(seconds, tuple(copies), tuple(self._stalls), tuple(self._evictions))
 
     def _now(self) -> float:
