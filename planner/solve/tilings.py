@@ -252,11 +252,6 @@ class Tilings:
     def _branches(self) -> dict[Tiling, Branch]:
         return {}
 
-    @property
-    def _levels(self) -> Levels | None:
-        """Those without casts."""
-        return self.branch(UNTILED).levels
-
     def _too_much_on_the_host(self, budget_bytes: int, left: int) -> InfeasibleBudget:
         least = self.minimum
         node = least.problem.liveness.nodes[least.minimum.peak_position].name

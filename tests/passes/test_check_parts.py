@@ -21,7 +21,8 @@ from runtime.errors import CheckError
 from runtime.executable import Rows
 from runtime.layout import Slot
 from tests.passes.in_parts import plan_cut
-from tests.passes.mutations import MUTATIONS, Edit, Mutation, layout_of, with_layout
+from tests.passes.mutations import Edit, Mutation, layout_of, with_layout
+from tests.passes.plan_mutations import MUTATIONS
 from tests.passes.programs import nodes_calling
 
 aten = torch.ops.aten

@@ -18,7 +18,8 @@ from passes.check_plan import check_plan
 from passes.program import Program
 from runtime import ops
 from runtime.errors import CheckError
-from tests.passes.mutations import MUTATIONS, Edit, Mutation, layout_of, of_bundle, with_bundle, with_layout
+from tests.passes.mutations import Edit, Mutation, layout_of, of_bundle, with_bundle, with_layout
+from tests.passes.plan_mutations import MUTATIONS
 from tests.passes.programs import EXAMPLES, Mode, emitted, nodes_calling, run
 
 NAMES = ("layers", "stateful", "bert", "t5_encoder", "unet", "vae_decoder")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from passes.regions import Tile
 from planner import Plan, plan
-from planner.solve.decisions import Tiling
+from planner.solve.decisions import UNTILED, Tiling
 from planner.solve.problem import Problem
 from planner.solve.tile_cost import Hosting, TileCosts
 from tests.planner.toys import planned
@@ -30,7 +30,7 @@ class _Sums(nn.Module):
 def test_partial_sums_of_all_tiles_are_counted(dim: int, count: int, dtype: torch.dtype) -> None:
     module = _Sums().to(dtype).eval()
     tilings = plan(module, "1GB", inputs=(torch.randn(2, 96, 64, dtype=dtype),), device="accounting")._tilings
-    costs = tilings._levels._costs
+    costs = tilings.branch(UNTILED).levels._costs
     nodes = costs.nodes
     (seed,) = (n for n in nodes[0].all_input_nodes if n.name not in tilings.base.problem.program.weights)
     estimate = costs.estimate(0, len(nodes), seed, dim, count, grain=1)
@@ -92,7 +92,7 @@ MATH = [(False, torch.float16, 260), (False, torch.float64, 64), (True, torch.fl
 @pytest.mark.parametrize("count", [2, 8, 32])
 def test_attention_in_tiles_of_queries(causal: bool, dtype: torch.dtype, features: int, count: int) -> None:
     tilings = _attending(causal, dtype, features)._tilings
-    costs = tilings._levels._costs
+    costs = tilings.branch(UNTILED).levels._costs
     (node,) = (n for n in costs.nodes if "attention" in n.name)
     seed = node.all_input_nodes[0]
     start = costs.position[node]

@@ -93,9 +93,10 @@ def error_of(given: list[Tensor], expected: list[Tensor]) -> float:
 def tiled_share(p: Plan, untiled: Plan) -> float:
     """Of the operators that compute something, untiled, the share that runs in loops.
 
-    What runs whole keeps its name, which what loops write takes over too; a result merged from parts counts as whole.
+    What runs whole keeps its name, which what loops write takes over too; a result merged from parts counts as whole. Operators
+    that come to write in place compute as before, so they are counted in the program that does not write in place yet.
     """
-    names = {node.name for node in untiled.problem.liveness.nodes if _computes(node)}
+    names = {node.name for node in untiled._tilings.base.problem.liveness.nodes if _computes(node)}
     written = torch.ops.aten.empty_strided.default, torch.ops.aten.alias.default, ops.host
     whole = [n for n in p.problem.liveness.nodes if n.name in names and n.target not in written]
     return 1 - len(whole) / len(names)
