@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from passes.base import run_passes
 from passes.big_weights import sliceable
 from passes.program import storage_id
+from passes.regions import Calls
 from passes.slice_weights import SliceWeights, WeightSlices, row_ranges
+from passes.tile_rules import Untileable
 from runtime.errors import PlanFileError
 from runtime.executable import Rows
 from tests.passes.in_parts import check_runs, cut_all, plan_cut, plan_with
@@ -203,3 +205,14 @@ def test_state_and_columns_first_are_refused() -> None:
 def test_parts_are_not_cut_again() -> None:
     program = cut_all(canonical(nn.Linear(4, 6), torch.randn(2, 4)), 2)
     assert sliceable(program) == {}
+
+
+def test_what_computes_a_part_of_the_features_does_not_run_in_tiles() -> None:
+    """Along neither the rows of its input nor its features: the checker knows slices of weights or tiles, not both at once."""
+    program = cut_all(canonical(nn.Linear(4, 6), torch.randn(8, 4)), 2)
+    parts = [node for node in program.ops() if node.name.startswith("linear__rows")]
+    assert len(parts) == 2
+    for node in parts:
+        for dim in (0, 1):
+            with pytest.raises(Untileable, match="computes a part of the features already"):
+                Calls().dims(node, dim)
