@@ -1,6 +1,7 @@
 """Shared by all tests: Hypothesis profiles, one thread, seeded randomness, no network, GPU tests skipped."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -40,6 +41,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: collecting garbage need not look at it again and again, which took a sixth of the time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

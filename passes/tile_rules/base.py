@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -75,16 +75,14 @@ class TileCall:
 
     def arg(self, name: str) -> Any:
         """An argument by the name that the operator's schema gives it, its default where it is left out."""
-        for index, argument in enumerate(self.target._schema.arguments):
-            if argument.name == name:
-                if index < len(self.args):
-                    return self.args[index]
-                return self.kwargs.get(name, argument.default_value)
-        raise AssertionError(f"{self.target} has no argument {name!r}")
+        found = _arguments(self.target)
+        assert name in found, f"{self.target} has no argument {name!r}"
+        index, default = found[name]
+        return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
 
     def index_of(self, name: str) -> int | None:
         """Which of `tensors` an argument is (the first of a list); None for one that is no tensor."""
-        names = [argument.name for argument in self.target._schema.arguments]
+        names = tuple(_arguments(self.target))
         assert name in names, f"{self.target} has no argument {name!r}"
         index = 0
         for given, value in (*zip(names, self.args, strict=False), *self.kwargs.items()):
@@ -99,7 +97,7 @@ class TileCall:
         leaves, spec = tree_flatten((self.args, dict(self.kwargs)))
         given = iter(values)
         args, kwargs = tree_unflatten([next(given) if isinstance(leaf, TensorSpec) else leaf for leaf in leaves], spec)
-        names = [argument.name for argument in self.target._schema.arguments]
+        names = tuple(_arguments(self.target))
         args = [changes.pop(name) if name in changes else value for name, value in zip(names, args, strict=False)]
         return run(self.target, *args, **{**kwargs, **changes})
 
@@ -176,10 +174,19 @@ def tag_rule(tag: torch.Tag) -> Callable[[_R], _R]:
     return register
 
 
+@cache
+def _arguments(target: Any) -> Mapping[str, tuple[int, Any]]:
+    """An overload's arguments in order, by name: position and default. A schema is slow to ask."""
+    return {argument.name: (index, argument.default_value) for index, argument in enumerate(target._schema.arguments)}
+
+
 def rule_of(target: Any) -> Rule | None:
     """An operator overload's rule: its own, else that of a tag."""
-    if target in RULES:
-        return RULES[target]
+    return RULES.get(target) or _rule_of_tags(target)
+
+
+@cache  # tags are slow to ask for; their rules are registered when this package is imported
+def _rule_of_tags(target: Any) -> Rule | None:
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return None
     if torch.Tag.nondeterministic_seeded in target.tags:

@@ -115,8 +115,10 @@ def spread_fractions(
 
 def _whole_weights(problem: Problem, spans: Sequence[BundleSpan], chosen: Sequence[BundleSpan]) -> tuple[BundleSpan, ...]:
     """Takes weights out of the chosen bundles that some bundle left behind needs too."""
+    if not problem.revisited:
+        return tuple(chosen)
     picked = set(map(id, chosen))
-    resident = {w for span in spans if id(span) not in picked for w in span.weights}
+    resident = {w for span in spans if id(span) not in picked for w in span.weights} & problem.revisited
     result = []
     for span in chosen:
         weights = tuple(w for w in span.weights if w not in resident)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,6 +52,11 @@ class Problem:
     def activation_bytes(self) -> np.ndarray:
         """Bytes at the worst moment of each operator, without weights; int64[n]."""
         return np.asarray(self.liveness.bytes_at, dtype=np.int64)
+
+    @cached_property
+    def revisited(self) -> frozenset[str]:
+        """Weights that are read in several places."""
+        return frozenset(weight for weight, count in Counter(v.weight for v in self.visits).items() if count > 1)
 
     @cached_property
     def banded(self) -> tuple[int, ...]:

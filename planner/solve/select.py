@@ -84,15 +84,9 @@ class Selections:
     def _to_the_end(self, selection: Selection, spans: Selection) -> Selection:
         """The last streamed bundle exchanged for the last there is: what is computed behind it, no copy is hidden by."""
         exchanged = {*selection[-1].weights, *spans[-1].weights}
-        if self.seam or selection[-1] == spans[-1] or exchanged & self._tied:
+        if self.seam or selection[-1] == spans[-1] or exchanged & self.problem.revisited:
             return selection
         return (*selection[:-1], spans[-1])
-
-    @cached_property
-    def _tied(self) -> set[str]:
-        """Weights that are read in several places."""
-        seen: set[str] = set()
-        return {v.weight for v in self.problem.visits if v.weight in seen or seen.add(v.weight)}  # type: ignore[func-returns-value]
 
     @cached_property
     def _known(self) -> dict[int | None, list[Selection]]:
