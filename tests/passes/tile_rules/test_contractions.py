@@ -185,7 +185,11 @@ def test_refused() -> None:
 
 @given(st.data(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
 def test_partial_sums_are_as_accurate_as_the_whole(data: st.DataObject, dtype: torch.dtype) -> None:
-    """Largest error against fp64 at most twice that of the whole operator, and one rounding."""
+    """Largest error against fp64 at most twice that of the whole operator, one rounding of the result and one of what is added.
+
+    The last in fp32, in which all of them add up: which order kernels of other lengths take, and so how lucky the whole was,
+    differs between processors.
+    """
     torch.manual_seed(data.draw(st.integers(0, 10**6)))
     size = data.draw(st.integers(64, 600))
     x, weight, bias = (torch.randn(s).to(dtype) for s in ((4, size), (8, size), (8,)))
@@ -206,5 +210,6 @@ def test_partial_sums_are_as_accurate_as_the_whole(data: st.DataObject, dtype: t
     assert merge is not None
     found = merge(run, torch.stack(partial))
     assert found.dtype == dtype
-    rounding = torch.finfo(dtype).eps * exact.abs().max()
+    added = torch.nn.functional.linear(x.double().abs(), weight.double().abs()).max()
+    rounding = torch.finfo(dtype).eps * exact.abs().max() + torch.finfo(torch.float32).eps * added
     assert (found.double() - exact).abs().max() <= 2 * (whole.double() - exact).abs().max() + rounding
