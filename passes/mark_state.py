@@ -29,6 +29,13 @@ def written_nodes(node: fx.Node) -> list[fx.Node]:
     return written
 
 
+def written_inputs(program: Program) -> tuple[str, ...]:
+    """The inputs whose storage some operator writes, in their order."""
+    written = {storage_id(t) for node in program.ops() for target in written_nodes(node) for t in tensors_of(target)}
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    return tuple(name for name in program.inputs if any(storage_id(t) in written for t in tensors_of(nodes[name])))
+
+
 @dataclass(frozen=True)
 class MarkState:
     """Ensures: `Weight.state` holds for exactly those weights whose storage some operator writes."""

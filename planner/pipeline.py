@@ -14,6 +14,7 @@ from passes.concretise import Concretise
 from passes.dims import Dims
 from passes.insert_frees import InsertFrees
 from passes.liveness import Liveness
+from passes.mark_state import written_inputs
 from passes.program import Program, Weight
 from passes.spec import TensorSpec, short_dtype
 from passes.stream_weights import StreamWeights
@@ -133,6 +134,7 @@ def make_executable(
         pace=pace,
         leftovers=program.leftovers,
         tables={name: _view(weight) for name, weight in program.tables.items()},
+        written=written_inputs(program),
     )
 
 

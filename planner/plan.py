@@ -44,6 +44,7 @@ from runtime.devices import open_device
 from runtime.errors import PlanFileError, PlannerError
 from runtime.executable import Executable
 from runtime.module import PlannedModule, planned
+from runtime.recovery import OnOom
 from runtime.report import Report
 from runtime.runner import Runner
 from runtime.signature import CallSignature, Signature, bind_call
@@ -317,16 +318,21 @@ class Plan(PlanFacts):
         """
         emit_package(self, folder, weights, max_shard_size, copy=copy)
 
-    def build(self, weights: Any = None, *, concurrent: Literal["wait", "raise"] = "wait") -> PlannedModule:
+    def build(
+        self, weights: Any = None, *, concurrent: Literal["wait", "raise"] = "wait", on_oom: OnOom = "replan"
+    ) -> PlannedModule:
         """The module that runs the plan. Its weights move, one at a time, into one host arena that the original then shares.
 
         Args:
             weights: for a model on the meta device: a module, a state dict or a folder of safetensors files; by default the
                 folder that was planned, if it was one.
             concurrent: what a call does while another thread is inside: wait or raise.
+            on_oom: what happens where the device refuses memory in a call because something else took it. "replan": the call
+                runs once more, with a warning, by a plan for what is free then, if it has not written an input or a buffer yet;
+                that budget stays in force. "raise": torch.OutOfMemoryError. A model in parts always raises.
 
         Raises:
-            PlannerError: no such device here, or weights are missing.
+            PlannerError: no such device here, on_oom is neither, or weights are missing.
             CheckpointError: a file of the folder is damaged, or changed since it was planned; names file and tensor.
         """
         if self._runner is not None and not self._runner.closed:
@@ -336,6 +342,8 @@ class Plan(PlanFacts):
                 f"this plan is for {self.device}, and there is no CUDA device here; build it where there is one, "
                 "or plan with device='accounting'"
             )
+        if on_oom not in ("replan", "raise"):
+            raise PlannerError(f"on_oom={on_oom!r} is neither 'replan' nor 'raise'")
         if weights is None and self._options.folder is not None:
             weights = self._options.folder.require_weights()
         lookup = open_weights(weights, self._target) if weights is not None else None
@@ -343,6 +351,7 @@ class Plan(PlanFacts):
             module = self._build(lookup, concurrent)
         self._lookup = lookup if isinstance(lookup, Checkpoint) else None
         module._runner.save = self.save_sharded
+        module._runner.on_oom = on_oom
         return module
 
     def _build(self, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PlannedModule:
@@ -364,8 +373,9 @@ class Plan(PlanFacts):
         self._runner = runner
         return planned(self._target, runner)
 
-    def _replan_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
-        options = dataclasses.replace(self._options, args=args, kwargs=kwargs, dynamic=None)
+    def _replan_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], budget_bytes: int) -> Executable:
+        budget = dataclasses.replace(self.budget, device_bytes=budget_bytes)
+        options = dataclasses.replace(self._options, args=args, kwargs=kwargs, dynamic=None, budget=budget)
         return Plan(self._target, options, prepare(self._target, options)).executable
 
     @property

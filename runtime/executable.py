@@ -98,7 +98,7 @@ class Pace:
 class Executable:
     """Runs as `program(rt, w, device, *inputs) -> list of leaves`; weights and constants are keyed by placeholder name.
 
-    `tables` are the weights whose rows it looks up on the host, by the module's names.
+    `tables` are the weights whose rows it looks up on the host, by the module's names. `written`: the inputs that it writes.
     """
 
     name: str
@@ -112,3 +112,4 @@ class Executable:
     pace: Pace | None = None
     leftovers: Leftovers | None = None
     tables: Mapping[str, WeightView] = field(default_factory=dict)
+    written: tuple[str, ...] = ()

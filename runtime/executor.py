@@ -57,6 +57,13 @@ class Executor:
         if program is self._program:
             return
         self.unload()
+        try:
+            self._load(program)
+        except BaseException:
+            self.unload()
+            raise
+
+    def _load(self, program: Executable) -> None:
         layout = program.layout
         self._run = compile_source(program.source, program.name)
         self._resident = self.device.allocate(layout.resident_bytes) if layout.resident_bytes else None

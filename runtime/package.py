@@ -61,7 +61,7 @@ class PackageRunner(Runner):
         self.executor.load(self.programs[0][1])
         self.versions = self._versions()
 
-    def _refuse_new(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
+    def _refuse_new(self, args: tuple[Any, ...], kwargs: dict[str, Any], budget_bytes: int) -> Executable:
         known = "; or ".join(describe_signature(signature, self.function) for signature, _ in self.programs)
         raise InputError(
             f"this package runs {self._title} for {known}, and was called with {describe_call(args, kwargs, self.function)}. A "

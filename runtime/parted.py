@@ -341,5 +341,5 @@ def _parents(name: str) -> Iterator[str]:
         yield ".".join(parts[:depth])
 
 
-def _never(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
+def _never(args: tuple[Any, ...], kwargs: dict[str, Any], budget_bytes: int) -> Executable:
     raise AssertionError("a parted module has no program of its own")

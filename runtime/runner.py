@@ -35,6 +35,7 @@ from runtime.origins import (
     version_of,
     view_of,
 )
+from runtime.recovery import Beginning, OnOom, Recovery
 from runtime.report import Report
 from runtime.signature import CallSignature, Signature, bind_call
 from runtime.store import HostStore
@@ -43,7 +44,8 @@ from runtime.weight_file import FileTensor, Value
 
 log = logging.getLogger("vramplan")
 ALIGNMENT = 512  # of weights, where no program says another
-Replan = Callable[[tuple[Any, ...], dict[str, Any]], Executable]
+# Plans a call for a budget in bytes.
+Replan = Callable[[tuple[Any, ...], dict[str, Any], int], Executable]
 
 
 class Runner:
@@ -75,6 +77,7 @@ class Runner:
         self._constants: dict[str, torch.Tensor] = {}  # in the store: tensors that are no parameter and no buffer
         self._watched: dict[str, torch.Tensor] = {}
         self.pinned = False
+        self.on_oom: OnOom = "raise"
         self.save: Callable[..., None] | None = None  # writes the weights as a checkpoint: `PlannedModule.save_sharded`
 
     def attach(self, signature: Signature, program: Executable, lookup: Lookup | None = None) -> None:
@@ -210,7 +213,7 @@ class Runner:
                     f"the constant {view.name!r} is on the meta device: plan the module that was given as weights"
                 )
             if view.name in self._constants:
-                view = dataclasses.replace(view, name=f"{view.name}@{len(self.programs)}")
+                view = dataclasses.replace(view, name=f"{view.name}@{len(self._constants)}")
             weights[node], fresh[view.name] = view, value
         if not fresh:
             return program
@@ -253,7 +256,9 @@ class Runner:
         try:
             with torch.inference_mode(False):  # arenas outlive the call, whatever mode its caller is in
                 program, leaves = self._prepare(args, kwargs)
-            return self._run(program, leaves)
+            if self.on_oom == "raise":
+                return self._run(program, leaves)
+            return self._run_or_recover(program, leaves, (args, kwargs))
         finally:
             self._leave()
 
@@ -276,7 +281,7 @@ class Runner:
         self._holder = me
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Executable, list[Any]]:
-        """The loaded program of this call, and its flat inputs."""
+        """The program of this call, and its flat inputs."""
         args, kwargs = bind_call(self.function, args, kwargs)
         signature, leaves = CallSignature.of(args, kwargs)
         self._guard(leaves)
@@ -284,15 +289,41 @@ class Runner:
         program = next((p for i, (s, p) in known if s.accepts(signature) and self._states.fits(i)), None)
         if program is None:
             log.info("%s: a new call signature, planning again (%d so far)", self.method, len(self.programs))
-            program = self.replan(args, kwargs)
-            self.add(signature, program)
+            self.add(signature, self.replan(args, kwargs, self.budget_bytes))
             program = self.programs[-1][1]
             self.versions = self._versions()
-        self.executor.load(program)
         return program, leaves
+
+    def _run_or_recover(self, program: Executable, leaves: list[Any], call: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        """Runs a program; where the device refuses memory once more, by a plan for what is free then."""
+        tensors = {leaf.untyped_storage()._cdata: leaf for leaf in leaves if isinstance(leaf, torch.Tensor)}
+        nbytes = sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+        beginning = Beginning.of(program, leaves, self.state, self.device.torch_device)
+        recovery = Recovery(f"{type(self.module).__name__}.{self.method}", self.device, self.budget_bytes, nbytes)
+        return recovery.run(
+            program,
+            beginning,
+            lambda chosen: self._run(chosen, leaves),
+            self.executor.unload,
+            lambda budget_bytes: self._shrink(budget_bytes, *call),
+        )
+
+    @torch.inference_mode(False)
+    def _shrink(self, budget_bytes: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
+        """Makes a smaller budget the one in force, and gives the program of a call in it; others are planned when called."""
+        if budget_bytes < self.budget_bytes:
+            bound, named = bind_call(self.function, args, kwargs)
+            smaller = self.replan(bound, named, budget_bytes)
+            self.budget_bytes, self.programs, self._states = budget_bytes, [], KnownStates(self.module)
+            self.device.lower(budget_bytes)
+            self.add(CallSignature.of(bound, named)[0], smaller)
+            self.versions = self._versions()
+        return self._prepare(args, kwargs)[0]
 
     def _run(self, program: Executable, leaves: list[Any]) -> Any:
         self.calls += 1
+        with torch.inference_mode(False):
+            self.executor.load(program)
         with torch.no_grad():
             try:
                 outputs = self.executor.call(leaves)

@@ -30,7 +30,10 @@ _POISON = 0xFF
 
 
 class AccountingDevice:
-    """See the module. `peak_bytes` counts arenas, inputs, staged bundles and every storage the dispatcher makes."""
+    """See the module. `peak_bytes` counts arenas, inputs, staged bundles and every storage the dispatcher makes.
+
+    `limit_bytes`: memory that there is, for calls and their inputs; what passes it is refused as on a real device.
+    """
 
     kind = "accounting"
 
@@ -40,6 +43,7 @@ class AccountingDevice:
         self._last: Measurement | None = None
         self._copied_bytes = 0
         self._clock: VirtualClock | None = None
+        self.limit_bytes: int | None = None
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), _POISON, dtype=torch.uint8)
@@ -98,13 +102,13 @@ class AccountingDevice:
 
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
-        counter = StorageCounter()
-        counter.count_all([*inputs, *arenas])
-        del arenas  # bundles that came over the seam go with their eviction
+        counter = StorageCounter(self.limit_bytes)
         self._copied_bytes, started = 0, time.perf_counter()
         if self._clock is not None:
             self._clock.begin()
         try:
+            counter.count_all([*inputs, *arenas])
+            del arenas  # bundles that came over the seam go with their eviction
             with counter, _LinearIsOneKernel(counter):
                 yield
         except BaseException:
@@ -124,15 +128,26 @@ class AccountingDevice:
     def enforce(self, budget_bytes: int) -> None:
         return None
 
+    def free_bytes(self, input_bytes: int) -> int | None:
+        return self.limit_bytes
+
+    def lower(self, budget_bytes: int) -> None:
+        return None
+
     def close(self) -> None:
         return None
 
 
 class StorageCounter(TorchDispatchMode):
-    """Bytes of all untyped storages that are alive: counted when first seen, until their true death."""
+    """Bytes of all untyped storages that are alive: counted when first seen, until their true death.
 
-    def __init__(self) -> None:
+    Raises:
+        torch.OutOfMemoryError: in whatever makes a storage with which they pass `limit_bytes`.
+    """
+
+    def __init__(self, limit_bytes: int | None = None) -> None:
         super().__init__()
+        self.limit_bytes = limit_bytes
         self.live_bytes = self.peak_bytes = 0
         self._sizes: dict[int, int] = {}
         self._deaths: dict[int, weakref.finalize[Any, Any]] = {}
@@ -154,6 +169,10 @@ class StorageCounter(TorchDispatchMode):
         self.live_bytes += storage.nbytes()
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
         self._deaths[storage._cdata] = weakref.finalize(storage, self._forget, storage._cdata)
+        if self.limit_bytes is not None and self.live_bytes > self.limit_bytes:
+            raise torch.OutOfMemoryError(
+                f"accounting: {storage.nbytes():,} B more are {self.live_bytes:,} B, and there are {self.limit_bytes:,} B"
+            )
 
     def _forget(self, key: int) -> None:
         del self._deaths[key]

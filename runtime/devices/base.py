@@ -118,6 +118,17 @@ class Device(Protocol):
         """Has the device's allocator refuse what passes the budget, where it can."""
         ...
 
+    def free_bytes(self, input_bytes: int) -> int | None:
+        """What a call could take now, with its inputs, which are there; None where the device cannot tell.
+
+        To be asked when nothing of a program is loaded.
+        """
+        ...
+
+    def lower(self, budget_bytes: int) -> None:
+        """As `enforce`, for less than before; what others hold counts as it did then."""
+        ...
+
     def close(self) -> None:
         """Undoes `enforce` and gives back what is cached."""
         ...

@@ -144,6 +144,12 @@ class CpuDevice:
     def enforce(self, budget_bytes: int) -> None:
         return None
 
+    def free_bytes(self, input_bytes: int) -> int | None:
+        return None  # the system gives memory that it does not have, and ends whoever uses it
+
+    def lower(self, budget_bytes: int) -> None:
+        return None
+
     def close(self) -> None:
         self._readers.close()
 

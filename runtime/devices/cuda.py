@@ -209,10 +209,22 @@ class CudaDevice:
         torch.cuda.empty_cache()
         self._baseline_bytes = torch.cuda.memory_allocated(self.torch_device)
         self._reserved_baseline = torch.cuda.memory_reserved(self.torch_device)
+        self.lower(budget_bytes)
+
+    def lower(self, budget_bytes: int) -> None:
         total = torch.cuda.get_device_properties(self.torch_device).total_memory
         self._pools.limit_bytes = self._reserved_baseline + budget_bytes
         torch.cuda.set_per_process_memory_fraction(share_of(self._pools.limit_bytes, total), self.torch_device)
         self._enforced = True
+
+    def free_bytes(self, input_bytes: int) -> int | None:
+        torch.cuda.synchronize(self.torch_device)
+        self._pools.make()
+        torch.cuda.empty_cache()
+        free = int(torch.cuda.mem_get_info(self.torch_device)[0])
+        if self._pools.limit_bytes is not None:
+            free = min(free, self._pools.limit_bytes - torch.cuda.memory_reserved(self.torch_device))
+        return free + input_bytes
 
     def close(self) -> None:
         torch.cuda.synchronize(self.torch_device)
