@@ -189,7 +189,7 @@ def _solver(plan: Plan) -> _Solve:
         return lambda budget: _solve_parts(plan, budget)
 
     def solve(budget_bytes: int) -> _Solved:
-        solver, schedule = plan._tilings.solve(budget_bytes, plan.budget.host_bytes)
+        solver, schedule = plan._tilings.solve(budget_bytes, plan.host)
         return _Solved(schedule.peak_bytes, schedule.time.step_seconds, _copied_bytes(solver, schedule), solver.problem)
 
     return solve

@@ -10,6 +10,7 @@ from typing import Literal
 from planner.bounds import Bound, physical_bound
 from planner.sizes import format_bytes, format_seconds
 from planner.solve.decide import Schedule, Solver
+from planner.solve.homes import HostMemory
 from planner.solve.share import SharedBudget, Shares
 from planner.solve.tilings import Tilings
 from runtime.timeline import Timeline
@@ -35,6 +36,7 @@ class Gap:
     schedule: Schedule
     timeline: Timeline
     budget_bytes: int
+    host: HostMemory | None = None
 
     def __str__(self) -> str:
         return _table(self.rows())
@@ -72,7 +74,7 @@ class Gap:
         """One call with one more GB; None where everything is on the device already."""
         if not self.schedule.placements:
             return None
-        return min(self.tilings.solve(self.budget_bytes + ONE_GB)[1].time.step_seconds, self.step_seconds)
+        return min(self.tilings.solve(self.budget_bytes + ONE_GB, self.host)[1].time.step_seconds, self.step_seconds)
 
     def rows(self) -> list[tuple[str, str]]:
         """Labels and texts, as `print(plan)` and `print(plan.gap)` show them."""

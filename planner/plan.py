@@ -365,7 +365,9 @@ class Plan(PlanFacts):
         return planned(self._target, runner)
 
     def _replan_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
-        options = dataclasses.replace(self._options, args=args, kwargs=kwargs, dynamic=None)
+        store = None if self._runner is None else self._runner.store
+        held = None if store is None or self._host is None else store.held
+        options = dataclasses.replace(self._options, args=args, kwargs=kwargs, dynamic=None, held=held)
         return Plan(self._target, options, prepare(self._target, options)).executable
 
     @property

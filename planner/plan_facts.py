@@ -13,6 +13,7 @@ from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
 from planner.dynamic_plan import check_sizes
 from planner.gap import Gap
+from planner.host_budget import given_homes, host_memory, refuse_full_disk
 from planner.machine import Machine
 from planner.options import Options
 from planner.pipeline import emit_program, placements_of
@@ -21,6 +22,7 @@ from planner.profile_ops import counts_of
 from planner.sizes import format_bytes
 from planner.solve.bands import band_bytes
 from planner.solve.decisions import UNTILED, Decisions
+from planner.solve.homes import HostMemory
 from planner.solve.problem import Problem
 from planner.solve.simulate import EngineProgram, StepTime, simulate
 from planner.solve.tilings import Tilings
@@ -34,23 +36,29 @@ class PlanFacts:
 
     def __init__(self, target: nn.Module, options: Options, tilings: Tilings, decisions: Decisions | None = None) -> None:
         self._target, self._options, self._tilings = target, options, tilings
+        self._host = host_memory(target, options)
         if decisions is None:
             if options.budget.device_bytes < tilings.least_bytes(options.budget.device_bytes):
                 raise infeasible(tilings, options.budget.device_bytes)
-            solver, schedule = tilings.solve(options.budget.device_bytes, options.budget.host_bytes)
+            solver, schedule = tilings.solve(options.budget.device_bytes, self._host)
             decisions = schedule.decisions(solver.problem)
         else:
             solver = tilings.of(decisions.tiling)
             schedule = solver.evaluate(placements_of(solver.problem, decisions), decisions.staging)
+            schedule = given_homes(schedule, solver.problem, self._host, decisions)
             if schedule.peak_bytes > options.budget.device_bytes:
                 raise PlanFileError(
                     f"the decisions need {format_bytes(schedule.peak_bytes)} here, more than their budget of "
                     f"{format_bytes(options.budget.device_bytes)}; plan the model again"
                 )
+        if self._host is not None:
+            refuse_full_disk(self._host, solver.problem, schedule)
         self.decisions, self._solver = decisions, solver
         if solver.problem.in_symbols is not None:
             check_sizes(solver.problem, decisions, options.budget.device_bytes)
-        self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes, schedule.pools)
+        self.emitted, self.proof = emit_program(
+            solver.problem, decisions, options.budget.device_bytes, schedule.pools, self._host, options.repeats
+        )
         self._schedule = schedule
 
     # What was asked.
@@ -62,6 +70,11 @@ class PlanFacts:
     @property
     def budget(self) -> Budget:
         return self._options.budget
+
+    @property
+    def host(self) -> HostMemory | None:
+        """What was declared of the host's memory; None where it has no budget."""
+        return self._host
 
     @property
     def options(self) -> Options:
@@ -185,7 +198,7 @@ class PlanFacts:
     @cached_property
     def gap(self) -> Gap:
         """How far the plan is from the limit, what sets that, and what more memory would buy."""
-        return Gap(self._tilings, self._solver, self._schedule, self.timeline, self.budget_bytes)
+        return Gap(self._tilings, self._solver, self._schedule, self.timeline, self.budget_bytes, self._host)
 
     @property
     def title(self) -> str:
