@@ -13,7 +13,7 @@ from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
 from planner.dynamic_plan import check_sizes
 from planner.gap import Gap
-from planner.host_budget import given_homes, host_memory, refuse_full_disk
+from planner.host_budget import given_homes, host_memory, refuse_full_disk, refuse_full_disk_on_cpu
 from planner.machine import Machine
 from planner.options import Options
 from planner.pipeline import emit_program, placements_of
@@ -22,7 +22,7 @@ from planner.profile_ops import counts_of
 from planner.sizes import format_bytes
 from planner.solve.bands import band_bytes
 from planner.solve.decisions import UNTILED, Decisions
-from planner.solve.homes import HostMemory
+from planner.solve.homes import HostMemory, HostPlan
 from planner.solve.problem import Problem
 from planner.solve.simulate import EngineProgram, StepTime, simulate
 from planner.solve.tilings import Tilings
@@ -53,6 +53,7 @@ class PlanFacts:
                 )
         if self._host is not None:
             refuse_full_disk(self._host, solver.problem, schedule)
+        refuse_full_disk_on_cpu(solver.problem, target, options)
         self.decisions, self._solver = decisions, solver
         if solver.problem.in_symbols is not None:
             check_sizes(solver.problem, decisions, options.budget.device_bytes)
@@ -75,6 +76,11 @@ class PlanFacts:
     def host(self) -> HostMemory | None:
         """What was declared of the host's memory; None where it has no budget."""
         return self._host
+
+    @property
+    def homes(self) -> HostPlan | None:
+        """What of the weights is in the host's memory, and what is read from disk; None where that has no budget."""
+        return self._schedule.host
 
     @property
     def options(self) -> Options:
@@ -189,7 +195,7 @@ class PlanFacts:
 
     def bound_at(self, budget_bytes: int) -> Bound:
         """What no schedule can beat within a budget."""
-        return physical_bound(self.problem, budget_bytes)
+        return physical_bound(self.problem, budget_bytes, self._host)
 
     @property
     def bound_seconds(self) -> float:

@@ -148,7 +148,7 @@ class DiskHome:
         weights = sum(view.nbytes > 0 for view in views.values())
         first = self._files == 0
         try:
-            self._folder.reserve(len(header) + nbytes)
+            self._folder.reserve(nbytes, len(header))
             segment = _FileSegment(self._folder, f"weights-{self._files + 1}.safetensors", header, nbytes, weights, first)
         except BaseException:
             if first:

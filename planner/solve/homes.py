@@ -145,6 +145,12 @@ class HostProblem:
             return sum(self._bytes[home] for home in homes if home not in self.host.held)
         return max(0, sum(self._bytes[home] for home in homes) - self._room(0))
 
+    def least_read_of(self, streamed_bytes: int) -> int:
+        """What is read in every call at least, if so many bytes are streamed, whichever they are."""
+        if self.holds_all:
+            return 0
+        return max(0, streamed_bytes - (self._held_bytes if self.host.held is not None else self._room(0)))
+
     def plan(self, spans: Sequence[BundleSpan], slots: int = RING_SLOTS[0]) -> HostPlan:
         """The homes, if these bundles are streamed and reads have so many slots, or as many as there is room for."""
         if self.holds_all:
@@ -269,8 +275,7 @@ class HostProblem:
     @cached_property
     def _bytes(self) -> dict[str, int]:
         """Of every home of what the program reads, as they are aligned."""
-        weights, tables = self.problem.program.weights, self.problem.program.tables
-        return {_home_of(w): self._aligned(_whole_bytes(w)) for w in (*weights.values(), *tables.values())}
+        return homes_of(self.problem)
 
     @cached_property
     def _tables(self) -> tuple[str, ...]:
@@ -304,6 +309,12 @@ class HostProblem:
 
     def _aligned(self, nbytes: int) -> int:
         return align(nbytes, self.problem.memory.weight_alignment)
+
+
+def homes_of(problem: Problem) -> dict[str, int]:
+    """What the program reads, by the host's names: whole weights, in bytes as they are aligned."""
+    weights = (*problem.program.weights.values(), *problem.program.tables.values())
+    return {_home_of(w): align(_whole_bytes(w), problem.memory.weight_alignment) for w in weights}
 
 
 def rings(host: HostProblem, spans: Sequence[BundleSpan]) -> Iterator[HostPlan]:

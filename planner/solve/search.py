@@ -44,7 +44,7 @@ _MOST_OPERATORS = 2000
 # Schedules whose seconds differ by no more than this share are equally fast.
 _EQUAL = 1e-9
 # A step that takes no more than so many times what the disk takes at least is not improved.
-_NEAR = 1.005
+NEAR = 1.02
 
 
 @dataclass(order=True)
@@ -72,9 +72,7 @@ class Search:
     def perfect(self) -> bool:
         """Whether compute never waits, which nothing beats; or hardly longer than the disk takes at least."""
         least = self.solver.problem.compute_seconds
-        if self._least_disk_seconds > least:
-            return self.best.time.step_seconds <= self._least_disk_seconds * _NEAR
-        return self.best.time.step_seconds <= least * (1 + _EQUAL)
+        return self.best.time.step_seconds <= max(least * (1 + _EQUAL), self._least_disk_seconds * NEAR)
 
     def run(self) -> Schedule:
         """All families of selections, those first whose schedules are known without a replay."""
@@ -90,7 +88,7 @@ class Search:
                 if selection not in tried and least < self.best.time.step_seconds and self._may_fit(selection):
                     tried[selection] = least
                     self._in_arena(selection) if self._rounds else self._exactly(selection)
-        if self._rounds:
+        if self._rounds and not self.perfect:
             self._stepwise()
             self._best_in_blocks(tried)
         self._make_uniform()
@@ -138,10 +136,9 @@ class Search:
     @cached_property
     def _least_disk_seconds(self) -> float:
         """What reading takes at least, whatever is streamed."""
-        if self.host is None or self.host.holds_all:
+        if self.host is None:
             return 0.0
-        streamed = physical_bound(self.solver.problem, self.budget_bytes).streamed_bytes
-        return max(0, streamed - self.host.host.budget_bytes) / self.solver.problem.machine.disk_bandwidth
+        return physical_bound(self.solver.problem, self.budget_bytes, self.host.host).disk_seconds
 
     def _fit_ring(self) -> None:
         """Rings of other sizes: a larger one evens out more, and leaves less room for weights."""
@@ -212,7 +209,7 @@ class Search:
             for ahead in _AHEAD if selection in everything else _AHEAD[: _MOST_AHEAD if self._short else 0]:
                 queue.append(_Candidate(least, len(queue), selection, ahead))
         heapq.heapify(queue)
-        while queue and self._faster(queue[0].seconds):
+        while queue and self._faster(queue[0].seconds) and not self.perfect:
             candidate = heapq.heappop(queue)
             if candidate.placements:
                 time = self._seconds(candidate.placements)

@@ -12,6 +12,7 @@ from torch import fx
 
 from passes.program import Program, module_path, operator_name, tensors_of
 from passes.tile_rules.base import rule_of
+from planner.bounds import physical_bound
 from planner.conv_layouts import Layouts
 from planner.sizes import format_bytes
 from planner.solve.casting import NO_CASTS, Casting
@@ -20,6 +21,7 @@ from planner.solve.decisions import UNTILED, Tiling
 from planner.solve.homes import HostMemory
 from planner.solve.levels import NONE, Freedom, Levels, tile_program
 from planner.solve.problem import Problem
+from planner.solve.search import NEAR
 from runtime.errors import InfeasibleBudget
 
 # What a tiling needs in the end may be less than its cap by this share.
@@ -86,29 +88,31 @@ class Branch:
                 break
             if solver.minimum.peak_bytes > budget_bytes or not _fits(solver, host):
                 continue
-            if best is not None and _cannot_beat(solver, best[1], budget_bytes):
+            if best is not None and _cannot_beat(solver, best[1], budget_bytes, host):
                 continue
             schedule = solver.solve(budget_bytes, host)
             if best is None or schedule.time.step_seconds < best[1].time.step_seconds:
                 best = solver, schedule
             step = best[1].time.step_seconds
-            if step <= perfect or step <= self._worthwhile(budget_bytes):  # the second analyses another program
+            if step <= perfect or step <= self._worthwhile(budget_bytes, host):  # the second analyses another program
                 break
         if best is not None:
             return best
         return (self.minimum, self.minimum.solve(budget_bytes, host)) if _fits(self.minimum, host) else None
 
-    def _worthwhile(self, budget_bytes: int) -> float:
+    def _worthwhile(self, budget_bytes: int, host: HostMemory | None) -> float:
         """Seconds from which on tilings are looked for in a large program: more than what they could save at most.
 
-        No tiling beats the untiled arithmetic, nor the copies of what weights take beyond the whole budget. In a small program
-        all are looked at.
+        No tiling beats the untiled arithmetic, nor the copies of what weights take beyond the whole budget, nor the reads of
+        what of that is beyond the host's. In a small program all are looked at.
         """
         *_, problem = (solver.problem for solver in self.coarse())
         if len(problem.names) <= _LARGE:
             return 0.0
         over = problem.total_weight_bytes + problem.memory.fixed_bytes - budget_bytes
-        return _LITTLE * max(problem.compute_seconds, over / problem.machine.link_peak_bandwidth)
+        least = max(problem.compute_seconds, over / problem.machine.link_peak_bandwidth)
+        beyond = over - host.budget_bytes if host is not None and not host.of(problem).holds_all else 0
+        return _LITTLE * max(least, beyond / problem.machine.disk_bandwidth)
 
     def _candidates(self, budget_bytes: int) -> Iterator[Solver]:
         """As it is, with tables on the host, then tiled finer and finer."""
@@ -323,9 +327,11 @@ def _fits(solver: Solver, host: HostMemory | None) -> bool:
     return host is None or host.of(solver.problem).fits
 
 
-def _cannot_beat(solver: Solver, best: Schedule, budget_bytes: int) -> bool:
-    """Whether no schedule of this solver is faster: its arithmetic alone is not, or the linear program's bound."""
+def _cannot_beat(solver: Solver, best: Schedule, budget_bytes: int, host: HostMemory | None) -> bool:
+    """Whether no schedule of this solver is faster: its arithmetic alone is not, its reads, or the linear program's bound."""
     if solver.problem.compute_seconds >= best.time.step_seconds:
+        return True
+    if physical_bound(solver.problem, budget_bytes, host).disk_seconds * NEAR >= best.time.step_seconds:
         return True
     if solver.resident.peak_bytes <= budget_bytes:
         return False
