@@ -104,7 +104,7 @@ def compare_policies(plan: Plan) -> Comparison:
     Raises:
         PlannerError: the plan is one in parts; its parts can be compared.
     """
-    tilings, budget, host = _tilings(plan), plan.budget_bytes, plan.budget.host_bytes
+    tilings, budget, host = _tilings(plan), plan.budget_bytes, plan.host
     solver, least = tilings.base, plan.minimum_bytes
     bound = plan.bound_at(plan.reserved_bytes).seconds
     own = Row(OURS, plan.reserved_bytes, plan.step_seconds, bound, True, plan.step_seconds)

@@ -152,7 +152,7 @@ def frontier_of(
         """Of a tiling; of all that are used, where none is named: each has bytes of its own that no weight can take."""
         if not problems:
             return plan.bound_at(budget).seconds
-        return min(physical_bound(p, budget).seconds for p in ([problem] if problem is not None else problems))
+        return min(physical_bound(p, budget, plan.host).seconds for p in ([problem] if problem is not None else problems))
 
     rows = tuple(_point(budget, found, bound_at(budget, found.problem if found else None)) for budget, found in solved)
     curve = np.linspace(min(low, asked[0]), max(high, asked[-1]), _BOUND_POINTS).astype(np.int64).tolist()
@@ -189,7 +189,7 @@ def _solver(plan: Plan) -> _Solve:
         return lambda budget: _solve_parts(plan, budget)
 
     def solve(budget_bytes: int) -> _Solved:
-        solver, schedule = plan._tilings.solve(budget_bytes, plan.budget.host_bytes)
+        solver, schedule = plan._tilings.solve(budget_bytes, plan.host)
         return _Solved(schedule.peak_bytes, schedule.time.step_seconds, _copied_bytes(solver, schedule), solver.problem)
 
     return solve

@@ -10,11 +10,12 @@ from typing import Literal
 from planner.bounds import Bound, physical_bound
 from planner.sizes import format_bytes, format_seconds
 from planner.solve.decide import Schedule, Solver
+from planner.solve.homes import HostMemory
 from planner.solve.share import SharedBudget, Shares
 from planner.solve.tilings import Tilings
 from runtime.timeline import Timeline
 
-Resource = Literal["compute", "link", "memory"]
+Resource = Literal["compute", "link", "disk", "memory"]
 ONE_GB = 10**9
 # Shares of the step below which a difference is not worth a word.
 _SMALL = 0.01
@@ -35,6 +36,7 @@ class Gap:
     schedule: Schedule
     timeline: Timeline
     budget_bytes: int
+    host: HostMemory | None = None
 
     def __str__(self) -> str:
         return _table(self.rows())
@@ -50,7 +52,7 @@ class Gap:
     @cached_property
     def physical(self) -> Bound:
         """Arithmetic once, and over the link what cannot stay on the device."""
-        return physical_bound(self.solver.problem, self.budget_bytes)
+        return physical_bound(self.solver.problem, self.budget_bytes, self.host)
 
     @cached_property
     def lp_seconds(self) -> float:
@@ -62,21 +64,28 @@ class Gap:
 
     @property
     def resource(self) -> Resource:
-        """What binds: compute; the link, whose copies take longer; memory, which does not let copies go ahead."""
+        """What binds: compute; link or disk, which take longer; memory, which does not let copies go ahead."""
         if self.lp_seconds <= self.physical.compute_seconds * (1 + _SMALL):
             return "compute"
-        return "link" if self.lp_seconds <= self.physical.seconds * (1 + _SMALL) else "memory"
+        if self.lp_seconds > self.physical.seconds * (1 + _SMALL):
+            return "memory"
+        return "disk" if self.physical.limited_by == "disk" else "link"
 
     @cached_property
     def seconds_with_more(self) -> float | None:
         """One call with one more GB; None where everything is on the device already."""
         if not self.schedule.placements:
             return None
-        return min(self.tilings.solve(self.budget_bytes + ONE_GB)[1].time.step_seconds, self.step_seconds)
+        return min(self.tilings.solve(self.budget_bytes + ONE_GB, self.host)[1].time.step_seconds, self.step_seconds)
 
     def rows(self) -> list[tuple[str, str]]:
-        """Labels and texts, as `print(plan)` and `print(plan.gap)` show them."""
-        rows = [("limit", self.describe_limit()), ("above it", self.why), ("1 GB more", self.describe_more())]
+        """Labels and texts, as `print(plan)` and `print(plan.gap)` show them.
+
+        What more memory buys takes another solution, which takes long where the disk counts: there it is not printed.
+        """
+        rows = [("limit", self.describe_limit()), ("above it", self.why)]
+        if self.schedule.host is None or not self.schedule.host.read_bytes:
+            rows.append(("1 GB more", self.describe_more()))
         return [(label, text) for label, text in rows if text]
 
     def describe_limit(self) -> str:
@@ -84,6 +93,7 @@ class Gap:
         setter = {
             "compute": "set by the compute",
             "link": "set by the link",
+            "disk": "set by the disk",
             "memory": "set by the room that operators leave for copies, and by their order",
         }[self.resource]
         if self.step_seconds <= self.lp_seconds * (1 + _SMALL):
@@ -107,6 +117,9 @@ class Gap:
                 f"{format_bytes(extra)} are streamed beyond what the bound counts, since buffers (of up to "
                 f"{format_bytes(largest)}) hold their room while they are filled and read{reserved}"
             )
+        reads = 0 if self.schedule.host is None else self.schedule.host.read_bytes - self.physical.read_bytes
+        if reads > _A_REASON * machine.disk_bandwidth * step:
+            reasons.append(f"{format_bytes(reads)} are read beyond what the bound counts, since the ring takes room too")
         latency = self.timeline.copy_seconds - self.schedule.streamed_bytes / machine.link_peak_bandwidth
         if latency > _A_REASON * step:
             copies = len(self.schedule.placements)
@@ -115,6 +128,9 @@ class Gap:
         if self.physical.limited_by == "link" and step - self.timeline.copy_seconds > _A_REASON * step:
             idle = format_seconds(step - self.timeline.copy_seconds)
             reasons.append(f"the link is idle for {idle}, with nothing to copy or no room to copy it to")
+        if self.physical.limited_by == "disk":
+            waits = max(0.0, step - (reads + self.physical.read_bytes) / machine.disk_bandwidth)
+            reasons.append(f"the disk is idle for {format_seconds(waits)}, with no room in the ring to read to")
         if self.physical.limited_by == "compute":
             reasons.append(f"compute waits {format_seconds(self.timeline.stall_seconds)} for copies that cannot begin sooner")
         return "; ".join(reasons)

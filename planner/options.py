@@ -31,7 +31,8 @@ class Options:
     how many calls follow each other. `profile`: seconds are measured on the device, which must then be here. `casts`: the types
     in which weights may be stored, as long as the result's relative error stays within `max_error`. `layout`: convolutions may
     run in channels-last. `attention`: products and softmaxes that are attention may be fused. `folder`: where the target and
-    its weights came from, if that was a folder.
+    its weights came from, if that was a folder. `held`: the weights that a built plan has in the host's memory, where that
+    has a budget, with their bytes.
     """
 
     budget: Budget
@@ -52,6 +53,7 @@ class Options:
     layout: bool = True
     attention: bool = True
     folder: ModelFolder | None = None
+    held: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
         if self.profile:

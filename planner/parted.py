@@ -17,6 +17,7 @@ from planner.budget import Budget
 from planner.capture import capture, refuse_leftovers
 from planner.cast_fit import fitted
 from planner.gap import PartedGap
+from planner.host_budget import refuse_parts
 from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.names import Names
@@ -60,6 +61,7 @@ class PartedPlan(Plan):
         # Each part is planned for one call, for Python runs in between: nothing is fetched over that seam.
         self._target, self._options, self._parted = target, dataclasses.replace(options, repeats=1), problem
         self._runner, self.validation = None, None
+        refuse_parts(target, options)
         self.exploration = problem.exploration
         budget = options.budget.device_bytes
         if budget < problem.shared.minimum_bytes:

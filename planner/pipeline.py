@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from passes.base import run_passes
+from passes.check_host import check_host
 from passes.check_plan import Proof, check_plan
 from passes.concretise import Concretise
 from passes.dims import Dims
@@ -22,6 +23,7 @@ from planner.schedule import Placement, make_layout
 from planner.sizes import format_bytes
 from planner.solve.bundles import BundleSpan
 from planner.solve.decisions import Decisions
+from planner.solve.homes import HostMemory
 from planner.solve.problem import Problem
 from runtime import ops
 from runtime.emit import attribute_names, emit_source
@@ -55,14 +57,23 @@ def placements_of(problem: Problem, decisions: Decisions) -> tuple[Placement, ..
 
 
 def emit_program(
-    problem: Problem, decisions: Decisions, budget_bytes: int, pools: tuple[int, ...] = ()
+    problem: Problem,
+    decisions: Decisions,
+    budget_bytes: int,
+    pools: tuple[int, ...] = (),
+    host: HostMemory | None = None,
+    repeats: int = 1,
 ) -> tuple[Program, Proof]:
-    """Rewrites, schedules and checks; what comes back is proved to fit.
+    """Rewrites, schedules and checks; what comes back is proved to fit, on the host too where that has a budget.
 
     Raises:
         CheckError: the checker objects; nothing is returned that it did not accept.
     """
-    layout = make_layout(problem, placements_of(problem, decisions), decisions.staging == "arena")
+    placements = placements_of(problem, decisions)
+    layout = make_layout(problem, placements, decisions.staging == "arena")
+    if host is not None and decisions.homes is not None:
+        homes = host.of(problem).given([placed.span for placed in placements], decisions.homes)
+        layout = replace(layout, host=homes.layout(host, placements, repeats > 1))
     program = run_passes(
         problem.program.origin or problem.program,
         (
@@ -76,6 +87,7 @@ def emit_program(
     annotate_workspace(problem, program.graph)
     memory = problem.memory
     proof = check_plan(program, budget_bytes, rounding_bytes=memory.activation_rounding, fixed_bytes=memory.fixed_bytes)
+    check_host(program)
     return program, proof
 
 

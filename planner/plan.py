@@ -374,8 +374,10 @@ class Plan(PlanFacts):
         return planned(self._target, runner)
 
     def _replan_call(self, args: tuple[Any, ...], kwargs: dict[str, Any], budget_bytes: int) -> Executable:
+        store = None if self._runner is None else self._runner.store
+        held = None if store is None or self._host is None else store.held
         budget = dataclasses.replace(self.budget, device_bytes=budget_bytes)
-        options = dataclasses.replace(self._options, args=args, kwargs=kwargs, dynamic=None, budget=budget)
+        options = dataclasses.replace(self._options, args=args, kwargs=kwargs, dynamic=None, budget=budget, held=held)
         return Plan(self._target, options, prepare(self._target, options)).executable
 
     @property

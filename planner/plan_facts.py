@@ -13,6 +13,7 @@ from planner.bounds import Bound, physical_bound
 from planner.budget import Budget
 from planner.dynamic_plan import check_sizes
 from planner.gap import Gap
+from planner.host_budget import given_homes, host_memory, refuse_full_disk, refuse_full_disk_on_cpu
 from planner.machine import Machine
 from planner.options import Options
 from planner.pipeline import emit_program, placements_of
@@ -21,6 +22,7 @@ from planner.profile_ops import counts_of
 from planner.sizes import format_bytes
 from planner.solve.bands import band_bytes
 from planner.solve.decisions import UNTILED, Decisions
+from planner.solve.homes import HostMemory, HostPlan
 from planner.solve.problem import Problem
 from planner.solve.simulate import EngineProgram, StepTime, simulate
 from planner.solve.tilings import Tilings
@@ -34,23 +36,30 @@ class PlanFacts:
 
     def __init__(self, target: nn.Module, options: Options, tilings: Tilings, decisions: Decisions | None = None) -> None:
         self._target, self._options, self._tilings = target, options, tilings
+        self._host = host_memory(target, options)
         if decisions is None:
             if options.budget.device_bytes < tilings.least_bytes(options.budget.device_bytes):
                 raise infeasible(tilings, options.budget.device_bytes)
-            solver, schedule = tilings.solve(options.budget.device_bytes, options.budget.host_bytes)
+            solver, schedule = tilings.solve(options.budget.device_bytes, self._host)
             decisions = schedule.decisions(solver.problem)
         else:
             solver = tilings.of(decisions.tiling)
             schedule = solver.evaluate(placements_of(solver.problem, decisions), decisions.staging)
+            schedule = given_homes(schedule, solver.problem, self._host, decisions)
             if schedule.peak_bytes > options.budget.device_bytes:
                 raise PlanFileError(
                     f"the decisions need {format_bytes(schedule.peak_bytes)} here, more than their budget of "
                     f"{format_bytes(options.budget.device_bytes)}; plan the model again"
                 )
+        if self._host is not None:
+            refuse_full_disk(self._host, solver.problem, schedule)
+        refuse_full_disk_on_cpu(solver.problem, target, options)
         self.decisions, self._solver = decisions, solver
         if solver.problem.in_symbols is not None:
             check_sizes(solver.problem, decisions, options.budget.device_bytes)
-        self.emitted, self.proof = emit_program(solver.problem, decisions, options.budget.device_bytes, schedule.pools)
+        self.emitted, self.proof = emit_program(
+            solver.problem, decisions, options.budget.device_bytes, schedule.pools, self._host, options.repeats
+        )
         self._schedule = schedule
 
     # What was asked.
@@ -62,6 +71,16 @@ class PlanFacts:
     @property
     def budget(self) -> Budget:
         return self._options.budget
+
+    @property
+    def host(self) -> HostMemory | None:
+        """What was declared of the host's memory; None where it has no budget."""
+        return self._host
+
+    @property
+    def homes(self) -> HostPlan | None:
+        """What of the weights is in the host's memory, and what is read from disk; None where that has no budget."""
+        return self._schedule.host
 
     @property
     def options(self) -> Options:
@@ -176,7 +195,7 @@ class PlanFacts:
 
     def bound_at(self, budget_bytes: int) -> Bound:
         """What no schedule can beat within a budget."""
-        return physical_bound(self.problem, budget_bytes)
+        return physical_bound(self.problem, budget_bytes, self._host)
 
     @property
     def bound_seconds(self) -> float:
@@ -185,7 +204,7 @@ class PlanFacts:
     @cached_property
     def gap(self) -> Gap:
         """How far the plan is from the limit, what sets that, and what more memory would buy."""
-        return Gap(self._tilings, self._solver, self._schedule, self.timeline, self.budget_bytes)
+        return Gap(self._tilings, self._solver, self._schedule, self.timeline, self.budget_bytes, self._host)
 
     @property
     def title(self) -> str:

@@ -9,6 +9,7 @@ from passes.program import Program, Weight, module_path
 from planner.conv_layouts import convolutions_in
 from planner.dynamic_plan import describe_sizes
 from planner.show_attention import attention_rows
+from planner.show_host import host_rows
 from planner.show_tiles import cast_rows, tile_rows
 from planner.sizes import format_bytes, format_seconds
 
@@ -38,6 +39,7 @@ def describe(plan: Plan) -> str:
         ("step", f"{format_seconds(plan.step_seconds)} predicted, {ratio(plan)}"),
         *_gap(plan),
         ("weights", _weights(plan)),
+        *host_rows(plan),
         *cast_rows(plan),
         *tile_rows(plan),
         *attention_rows(plan),

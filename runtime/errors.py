@@ -38,13 +38,15 @@ class InfeasibleBudget(PlannerError):
         budget_bytes: what was asked.
         minimum_bytes: the least budget that is feasible.
         node: name of the operator that sets the minimum.
+        memory: whose budget: "device", "cpu" for the host's memory beside a device, or "disk".
     """
 
-    def __init__(self, message: str, *, budget_bytes: int, minimum_bytes: int, node: str) -> None:
+    def __init__(self, message: str, *, budget_bytes: int, minimum_bytes: int, node: str, memory: str = "device") -> None:
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.minimum_bytes = minimum_bytes
         self.node = node
+        self.memory = memory
 
 
 class UnknownSize(PlannerError):

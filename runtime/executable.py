@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch.utils._pytree import TreeSpec
@@ -82,16 +83,29 @@ class WeightView:
         return self.on(buffer, offset).detach().requires_grad_(self.grad)
 
 
+class ReadPace(NamedTuple):
+    """A read of a bundle: its bytes, and the read whose copy has to be over before, as in `runtime.layout.Read`."""
+
+    bundle: int
+    nbytes: int
+    after: int
+    disk_seconds: float
+    copy_seconds: float
+
+
 @dataclass(frozen=True)
 class Pace:
     """How long things take on the machine that was planned for: what a device without engines of its own goes by.
 
     `compute`: seconds of operators before each prefetch, onload and evict, in program order, and after the last of them.
-    `copies`: seconds of each bundle's copy, with its bytes.
+    `copies`: seconds of each bundle's copy, with its bytes; where it is read from disk in part, the seconds are of the rest.
+    `reads` are in the layout's order; `ahead` is the layout's.
     """
 
     compute: tuple[float, ...]
     copies: tuple[tuple[float, int], ...]
+    reads: tuple[ReadPace, ...] = ()
+    ahead: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Inside an emitted program it is `rt`: `prefetch`, `onload` and `evict` are calle
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
@@ -13,10 +14,12 @@ from typing import Any
 import torch
 
 from runtime.bands import Bands
-from runtime.devices.base import Device
+from runtime.devices.base import Copied, Device
+from runtime.devices.feeder import Feeder, parts_of
+from runtime.devices.ring import Ring
 from runtime.emit import attribute_names, compile_source
 from runtime.executable import Executable
-from runtime.layout import Bundle
+from runtime.layout import Bundle, HostLayout
 from runtime.store import HostStore
 from runtime.tables import Table
 from runtime.weight_file import Source
@@ -39,13 +42,17 @@ class Executor:
         bands = self._bands = Bands(device)
         self.host, self.fetch, self.ahead = bands.host, bands.fetch, bands.ahead
         self.room, self.save, self.begin_bands, self.end_bands = bands.room, bands.save, bands.begin, bands.end
-        # Per bundle: where its bytes are on the host, its memory, its typed weights, the copies, the event of its arrival.
+        # Per bundle: where its bytes are on the host, what calls copy them from, its memory, its typed weights, the copies, the
+        # event of its arrival.
         self._sources: dict[int, list[tuple[int, Source]]] = {}
+        self._streams: dict[int, list[tuple[int, Copied]]] = {}
         self._buffers: dict[int, torch.Tensor] = {}
         self._views: dict[int, tuple[torch.Tensor, ...]] = {}
-        self._copies: dict[int, list[tuple[torch.Tensor, Source]]] = {}
+        self._copies: dict[int, list[tuple[torch.Tensor, Copied]]] = {}
         self._arrived: dict[int, Any] = {}
         self._tables: dict[str, Table] = {}
+        self._ring: Ring | None = None
+        self._feeder: Feeder | None = None
         self._process = os.getpid()
 
     @property
@@ -83,14 +90,41 @@ class Executor:
         self._bands.load(layout)
         for bundle in layout.bundles:
             self._sources[bundle.index] = self._locate(bundle)
+            self._streams[bundle.index] = [*self._sources[bundle.index]]
             if bundle.offset is not None:
                 assert self._staging is not None
                 self._place(bundle, self._staging[bundle.offset : bundle.offset + bundle.nbytes])
         self._tables = self._find_tables()
+        self._load_ring(layout.host)
         if self._alone:
             self.device.reserve(*layout.pools)
             self.device.loaded(program)
         self.refresh()
+
+    def _load_ring(self, host: HostLayout | None) -> None:
+        """Makes the ring of a program whose weights are on disk in part, and what fills it."""
+        if host is None or not host.slots:
+            return
+        self._ring = Ring(host)
+        self.device.pin(self._ring.buffer)
+        self.device.bounce(self._ring.bounce)
+        if host.reads:
+            self._feeder = Feeder(host, self._ring)
+            self._feed(host)
+
+    def _feed(self, host: HostLayout) -> None:
+        """Tells the feeder what it reads; bundles take that from it, and the rest from memory."""
+        assert self._program is not None
+        assert self._feeder is not None
+        self._feeder.read_from(parts_of(host, self._sources))
+        held, reads = set(host.held), list(enumerate(host.reads))
+        for index in {read.bundle for read in host.reads}:
+            bundle = self._program.layout.bundles[index]
+            own = dataclasses.replace(bundle, slots=tuple(slot for slot in bundle.slots if slot.weight in held))
+            fed = [(read.start, self._feeder.source(number)) for number, read in reads if read.bundle == index]
+            self._streams[index] = [*self._locate(own), *fed]
+            if index in self._buffers:
+                self._copies[index] = _onto(self._buffers[index], self._streams[index])
 
     def refresh(self) -> None:
         """Copies the resident weights from the host: at load, and when the module's weights were written since."""
@@ -113,12 +147,17 @@ class Executor:
                 continue
             if bundle.offset is None:
                 self._place(bundle, self.device.allocate(bundle.nbytes))
-            event = self._arrived[bundle.index] = self.device.copy(self._copies[bundle.index], [self.device.mark()])
+            own = _onto(
+                self._buffers[bundle.index], self._sources[bundle.index]
+            )  # not from the feeder, which reads for prefetches
+            event = self._arrived[bundle.index] = self.device.copy(own, [self.device.mark()])
             self.device.wait(event)
 
     def _drop_carried(self) -> None:
-        """Forgets what the last call has prefetched for the next, which then copies it itself."""
+        """Forgets what the last call has prefetched for the next, which then copies it itself, and what it has read ahead."""
         self._settle()
+        if self._feeder is not None:
+            self._feeder.reset()
         for index in [index for index in self._buffers if self._is_loose(index)]:
             self._forget(index)
 
@@ -134,8 +173,12 @@ class Executor:
         self._tables = self._find_tables()
         for bundle in self._program.layout.bundles:
             self._sources[bundle.index] = self._locate(bundle)
-            if bundle.index in self._buffers:
-                self._copies[bundle.index] = _onto(self._buffers[bundle.index], self._sources[bundle.index])
+            self._streams[bundle.index] = [*self._sources[bundle.index]]
+        if self._feeder is not None and self._program.layout.host is not None:
+            self._drop_carried()
+            self._feed(self._program.layout.host)
+        for index, buffer in self._buffers.items():
+            self._copies[index] = _onto(buffer, self._streams[index])
 
     def _locate(self, bundle: Bundle) -> list[tuple[int, Source]]:
         assert self._program is not None
@@ -149,11 +192,21 @@ class Executor:
     def unload(self) -> None:
         """Gives up the loaded program and all arena memory; state stays."""
         self._settle()
+        self._unload_ring()
         self._bands.unload()
         self._program = self._run = self._resident = self._staging = None
         self._w = SimpleNamespace()
-        for table in (self._sources, self._buffers, self._views, self._copies, self._arrived, self._tables):
+        for table in (self._sources, self._streams, self._buffers, self._views, self._copies, self._arrived, self._tables):
             table.clear()
+
+    def _unload_ring(self) -> None:
+        if self._feeder is not None:
+            self._feeder.reset()
+            self._feeder.close()
+        if self._ring is not None:
+            self.device.bounce([])
+            self.device.unpin(self._ring.buffer)
+        self._ring = self._feeder = None
 
     def call(self, inputs: Sequence[Any]) -> list[Any]:
         """Runs the loaded program on flat input leaves, measured by the device; gives flat output leaves."""
@@ -177,6 +230,8 @@ class Executor:
         assert self._program is not None
         try:
             self._copy_carried()
+            if self._feeder is not None:
+                self._feeder.begin()
             return self._run(self, self._w, self.device.torch_device, *inputs)
         except BaseException:
             self._bands.drain()
@@ -219,7 +274,7 @@ class Executor:
         weights = self._program.weights
         self._buffers[bundle.index] = buffer
         self._views[bundle.index] = tuple(weights[s.weight].argument(buffer, s.offset) for s in bundle.slots)
-        self._copies[bundle.index] = _onto(buffer, self._sources[bundle.index])
+        self._copies[bundle.index] = _onto(buffer, self._streams[bundle.index])
 
     def _forget(self, index: int) -> None:
         self._buffers.pop(index, None)
@@ -227,5 +282,5 @@ class Executor:
         self._copies.pop(index, None)
 
 
-def _onto(buffer: torch.Tensor, runs: list[tuple[int, Source]]) -> list[tuple[torch.Tensor, Source]]:
+def _onto(buffer: torch.Tensor, runs: Sequence[tuple[int, Copied]]) -> list[tuple[torch.Tensor, Copied]]:
     return [(buffer[offset : offset + source.numel()], source) for offset, source in runs]

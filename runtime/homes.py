@@ -27,9 +27,10 @@ _NO_RESERVE: int = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "lin
 
 
 class Segment(Protocol):
-    """Bytes that hold weights. `buffer` is all of them (uint8, 1-d)."""
+    """Bytes that hold weights. `buffer` is all of them (uint8, 1-d); `in_memory`: there are some, and they are no file's."""
 
     buffer: torch.Tensor
+    in_memory: bool
 
     def tensor(self, view: WeightView, offset: int) -> torch.Tensor:
         """The weight at that offset, in a storage of its own, and the very bytes: what is written there stays."""
@@ -49,6 +50,10 @@ class Segment(Protocol):
 
 
 class Home(Protocol):
+    def split(self, views: Mapping[str, WeightView]) -> list[tuple[Home, Mapping[str, WeightView]]]:
+        """Which home has which of the weights."""
+        ...
+
     def segment(self, views: Mapping[str, WeightView], places: Mapping[str, int], nbytes: int) -> Segment:
         """Makes `nbytes` bytes for weights at the given offsets.
 
@@ -69,6 +74,9 @@ class Home(Protocol):
 class MemoryHome:
     """Exactly sized anonymous maps, which page-locking needs (`pin_memory()` rounds up to powers of two)."""
 
+    def split(self, views: Mapping[str, WeightView]) -> list[tuple[Home, Mapping[str, WeightView]]]:
+        return [(self, views)]
+
     def segment(self, views: Mapping[str, WeightView], places: Mapping[str, int], nbytes: int) -> Segment:
         return _MemorySegment(nbytes)
 
@@ -81,6 +89,7 @@ class MemoryHome:
 
 class _MemorySegment:
     def __init__(self, nbytes: int) -> None:
+        self.in_memory = nbytes > 0
         self._map = mmap.mmap(-1, max(nbytes, 1))
         self.buffer = torch.frombuffer(self._map, dtype=torch.uint8, count=max(nbytes, 1))
 
@@ -96,6 +105,8 @@ class _MemorySegment:
 
 class CheckpointSegment:
     """A checkpoint's own file, which is never written: what is written in place is private to this process, in memory."""
+
+    in_memory = False
 
     def __init__(self, file: OpenFile) -> None:
         self._file = file
@@ -137,7 +148,7 @@ class DiskHome:
         weights = sum(view.nbytes > 0 for view in views.values())
         first = self._files == 0
         try:
-            self._folder.reserve(len(header) + nbytes)
+            self._folder.reserve(nbytes, len(header))
             segment = _FileSegment(self._folder, f"weights-{self._files + 1}.safetensors", header, nbytes, weights, first)
         except BaseException:
             if first:
@@ -145,6 +156,9 @@ class DiskHome:
             raise
         self._files += 1
         return segment
+
+    def split(self, views: Mapping[str, WeightView]) -> list[tuple[Home, Mapping[str, WeightView]]]:
+        return [(self, views)]
 
     def leave(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone() if tensor.device.type == "cpu" else tensor
@@ -156,6 +170,8 @@ class DiskHome:
 
 class _FileSegment:
     """One safetensors file, written weight by weight under a temporary name."""
+
+    in_memory = False
 
     def __init__(self, folder: ScratchFolder, name: str, header: bytes, nbytes: int, weights: int, first: bool) -> None:
         # The folder is named by what the first file holds; constants of later programs follow.

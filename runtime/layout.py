@@ -42,13 +42,61 @@ class HostPlace:
 
 
 @dataclass(frozen=True)
+class Read:
+    """Bytes [start, start + nbytes) of a bundle, which come from disk through one slot of the ring.
+
+    It may be filled once the copy out of it of read number `after` is over: of this call, or where that is negative of the call
+    before, whose last read is -1.
+    """
+
+    bundle: int
+    start: int
+    nbytes: int
+    slot: int
+    after: int
+
+
+@dataclass(frozen=True)
+class HostLayout:
+    """The host's memory of a program, where that has a budget: `budget_bytes`, of whole pages.
+
+    In it are the homes of the weights `held` (placeholders) and of `tables` (by the module's names), `other_bytes` of weights
+    that the program does not read (which are on disk where that is 0), and a ring of `slots` of `slot_bytes`, of which the last
+    `bounce` serve what is loaded before a call and rows that are looked up. All other weights have their home on disk, where
+    they may take `disk_bytes` besides what files have already. The `reads`, in the order of the prefetches, are what comes from
+    there in every call. `ahead`: those of the next call begin in this one.
+    """
+
+    budget_bytes: int
+    disk_bytes: int | None = None
+    held: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    other_bytes: int = 0
+    slot_bytes: int = 0
+    slots: int = 0
+    bounce: int = 0
+    reads: tuple[Read, ...] = ()
+    ahead: bool = False
+
+    @property
+    def ring_bytes(self) -> int:
+        """Of all slots."""
+        return self.slot_bytes * self.slots
+
+    @property
+    def read_bytes(self) -> int:
+        """Read from disk in every call."""
+        return sum(read.nbytes for read in self.reads)
+
+
+@dataclass(frozen=True)
 class Layout:
     """Static memory of one emitted program, in bytes. Every offset is a multiple of `alignment`.
 
     `state` are the weights that the program writes (I6): resident too, but each in an allocation of its own that programs share
     and the module sees, so their offsets are all 0. `pools` are segments that the device's allocator is given beforehand
     for activations and bundles without an offset, which would else get segments of their own. `hosted` are the places of
-    values that live on the host, in an arena of `host_bytes`.
+    values that live on the host, in an arena of `host_bytes`. `host` is the host's own memory, where that has a budget.
     """
 
     alignment: int
@@ -60,6 +108,7 @@ class Layout:
     bundles: tuple[Bundle, ...] = ()
     hosted: tuple[HostPlace, ...] = ()
     host_bytes: int = 0
+    host: HostLayout | None = None
 
     @property
     def state_bytes(self) -> int:

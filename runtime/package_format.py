@@ -18,8 +18,8 @@ from typing import Any
 
 from runtime.dynamic_signature import DimSource, DynamicSignature, Formula
 from runtime.errors import PackageError
-from runtime.executable import Executable, Pace, Rows, WeightView
-from runtime.layout import Bundle, HostPlace, Layout, Slot
+from runtime.executable import Executable, Pace, ReadPace, Rows, WeightView
+from runtime.layout import Bundle, HostLayout, HostPlace, Layout, Read, Slot
 from runtime.leftovers import Leftovers
 from runtime.plain_json import decode, dtype_name, dtype_of, encode
 from runtime.signature import CallSignature, Signature, TensorKey
@@ -169,9 +169,16 @@ def decode_program(data: Mapping[str, Any], source: str, tensors: Mapping[str, W
         inputs=tuple(data["inputs"]),
         out_spec=decode_structure(data["outputs"]),
         predicted=dict(data["predicted"]),
-        pace=None if pace is None else Pace(tuple(pace["compute"]), tuple((s, n) for s, n in pace["copies"])),
+        pace=None if pace is None else _decode_pace(pace),
         leftovers=None if data["leftovers"] is None else _decode_leftovers(data["leftovers"]),
         tables={name: weight(saved) for name, saved in data["tables"].items()},
+    )
+
+
+def _decode_pace(data: Mapping[str, Any]) -> Pace:
+    copies = tuple((seconds, nbytes) for seconds, nbytes in data["copies"])
+    return Pace(
+        tuple(data["compute"]), copies, tuple(ReadPace(*read) for read in data.get("reads", ())), bool(data.get("ahead"))
     )
 
 
@@ -184,6 +191,8 @@ def _encode_layout(layout: Layout) -> dict[str, Any]:
     data = {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)}
     bundles = [{**dataclasses.asdict(bundle), "slots": slots(bundle.slots)} for bundle in layout.bundles]
     data |= {"resident": slots(layout.resident), "state": slots(layout.state), "bundles": bundles}
+    if layout.host is not None:
+        data["host"] = {**dataclasses.asdict(layout.host), "reads": [list(dataclasses.astuple(r)) for r in layout.host.reads]}
     return data | {"pools": list(layout.pools), "hosted": [[place.offset, place.nbytes] for place in layout.hosted]}
 
 
@@ -193,7 +202,15 @@ def _decode_layout(data: Mapping[str, Any]) -> Layout:
 
     parts = {"resident": slots(data["resident"]), "state": slots(data["state"]), "pools": tuple(data["pools"])}
     bundles = tuple(Bundle(**{**bundle, "slots": slots(bundle["slots"])}) for bundle in data["bundles"])
-    return Layout(**{**data, **parts, "bundles": bundles, "hosted": tuple(HostPlace(*place) for place in data["hosted"])})
+    hosted = tuple(HostPlace(*place) for place in data["hosted"])
+    return Layout(**{**data, **parts, "bundles": bundles, "hosted": hosted, "host": _decode_host(data.get("host"))})
+
+
+def _decode_host(data: Mapping[str, Any] | None) -> HostLayout | None:
+    if data is None:
+        return None
+    names = {"held": tuple(data["held"]), "tables": tuple(data["tables"])}
+    return HostLayout(**{**data, **names, "reads": tuple(Read(*read) for read in data["reads"])})
 
 
 def _encode_leftovers(leftovers: Leftovers) -> dict[str, Any]:

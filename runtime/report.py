@@ -32,6 +32,9 @@ class Report:
         host_pinned: whether they are page-locked; True on `cpu` and `accounting`, where there is nothing to lock.
         timeline: copies, waits and evictions of the last call by the device's clock (on `accounting` a virtual one); None where
             nothing was recorded.
+        locked_bytes: most that was page-locked on the host so far (on `accounting`: would have been), in whole pages: weights,
+            the ring, values that live there; 0 on `cpu`.
+        read_bytes: of weights, from disk into the ring in the last call.
         bundles: the names of the weights in every bundle of the timeline; empty where several programs served the call.
     """
 
@@ -50,6 +53,8 @@ class Report:
     host_pinned: bool
     timeline: Timeline | None = field(default=None, repr=False)
     bundles: tuple[tuple[str, ...], ...] = field(default=(), repr=False)
+    locked_bytes: int = 0
+    read_bytes: int = 0
 
     def save_trace(self, path: str | Path) -> None:
         """Writes the measured timeline as a trace for chrome://tracing or ui.perfetto.dev; `p.save_trace` writes the predicted.
@@ -62,6 +67,11 @@ class Report:
         about = {"device": self.device, "budget_bytes": self.budget_bytes, "peak_bytes": self.peak_bytes}
         about |= {"step_seconds": self.step_seconds, "copied_bytes": self.copied_bytes}
         write_trace(path, measured_events(self.measured_timeline, self.bundles), about)
+
+    @property
+    def disk_stall_seconds(self) -> float:
+        """How long compute waited in the last call for copies that waited for the disk, by the device's clock."""
+        return 0.0 if self.timeline is None else self.timeline.disk_stall_seconds
 
     @property
     def measured_timeline(self) -> Timeline:

@@ -19,7 +19,7 @@ from runtime.errors import InputError, ModuleUnusable, PlannerError
 from runtime.executable import Executable
 from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
-from runtime.homes import DiskHome
+from runtime.homes import MemoryHome
 from runtime.leftovers import KnownStates
 from runtime.origins import (
     Lookup,
@@ -38,6 +38,7 @@ from runtime.origins import (
 from runtime.recovery import Beginning, OnOom, Recovery
 from runtime.report import Report
 from runtime.signature import CallSignature, Signature, bind_call
+from runtime.split_home import spills, split_home
 from runtime.store import HostStore
 from runtime.trace import bundle_weights
 from runtime.weight_file import FileTensor, Value
@@ -116,7 +117,7 @@ class Runner:
         owned = {alias for view in views.values() for alias in view.aliases} | set(views)
         # What is stored otherwise stays where it is: it is read for that, and not moved.
         only = {view.stored.weight for view in views.values() if view.stored is not None} - owned
-        seen |= {id(tensors[name]) for name in only}
+        seen |= {id(tensors[name]) for name in only if has_no_bytes(tensors[name]) or not spills(programs)}
         for name, tensor in tensors.items():  # what the program never reads moves too: the host holds all weights once
             if name not in owned and id(tensor) not in seen:
                 views[name] = view_of(name, tensor, tuple(n for n, t in tensors.items() if t is tensor and n != name))
@@ -126,8 +127,9 @@ class Runner:
         sources |= stored_sources([views[name] for name in order if name not in sources], tensors, lookup)
         constants = {v.name: p.constants[node] for p in programs for node, v in p.weights.items() if node in p.constants}
         sources |= {name: source_of(name, views[name], constants, lookup) for name in order if name not in sources}
-        home = self.device.home()
-        given = in_files(order, views, tensors, lookup) if isinstance(home, DiskHome) else {}
+        split = split_home(programs, order)
+        home, held = split if split is not None else (self.device.home(), set[str]())
+        given = {} if isinstance(home, MemoryHome) else in_files([n for n in order if n not in held], views, tensors, lookup)
         alignment = programs[0].layout.alignment if programs else ALIGNMENT
         self.store = HostStore({name: views[name] for name in order}, alignment, home, given)
         owners = owners_of(self.module)
@@ -136,11 +138,12 @@ class Runner:
             if name in tensors:
                 self._adopt(tensors[name], value, name, owners)
             else:
-                held = self.store.fill(name, value)
+                filled = self.store.fill(name, value)
                 if views[name].stored is None:
-                    constant = held if isinstance(value, FileTensor) else value
+                    constant = filled if isinstance(value, FileTensor) else value
                     self._constants[name] = original_of(self.module, name, constant)
-        self.pinned = self.device.pin(self.store.buffer)
+        refused = [buffer for buffer in self.store.buffers if not self.device.pin(buffer)]
+        self.pinned = not refused
         if not self.pinned:
             warnings.warn(
                 "the host refused to page-lock the weights; copies go through a small page-locked ring and are slower "
@@ -217,8 +220,8 @@ class Runner:
             weights[node], fresh[view.name] = view, value
         if not fresh:
             return program
-        buffer = self.store.extend({view.name: view for view in weights.values() if view.name in fresh})
-        self.device.pin(buffer)
+        for buffer in self.store.extend({view.name: view for view in weights.values() if view.name in fresh}):
+            self.device.pin(buffer)
         for name, value in fresh.items():
             self.store.fill(name, value)
         self._constants |= {name: original_of(self.module, name, value) for name, value in fresh.items()}
@@ -237,7 +240,8 @@ class Runner:
             return
         sources = stored_sources(list(fresh.values()), tensors, None)
         sources |= {name: source_of(name, view, tensors, None) for name, view in fresh.items() if name not in sources}
-        self.device.pin(self.store.extend(fresh))
+        for buffer in self.store.extend(fresh):
+            self.device.pin(buffer)
         owners = owners_of(self.module)
         for name, source in sources.items():
             if name in tensors:
@@ -410,6 +414,8 @@ class Runner:
             host_pinned=self.pinned,
             timeline=measured.timeline,
             bundles=self._bundles(),
+            locked_bytes=measured.locked_bytes,
+            read_bytes=measured.read_bytes,
         )
 
     def _bundles(self) -> tuple[tuple[str, ...], ...]:

@@ -51,8 +51,8 @@ class ScratchFolder:
         self._where = [self.path]
         self._remove = weakref.finalize(self, _remove, self._where, self._lock, os.getpid())
 
-    def reserve(self, nbytes: int) -> None:
-        """Checks that `nbytes` more fit the disk and the budget.
+    def reserve(self, nbytes: int, beside: int = 0) -> None:
+        """Checks that `nbytes` more fit the disk and the budget; `beside` them are what only the disk counts (headers).
 
         Raises:
             BudgetError: the budget's `disk` is smaller.
@@ -65,9 +65,9 @@ class ScratchFolder:
                 f'write budget={{"cpu": ..., "disk": {total}}} or more'
             )
         free = shutil.disk_usage(self.parent).free
-        if nbytes > free:
+        if nbytes + beside > free:
             raise StoreError(
-                f"the weights take {nbytes} bytes on disk, and {self.parent} has {free} free; "
+                f"the weights take {nbytes + beside} bytes on disk, and {self.parent} has {free} free; "
                 f"set {VARIABLE} to a folder on a larger disk"
             )
         self._taken_bytes = total

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from runtime.checkpoint_file import CheckpointFile
 from runtime.executable import WeightView
 from runtime.homes import CheckpointSegment, Home, MemoryHome, Segment
+from runtime.layout import align
 from runtime.weight_file import FileRange, FileTensor, OpenFile, Source, Value, is_contiguous
 
 
@@ -46,30 +47,37 @@ class HostStore:
 
     @property
     def buffers(self) -> list[torch.Tensor]:
-        """The bytes of every segment."""
-        return [segment.buffer for segment in self._segments]
+        """The bytes of every segment in memory."""
+        return [segment.buffer for segment in self._segments if segment.in_memory]
 
     @property
-    def buffer(self) -> torch.Tensor:
-        """The first segment, which holds the module's weights."""
-        return self._segments[0].buffer
+    def held(self) -> dict[str, int]:
+        """The weights in memory, with the bytes that they take there."""
+        return {name: self._aligned(self.views[name]) for name, (at, _) in self._places.items() if self._segments[at].in_memory}
 
-    def extend(self, views: Mapping[str, WeightView]) -> torch.Tensor:
-        """Adds a segment (the constants that a later program brings) and gives its bytes.
+    def extend(self, views: Mapping[str, WeightView]) -> list[torch.Tensor]:
+        """Adds weights (the constants that a later program brings) and gives the memory that they take.
 
         Raises:
-            StoreError, BudgetError: its home has no room.
+            StoreError, BudgetError: their home has no room.
         """
+        before = len(self._segments)
+        for home, part in self._home.split(views):
+            self._add(home, part)
+        return [segment.buffer for segment in self._segments[before:] if segment.in_memory]
+
+    def _add(self, home: Home, views: Mapping[str, WeightView]) -> None:
         places, cursor = {}, 0
         for name, view in views.items():
             places[name] = cursor
-            cursor += -(-view.nbytes // self._alignment) * self._alignment
-        segment = self._home.segment(views, places, cursor)
-        self._places |= {name: (len(self._segments), offset) for name, offset in places.items()}
-        self._segments.append(segment)
+            cursor += self._aligned(view)
+        self._segments.append(home.segment(views, places, cursor))
+        self._places |= {name: (len(self._segments) - 1, offset) for name, offset in places.items()}
         self._register(views)
         self.nbytes += cursor
-        return segment.buffer
+
+    def _aligned(self, view: WeightView) -> int:
+        return align(view.nbytes, self._alignment)
 
     def _take(self, views: Mapping[str, WeightView]) -> None:
         segments: dict[OpenFile, int] = {}
@@ -137,6 +145,9 @@ class HostStore:
 
     def leave(self, tensor: torch.Tensor) -> torch.Tensor:
         """One of the store's tensors as it can outlive the store: in memory."""
+        where = tensor.data_ptr()
+        if any(b.data_ptr() <= where < b.data_ptr() + b.numel() for b in self.buffers):
+            return tensor
         return self._home.leave(tensor)
 
     def runs(self, places: Sequence[tuple[str | WeightView, int]]) -> list[tuple[int, Source]]:

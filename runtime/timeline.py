@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-# Why compute waited: its copy had been under way or queued behind others, or memory for it came free too late to begin sooner.
-Cause = Literal["link", "space"]
+# Why compute waited: its copy had been under way or queued behind others, or memory for it came free too late to begin sooner,
+# or it was not read from disk yet.
+Cause = Literal["link", "space", "disk"]
 Kind = Literal["copy", "arrival", "evict"]
 # In place of a bundle: the bands of a loop, for which it has the link to itself.
 BANDS = -1
@@ -46,13 +47,24 @@ class Eviction:
 
 
 @dataclass(frozen=True)
+class DiskRead:
+    """Bytes of a bundle were read from disk. What is read for the next call may begin and end before this one, or after it."""
+
+    bundle: int
+    nbytes: int
+    start: float
+    stop: float
+
+
+@dataclass(frozen=True)
 class Timeline:
-    """One call. Copies in the order of the copy engine, stalls and evictions in that of the program."""
+    """One call. Copies in the order of the copy engine, stalls and evictions in that of the program, reads in the disk's."""
 
     step_seconds: float
     copies: tuple[Copy, ...]
     stalls: tuple[Stall, ...]
     evictions: tuple[Eviction, ...]
+    reads: tuple[DiskRead, ...] = ()
 
     @property
     def copy_seconds(self) -> float:
@@ -63,6 +75,11 @@ class Timeline:
     def stall_seconds(self) -> float:
         """How long compute waited for copies."""
         return sum(stall.stop - stall.start for stall in self.stalls)
+
+    @property
+    def disk_stall_seconds(self) -> float:
+        """How long compute waited for copies that waited for the disk."""
+        return sum(stall.stop - stall.start for stall in self.stalls if stall.cause == "disk")
 
     @property
     def hidden_seconds(self) -> float:

@@ -12,17 +12,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.layout import Layout
-from runtime.timeline import BANDS, Cause, Stall, Timeline
+from runtime.timeline import BANDS, Cause, DiskRead, Stall, Timeline
 from runtime.write_file import replacing
 
 Event = dict[str, Any]
 
 PREDICTED, MEASURED = 1, 2  # process ids: one file may hold both
-COMPUTE, COPIES, WAITS = 1, 2, 3  # thread ids; copies that overlap, as those of several readers do, get more
+COMPUTE, COPIES, WAITS, READS = 1, 2, 3, 4  # thread ids; copies that overlap, as those of several readers do, get more
 
 WAITED_FOR: Mapping[Cause, str] = {
     "link": "the link: its copy had been under way, or queued behind others",
     "space": "space: its memory came free too late to begin the copy sooner",
+    "disk": "the disk: it was not read yet when its copy could have begun",
 }
 
 
@@ -95,7 +96,22 @@ def timeline_events(pid: int, title: str, timeline: Timeline, bundles: Sequence[
         events.append(span(pid, tid, name, "copy", copy.start, copy.stop, about | _weights(copy.bundle, bundles)))
     for stall in timeline.stalls:
         events.append(_wait(pid, stall, bundles))
+    for tid, read in _in_lanes(timeline):
+        tids[tid] = "disk" if tid == READS else f"disk ({tid - 10 * READS + 1})"
+        name = _bundle_name(read.bundle, bundles)
+        events.append(span(pid, tid, name, "read", read.start, read.stop, {"bundle": read.bundle, "bytes": read.nbytes}))
     return [*lanes(pid, title, tids | {WAITS: "waits"}), *events]
+
+
+def _in_lanes(timeline: Timeline) -> Iterator[tuple[int, DiskRead]]:
+    """The reads, each with a lane in which no other overlaps it."""
+    free: dict[int, float] = {}
+    for read in sorted(timeline.reads, key=lambda read: read.start):
+        tid = next((lane for lane, since in free.items() if micros(since) <= micros(read.start)), None)
+        if tid is None:
+            tid = READS if not free else 10 * READS + len(free)
+        free[tid] = read.stop
+        yield tid, read
 
 
 def _wait(pid: int, stall: Stall, bundles: Sequence[Sequence[str]]) -> Event:

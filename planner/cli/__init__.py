@@ -56,5 +56,6 @@ def _fail(error: Exception, as_json: bool, debug: bool) -> int:
         data: dict[str, object] = {"error": message, "kind": type(error).__name__, "exit_code": code}
         if isinstance(error, InfeasibleBudget):
             data |= {"budget_bytes": error.budget_bytes, "minimum_bytes": error.minimum_bytes, "node": error.node}
+            data["memory"] = error.memory
         print(json.dumps(data, indent=1))
     return code

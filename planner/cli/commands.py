@@ -100,6 +100,7 @@ def show_command(arguments: Namespace) -> Answer:
     lines = [
         f"{data['program']} on {data['device']}, planned for {data['machine']['name']}",
         f"  budget    {format_bytes(data['budget']['device_bytes'])}",
+        *_host_lines(data["budget"]),
         f"  program   {len(data['fingerprint'])} nodes",
     ]
     for key, part in data["decisions"].get("parts", {"": data["decisions"]}).items():
@@ -109,6 +110,12 @@ def show_command(arguments: Namespace) -> Answer:
         lines.append(f"  streams   {len(part['streams'])} bundles through the {part['staging']}")
         lines += [f"    before {s['prefetch']} for {s['first']}: {', '.join(s['weights'])}" for s in part["streams"]]
     return Answer("\n".join(lines), data)
+
+
+def _host_lines(budget: dict[str, Any]) -> list[str]:
+    """What a plan's file says of host and disk, where they have a budget."""
+    names = {"host_bytes": "host", "disk_bytes": "disk"}
+    return [f"  {label:<9} {format_bytes(budget[key])}" for key, label in names.items() if budget.get(key) is not None]
 
 
 def _tiling_lines(tiling: dict[str, Any]) -> list[str]:
@@ -279,8 +286,15 @@ def _opaque_bytes(given: list[str]) -> dict[str, str] | str | None:
     return sizes[""] if set(sizes) == {""} else sizes or None
 
 
-def _budget(text: str) -> int | str:
-    """Digits alone are bytes, as integers are in Python: a shell has no integers."""
+def _budget(text: str) -> int | str | dict[str | int, int | str]:
+    """`6GB`, or by memory `cuda=6GB,cpu=8GB`. Digits alone are bytes, as integers are in Python: a shell has no integers."""
+    if "=" not in text:
+        return _size(text)
+    pairs = [part.partition("=") for part in text.split(",")]
+    return {name.strip(): _size(size.strip()) for name, _, size in pairs}
+
+
+def _size(text: str) -> int | str:
     return int(text) if text.isascii() and text.isdigit() else text
 
 

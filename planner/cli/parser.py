@@ -17,7 +17,7 @@ exit codes:
   4  the model cannot be captured, or a size in it cannot be known
 130  interrupted
 An error is one message on standard error. With --json standard output has an object besides:
-  {"error", "kind", "exit_code"}, for code 3 also {"budget_bytes", "minimum_bytes", "node"}
+  {"error", "kind", "exit_code"}, for code 3 also {"budget_bytes", "minimum_bytes", "node", "memory"}
 """
 
 TARGETS = """\
@@ -176,7 +176,12 @@ def _add_target(command: argparse.ArgumentParser, budget: bool = True) -> None:
         help="what modules that cannot be captured take at most, where vramplan asks for it: 'blocks.*.moe=200MB'",
     )
     if budget:
-        command.add_argument("--budget", required=True, metavar="SIZE", help="6GB (powers of 1000) or 6GiB (of 1024)")
+        command.add_argument(
+            "--budget",
+            required=True,
+            metavar="SIZE",
+            help="6GB (powers of 1000), 6GiB (of 1024), or by memory: cuda=6GB,cpu=8GB,disk=99GB",
+        )
     command.add_argument("--repeats", type=int, default=1, metavar="N", help="how many calls follow each other (default 1)")
     command.add_argument(
         "--machine", metavar="NAME", help="plan for that one (vramplan machines), or that of a file; default: this one"

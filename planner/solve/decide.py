@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -21,6 +21,7 @@ from planner.memory import AllocationEvent, Reserved
 from planner.schedule import Placement, arena_offsets, staged_bytes
 from planner.solve.bundles import BundleSpan, make_bundles
 from planner.solve.decisions import Decisions, StagingMode
+from planner.solve.homes import HostMemory, HostPlan
 from planner.solve.problem import Problem
 from planner.solve.relax import Relaxation, relax
 from planner.solve.search import Search
@@ -45,6 +46,7 @@ class Schedule:
     time: StepTime
     staging_bytes: int = 0  # of the static arena, where there is one
     pools: tuple[int, ...] = ()  # bytes of the segments that the device's allocator is given beforehand
+    host: HostPlan | None = None  # what of the weights the host has in memory, where that has a budget
 
     @property
     def streamed_bytes(self) -> int:
@@ -56,6 +58,7 @@ class Schedule:
             tuple(Stream(p.span.weights, names[p.prefetch], names[p.span.first], names[p.span.last]) for p in self.placements),
             self.staging,
             problem.tiling,
+            None if self.host is None else self.host.homes,
         )
 
 
@@ -110,19 +113,19 @@ class Solver:
                 schedules.append((placements, self.seconds(placements)))
         return schedules
 
-    def relaxed(self, budget_bytes: int, host_bytes: int | None = None) -> Relaxation | None:
+    def relaxed(self, budget_bytes: int) -> Relaxation | None:
         """The linear program's bound and solution within a budget; None where not even fractions of weights fit."""
-        return relax(self.problem, self.segments, budget_bytes, seam=self.repeats > 1, host_bytes=host_bytes)
+        return relax(self.problem, self.segments, budget_bytes, seam=self.repeats > 1)
 
-    def solve(self, budget_bytes: int, host_bytes: int | None = None) -> Schedule:
+    def solve(self, budget_bytes: int, host: HostMemory | None = None) -> Schedule:
         """The fastest schedule within the budget; requires `budget_bytes >= minimum.peak_bytes`.
 
-        `host_bytes`: what streamed weights may take of page-locked host memory.
+        Where the host's memory has a budget, `host`, part of what is streamed may come from disk. Requires that it fits there.
         """
         assert budget_bytes >= self.minimum.peak_bytes
         if self.resident.peak_bytes <= budget_bytes:
-            return self.resident
-        return Search(self, budget_bytes, host_bytes, self.minimum).run()
+            return self.resident if host is None else replace(self.resident, host=host.of(self.problem).plan(()))
+        return Search(self, budget_bytes, None if host is None else host.of(self.problem), self.minimum).run()
 
     def pass_through(self, budget_bytes: int) -> Schedule:
         """The fastest schedule that keeps nothing between calls: all that is worth a copy is streamed in every one.
@@ -140,9 +143,9 @@ class Solver:
                 search.take(schedule)
         return search.best
 
-    def seconds(self, placements: Sequence[Placement]) -> StepTime:
+    def seconds(self, placements: Sequence[Placement], host: HostPlan | None = None) -> StepTime:
         """What the simulator says."""
-        program = EngineProgram.placed(self.problem.seconds, placements, self.problem.banded)
+        program = EngineProgram.placed(self.problem.seconds, placements, self.problem.banded, host, self.repeats > 1)
         return step_time(program, self.problem.machine, self.repeats)
 
     def resident_bytes(self, spans: Sequence[BundleSpan]) -> int:

@@ -51,22 +51,48 @@ UNTILED = Tiling()
 
 
 @dataclass(frozen=True)
+class Homes:
+    """Where the host keeps weights, if its memory has a budget: `held` (placeholders) and `tables` (names) in memory.
+
+    Beside them are `other_bytes` of weights that the program does not read; all others have their home on disk. What is read
+    from there comes through `slots` of `slot_bytes`, of which `bounce` serve what is loaded before a call and looked-up rows.
+    """
+
+    held: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
+    other_bytes: int = 0
+    slot_bytes: int = 0
+    slots: int = 0
+    bounce: int = 0
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any] | None) -> Homes | None:
+        if data is None:
+            return None
+        return cls(**{**data, "held": tuple(data["held"]), "tables": tuple(data["tables"])})
+
+
+@dataclass(frozen=True)
 class Decisions:
     """All that was decided for one program.
 
     `streams` in copy order; weights that none of them names are resident. `staging` says where streamed bundles live: in one
-    static arena, or each in a block of the device's allocator, which costs nothing where they are not (tight budgets).
+    static arena, or each in a block of the device's allocator, which costs nothing where they are not (tight budgets). `homes`
+    says what of the weights the host has in its memory; None where that has no budget, and so has all.
     """
 
     streams: tuple[Stream, ...] = ()
     staging: StagingMode = "arena"
     tiling: Tiling = UNTILED
+    homes: Homes | None = None
 
     def to_json(self) -> dict[str, Any]:
         data: dict[str, Any] = {"staging": self.staging, "streams": [asdict(s) for s in self.streams]}
+        if self.homes is not None:
+            data["homes"] = asdict(self.homes)
         return {**data, "tiling": asdict(self.tiling)} if self.tiling else data
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Decisions:
         streams = tuple(Stream(**{**s, "weights": tuple(s["weights"])}) for s in data["streams"])
-        return cls(streams, data["staging"], Tiling.from_json(data.get("tiling", {})))
+        return cls(streams, data["staging"], Tiling.from_json(data.get("tiling", {})), Homes.from_json(data.get("homes")))

@@ -7,11 +7,11 @@ then; w_k: seconds that compute waits before segment k. Minimise the sum of w_k,
     arrival        D_k >= N_k
     link           D_{k+1} - D_k <= BW (c_k + w_{k+1})
     memory         sum_j s_j (1 - x_j) + D_k - E_k + A_k <= B      at the operator of segment k that holds the most
-    pinned host    sum_j s_j x_j <= H
     seam           D_K = D_0 + N_K up to what is copied while compute waits at the seam; D_0 = 0 up to w_0 without one
 
 D only grows, so taking it at the beginning of a segment for all of its operators relaxes the memory rows, as do fractions,
 copies without latency and buffers that fill up byte by byte: the optimum is a lower bound for every schedule that is emitted.
+Where the host's memory has a budget it is one too, for what is read from disk only comes later.
 """
 
 from __future__ import annotations
@@ -44,12 +44,10 @@ class Relaxation:
         return sum(self.streamed.values())
 
 
-def relax(
-    problem: Problem, segments: Segments, budget_bytes: int, *, seam: bool, host_bytes: int | None = None
-) -> Relaxation | None:
+def relax(problem: Problem, segments: Segments, budget_bytes: int, *, seam: bool) -> Relaxation | None:
     """Solves the linear program; None where not even fractions fit the budget."""
     model = _Model(problem, segments)
-    model.add_rows(budget_bytes, seam, host_bytes)
+    model.add_rows(budget_bytes, seam)
     return model.solve()
 
 
@@ -79,7 +77,7 @@ class _Model:
         self.lower.append(lower)
         self.upper.append(upper)
 
-    def add_rows(self, budget_bytes: int, seam: bool, host_bytes: int | None) -> None:
+    def add_rows(self, budget_bytes: int, seam: bool) -> None:
         problem, segments, count = self.problem, self.segments, len(self.segments)
         rate = problem.machine.link_peak_bandwidth * self.second_unit / self.byte_unit
         index = {name: j for j, name in enumerate(self.names)}
@@ -109,8 +107,6 @@ class _Model:
             self.row([(first, -1.0), (last, 1.0), *((j, -n) for j, n in streamed)], upper=0)
         else:
             self.row([(first, 1.0), (self.waits, -rate)], upper=0)
-        if host_bytes is not None:
-            self.row([(self.total, 1.0)], upper=host_bytes / self.byte_unit)
 
     def solve(self) -> Relaxation | None:
         problem, count = self.problem, len(self.segments)

@@ -11,15 +11,19 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from planner.bounds import physical_bound
 from planner.schedule import Placement, staged_bytes
+from planner.solve.decisions import StagingMode
+from planner.solve.homes import HostPlan, HostProblem, rings
 from planner.solve.select import Selection
+from planner.solve.simulate import StepTime
 
 if TYPE_CHECKING:
     from planner.solve.decide import Schedule, Solver
@@ -39,6 +43,8 @@ _MOST_AHEAD = 3
 _MOST_OPERATORS = 2000
 # Schedules whose seconds differ by no more than this share are equally fast.
 _EQUAL = 1e-9
+# A step that takes no more than so many times what the disk takes at least is not improved.
+NEAR = 1.02
 
 
 @dataclass(order=True)
@@ -55,45 +61,94 @@ class _Candidate:
 
 @dataclass
 class Search:
-    """The best schedule so far within a budget. `host_bytes`: what streamed weights may take of page-locked host memory."""
+    """The best schedule so far within a budget. `host`: the weights and the host's memory, where that has a budget."""
 
     solver: Solver
     budget_bytes: int
-    host_bytes: int | None
+    host: HostProblem | None
     best: Schedule
 
     @property
     def perfect(self) -> bool:
-        """Whether compute never waits, which nothing beats."""
-        return self.best.time.step_seconds <= self.solver.problem.compute_seconds * (1 + _EQUAL)
+        """Whether compute never waits, which nothing beats; or hardly longer than the disk takes at least."""
+        least = self.solver.problem.compute_seconds
+        return self.best.time.step_seconds <= max(least * (1 + _EQUAL), self._least_disk_seconds * NEAR)
 
     def run(self) -> Schedule:
         """All families of selections, those first whose schedules are known without a replay."""
+        if self.host is not None:
+            self.best = self._on_host(self.best)
         selections = self.solver.selections
         tried: dict[Selection, float] = {}
         for family in (selections.relaxed, selections.even):
             for selection in family(self.budget_bytes, lambda: self.best.time.step_seconds):
                 if self.perfect:
                     break
-                least = selections.least_seconds(selection)
+                least = max(selections.least_seconds(selection), self._disk_seconds(selection))
                 if selection not in tried and least < self.best.time.step_seconds and self._may_fit(selection):
                     tried[selection] = least
                     self._in_arena(selection) if self._rounds else self._exactly(selection)
-        if self._rounds:
+        if self._rounds and not self.perfect:
             self._stepwise()
             self._best_in_blocks(tried)
         self._make_uniform()
         self._make_static()
+        self._fit_ring()
         return self.best
 
     def take(self, schedule: Schedule) -> bool:
         """Keeps a schedule that fits and is better."""
         if schedule.peak_bytes > self.budget_bytes or self._rank(schedule) >= self._rank(self.best):
             return False
-        if self._pins_too_much(tuple(p.span for p in schedule.placements)):
-            return False
         self.best = schedule
         return True
+
+    def _on_host(self, schedule: Schedule) -> Schedule:
+        """With homes for what it streams, and the seconds that it takes so."""
+        if self.host is None:
+            return schedule
+        homes = self._homes(schedule.placements)
+        time = self.solver.seconds(schedule.placements, homes) if homes is not None and homes.read_bytes else schedule.time
+        return replace(schedule, host=homes, time=time)
+
+    def _homes(self, placements: Sequence[Placement]) -> HostPlan | None:
+        """Found once for every selection: they do not depend on when its bundles are copied."""
+        if self.host is None:
+            return None
+        selection = tuple(placed.span for placed in placements)
+        if selection not in self._known_homes:
+            self._known_homes[selection] = self.host.plan(selection)
+        return self._known_homes[selection]
+
+    def _seconds(self, placements: Sequence[Placement]) -> StepTime:
+        return self.solver.seconds(placements, self._homes(placements))
+
+    def _within(self, placements: Sequence[Placement], staging: StagingMode, time: StepTime) -> Schedule | None:
+        schedule = self.solver.within(placements, staging, self.budget_bytes, time)
+        return schedule if schedule is None or self.host is None else replace(schedule, host=self._homes(placements))
+
+    def _disk_seconds(self, selection: Selection) -> float:
+        """What reading takes at least, if these bundles are streamed."""
+        if self.host is None:
+            return 0.0
+        return self.host.least_read_bytes(selection) / self.solver.problem.machine.disk_bandwidth
+
+    @cached_property
+    def _least_disk_seconds(self) -> float:
+        """What reading takes at least, whatever is streamed."""
+        if self.host is None:
+            return 0.0
+        return physical_bound(self.solver.problem, self.budget_bytes, self.host.host).disk_seconds
+
+    def _fit_ring(self) -> None:
+        """Rings of other sizes: a larger one evens out more, and leaves less room for weights."""
+        if self.host is None or self.best.host is None or not self.best.host.read_bytes:
+            return
+        placements = self.best.placements
+        for homes in rings(self.host, tuple(placed.span for placed in placements)):
+            time = self.solver.seconds(placements, homes)
+            if self._faster(time.step_seconds):
+                self.best = replace(self.best, host=homes, time=time)
 
     def first_in_blocks(self, selection: Selection) -> Schedule | None:
         """A selection by itself, without copies over the seam, in as much room as fits; None where it does not."""
@@ -114,10 +169,10 @@ class Search:
         placed = self._place(selection, next(self._rooms(selection)))
         if placed is None:
             return False
-        time = self.solver.seconds(placed)
+        time = self._seconds(placed)
         if self._slower(time.step_seconds):
             return False
-        schedule = self.solver.within(placed, "allocator", self.budget_bytes, time)
+        schedule = self._within(placed, "allocator", time)
         return schedule is not None and self.take(schedule)
 
     def _in_arena(self, selection: Selection) -> bool:
@@ -131,10 +186,10 @@ class Search:
                 return False
             if placed == known:
                 continue
-            known, time = placed, solver.seconds(placed)
+            known, time = placed, self._seconds(placed)
             if self._slower(time.step_seconds):
                 return False  # a smaller arena is no faster
-            schedule = solver.within(placed, "arena", self.budget_bytes, time)
+            schedule = self._within(placed, "arena", time)
             if schedule is not None:
                 return self.take(schedule)
         return False
@@ -142,9 +197,9 @@ class Search:
     def _stepwise(self) -> None:
         for placements, time in self.solver.stepwise:
             if self._faster(time.step_seconds):
-                schedule = self.solver.within(placements, "allocator", self.budget_bytes, time)
+                schedule = self._within(placements, "allocator", time)
                 if schedule is not None:
-                    self.take(schedule)
+                    self.take(self._on_host(schedule))
 
     def _best_in_blocks(self, selections: dict[Selection, float]) -> None:
         """Best first: what no other can beat is replayed next, until it fits; where it does not it gets less room."""
@@ -154,11 +209,11 @@ class Search:
             for ahead in _AHEAD if selection in everything else _AHEAD[: _MOST_AHEAD if self._short else 0]:
                 queue.append(_Candidate(least, len(queue), selection, ahead))
         heapq.heapify(queue)
-        while queue and self._faster(queue[0].seconds):
+        while queue and self._faster(queue[0].seconds) and not self.perfect:
             candidate = heapq.heappop(queue)
             if candidate.placements:
-                time = self.solver.seconds(candidate.placements)
-                schedule = self.solver.within(candidate.placements, "allocator", self.budget_bytes, time)
+                time = self._seconds(candidate.placements)
+                schedule = self._within(candidate.placements, "allocator", time)
                 if schedule is not None:
                     self.take(schedule)
                     continue
@@ -174,7 +229,7 @@ class Search:
             if placed is None:
                 return None
             if placed != candidate.placements:
-                seconds = self.solver.seconds(placed).step_seconds
+                seconds = self._seconds(placed).step_seconds
                 if not self._faster(seconds):
                     return None  # less room is no faster
                 return replace(candidate, seconds=seconds, index=index + 1, placements=placed)
@@ -205,7 +260,7 @@ class Search:
 
     def _may_fit(self, selection: Selection) -> bool:
         most = int(self.solver.problem.activation_bytes.max())
-        return self._room(selection) >= most and not self._pins_too_much(selection)
+        return self._room(selection) >= most
 
     @cached_property
     def _rounds(self) -> bool:
@@ -255,18 +310,17 @@ class Search:
                 continue
             if floor + int(staged_bytes(placed, count).max()) > self.budget_bytes:
                 return
-            time = solver.seconds(placed)
+            time = self._seconds(placed)
             if self._slower(time.step_seconds):
                 continue
-            schedule = solver.within(placed, "arena", self.budget_bytes, time)
+            schedule = self._within(placed, "arena", time)
             if schedule is not None:
                 self.best = schedule
                 return
 
-    def _pins_too_much(self, selection: Selection) -> bool:
-        if self.host_bytes is None:
-            return False
-        return self.solver.problem.arena_bytes({w for span in selection for w in span.weights}) > self.host_bytes
+    @cached_property
+    def _known_homes(self) -> dict[Selection, HostPlan]:
+        return {}
 
     def _rank(self, schedule: Schedule) -> tuple[float, int, int, int]:
         """Faster first; then what reads better; then fewer bytes over the link, then less memory."""

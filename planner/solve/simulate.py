@@ -2,7 +2,9 @@
 
 One compute engine and one first-in-first-out copy engine. A copy starts when the one before it is done and compute has come
 to its prefetch; a bundle's memory is its own from its prefetch to its evict, whole; compute waits at an onload until its bundle
-has arrived. Exactly that is what the runtime does on every device.
+has arrived. Where weights live on disk there is a third, which reads in order. What it reads of a bundle comes in pieces: each
+is read once the ring has room, whatever compute does, and its copy starts no sooner than it is read. Exactly that is what the
+runtime does on every device.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ from passes.loop import loop_of
 from passes.program import Program
 from planner.machine import Machine
 from planner.schedule import Placement
+from planner.solve.homes import HostPlan
 from runtime import ops
-from runtime.executable import Pace
-from runtime.timeline import BANDS, Cause, Copy, Eviction, Stall, Timeline
+from runtime.executable import Pace, ReadPace
+from runtime.layout import Read, align
+from runtime.timeline import BANDS, Cause, Copy, DiskRead, Eviction, Stall, Timeline
 
 # A program that prefetches over the seam has come to its steady state when two calls differ by no more than this share.
 _STEADY = 1e-12
@@ -48,11 +52,17 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class EngineProgram:
-    """A program as the engines see it: seconds of every operator, the steps between them in program order, bytes by bundle."""
+    """A program as the engines see it: seconds of every operator, the steps between them in program order, bytes by bundle.
+
+    `reads` come from disk, in order; `own_bytes` are what of each bundle does not. `ahead`: the next call's begin in this one.
+    """
 
     seconds: np.ndarray
     steps: tuple[Step, ...]
     nbytes: tuple[int, ...]
+    own_bytes: tuple[int, ...]
+    reads: tuple[Read, ...] = ()
+    ahead: bool = False
 
     @classmethod
     def emitted(cls, program: Program, seconds: Mapping[str, float]) -> EngineProgram:
@@ -73,10 +83,23 @@ class EngineProgram:
                 steps.append(Step(len(durations), kinds[node.target], node.args[0]))
             elif node.name in seconds:
                 durations.append(seconds[node.name])
-        return cls(np.array(durations), tuple(steps), tuple(bundle.nbytes for bundle in program.layout.bundles))
+        layout, host = program.layout, program.layout.host
+        nbytes = tuple(bundle.nbytes for bundle in layout.bundles)
+        if host is None or not host.reads:
+            return cls(np.array(durations), tuple(steps), nbytes, nbytes)
+        held = set(host.held)
+        own = tuple(sum(align(s.nbytes, layout.alignment) for s in b.slots if s.weight in held) for b in layout.bundles)
+        return cls(np.array(durations), tuple(steps), nbytes, own, host.reads, host.ahead)
 
     @classmethod
-    def placed(cls, seconds: np.ndarray, placements: Sequence[Placement], banded: Sequence[int] = ()) -> EngineProgram:
+    def placed(
+        cls,
+        seconds: np.ndarray,
+        placements: Sequence[Placement],
+        banded: Sequence[int] = (),
+        host: HostPlan | None = None,
+        ahead: bool = False,
+    ) -> EngineProgram:
         """What will be emitted for these placements; steps at one position that take no time may come in another order."""
         keyed: list[tuple[tuple[int, int, bool, int], Step]] = []
         for index, placed in enumerate(placements):
@@ -87,14 +110,24 @@ class EngineProgram:
             keyed.append(((at, int(Kind.BANDS_BEGIN), False, -1), Step(at, Kind.BANDS_BEGIN, BANDS)))
             keyed.append(((at + 1, int(Kind.BANDS_END), False, -1), Step(at + 1, Kind.BANDS_END, BANDS)))
         keyed.sort(key=lambda item: item[0])
-        return cls(seconds, tuple(step for _, step in keyed), tuple(p.span.nbytes for p in placements))
+        steps, nbytes = tuple(step for _, step in keyed), tuple(p.span.nbytes for p in placements)
+        if host is None or not host.read_bytes:
+            return cls(seconds, steps, nbytes, nbytes)
+        return cls(seconds, steps, nbytes, host.own_bytes, host.reads(placements), ahead)
 
     def pace(self, machine: Machine) -> Pace:
         """Seconds of compute before each step and behind the last one, and of every copy."""
         elapsed = np.concatenate([[0.0], np.cumsum(self.seconds)])
         marks = [0, *(step.position for step in self.steps), len(self.seconds)]
         compute = tuple(float(x) for x in np.diff(elapsed[marks]))
-        return Pace(compute, tuple((machine.copy_seconds(nbytes), nbytes) for nbytes in self.nbytes))
+        copies = tuple(
+            (machine.copy_seconds(own) if own else 0.0, nbytes) for own, nbytes in zip(self.own_bytes, self.nbytes, strict=True)
+        )
+        reads = tuple(
+            ReadPace(r.bundle, r.nbytes, r.after, r.nbytes / machine.disk_bandwidth, machine.copy_seconds(r.nbytes))
+            for r in self.reads
+        )
+        return Pace(compute, copies, reads, self.ahead)
 
 
 @dataclass(frozen=True)
@@ -111,7 +144,8 @@ def simulate(program: EngineProgram, machine: Machine, calls: int = 1) -> Timeli
     pace = program.pace(machine)
     run = _steady(program.steps, pace, calls)
     copies = tuple(Copy(bundle, program.nbytes[bundle], *times) for bundle, *times in run.copies)
-    return Timeline(run.seconds, copies, tuple(Stall(*stall) for stall in run.stalls), tuple(run.evictions))
+    reads = tuple(DiskRead(bundle, nbytes, *times) for (bundle, nbytes, *_), times in zip(pace.reads, run.reads, strict=True))
+    return Timeline(run.seconds, copies, tuple(Stall(*stall) for stall in run.stalls), tuple(run.evictions), reads)
 
 
 def step_time(program: EngineProgram, machine: Machine, calls: int = 1) -> StepTime:
@@ -119,7 +153,8 @@ def step_time(program: EngineProgram, machine: Machine, calls: int = 1) -> StepT
     pace = program.pace(machine)
     run = _steady(program.steps, pace, calls)
     stalled = sum(stop - start for _, start, stop, _ in run.stalls)
-    return StepTime(run.seconds, stalled, sum(pace.copies[bundle][0] for bundle, *_ in run.copies))
+    copying = sum(pace.copies[bundle][0] for bundle, *_ in run.copies) + sum(read.copy_seconds for read in pace.reads)
+    return StepTime(run.seconds, stalled, copying)
 
 
 @dataclass
@@ -132,17 +167,20 @@ class _Run:
     copies: list[tuple[int, float, float, float]]
     stalls: list[tuple[int, float, float, Cause]]
     evictions: list[Eviction]
+    reads: list[tuple[float, float]]
+    sent: list[float]  # when the copy of each read was over
 
     def state(self) -> list[float]:
         """What the next call finds, in seconds from its beginning."""
         late = [arrival - self.seconds for _, (arrival, _) in sorted(self.under_way.items())]
-        return [max(0.0, x) for x in (self.engine_free - self.seconds, *late)]
+        disk = [stop - self.seconds for _, stop in self.reads[-1:]] + [sent - self.seconds for sent in self.sent]
+        return [max(0.0, x) for x in (self.engine_free - self.seconds, *late)] + disk
 
 
 def _steady(steps: Sequence[Step], pace: Pace, calls: int) -> _Run:
     runs = [_call(steps, pace, None)]
     for _ in range(min(calls, _MAX_CALLS) - 1):
-        if not runs[-1].under_way:
+        if not runs[-1].under_way and not (pace.reads and pace.ahead):
             break
         before = runs[-1].state()
         runs.append(_call(steps, pace, runs[-1]))
@@ -156,6 +194,7 @@ def _steady(steps: Sequence[Step], pace: Pace, calls: int) -> _Run:
 def _call(steps: Sequence[Step], pace: Pace, before: _Run | None) -> _Run:
     now = free = 0.0
     under_way: dict[int, tuple[float, Cause]] = {}
+    disk = _Disk(pace, before)
     if before is not None:
         free = before.engine_free - before.seconds
         under_way = {bundle: (at - before.seconds, cause) for bundle, (at, cause) in before.under_way.items()}
@@ -167,9 +206,13 @@ def _call(steps: Sequence[Step], pace: Pace, before: _Run | None) -> _Run:
         bundle = step.bundle
         if step.kind is Kind.PREFETCH:
             start = free if free > now else now
-            copies.append((bundle, now, start, start + pace.copies[bundle][0]))
-            under_way[bundle] = start + pace.copies[bundle][0], "space" if now > 0 and now >= free else "link"
+            cause: Cause = "space" if now > 0 and now >= free else "link"
             free = start + pace.copies[bundle][0]
+            if bundle in disk.pieces:
+                start, free, late = disk.send(bundle, start, free)
+                cause = "disk" if late else cause
+            copies.append((bundle, now, start, free))
+            under_way[bundle] = free, cause
         elif step.kind is Kind.ONLOAD:
             arrival, cause = under_way.pop(bundle, (now, "link"))
             if arrival > now:
@@ -182,4 +225,45 @@ def _call(steps: Sequence[Step], pace: Pace, before: _Run | None) -> _Run:
         elif free > now:
             stalls.append((BANDS, now, free, "link"))
             now = free
-    return _Run(now + pace.compute[-1], free, under_way, copies, stalls, evictions)
+    return _Run(now + pace.compute[-1], free, under_way, copies, stalls, evictions, disk.reads, disk.sent)
+
+
+class _Disk:
+    """The disk in one call: reads follow each other, each as soon as the ring has room for it."""
+
+    def __init__(self, pace: Pace, before: _Run | None) -> None:
+        self._pace = pace
+        self.pieces = pieces_of(pace)
+        self.reads: list[tuple[float, float]] = []
+        self.sent: list[float] = []
+        # Without reads ahead the disk begins with the call, but not before the last one has given the ring back.
+        since = 0.0 if before is None else before.seconds
+        self._before = [sent - since for sent in before.sent] if before is not None else []
+        self._free = before.reads[-1][1] - since if before is not None and before.reads and pace.ahead else 0.0
+
+    def send(self, bundle: int, start: float, free: float) -> tuple[float, float, bool]:
+        """The pieces of a bundle, behind what the copy engine does until `free`.
+
+        Gives when its copy begins, which was to be at `start`, when it is over, and whether it had to wait for the disk.
+        """
+        late, begun = False, free > start
+        for number in self.pieces[bundle]:
+            read = self._pace.reads[number]
+            room = self.sent[read.after] if read.after >= 0 else self._before[read.after] if self._before else self._free
+            began = max(self._free, room)
+            self._free = began + read.disk_seconds
+            self.reads.append((began, self._free))
+            if self._free > free:
+                free, late = self._free, True
+            start, begun = (start, True) if begun else (free, True)
+            free += read.copy_seconds
+            self.sent.append(free)
+        return start, free, late
+
+
+def pieces_of(pace: Pace) -> dict[int, list[int]]:
+    """The numbers of the reads of every bundle that has any."""
+    pieces: dict[int, list[int]] = {}
+    for number, read in enumerate(pace.reads):
+        pieces.setdefault(read.bundle, []).append(number)
+    return pieces

@@ -12,13 +12,16 @@ from torch import fx
 
 from passes.program import Program, module_path, operator_name, tensors_of
 from passes.tile_rules.base import rule_of
+from planner.bounds import physical_bound
 from planner.conv_layouts import Layouts
 from planner.sizes import format_bytes
 from planner.solve.casting import NO_CASTS, Casting
 from planner.solve.decide import Schedule, Solver
 from planner.solve.decisions import UNTILED, Tiling
+from planner.solve.homes import HostMemory
 from planner.solve.levels import NONE, Freedom, Levels, tile_program
 from planner.solve.problem import Problem
+from planner.solve.search import NEAR
 from runtime.errors import InfeasibleBudget
 
 # What a tiling needs in the end may be less than its cap by this share.
@@ -71,7 +74,7 @@ class Branch:
                 return solver.minimum.peak_bytes
         return self.minimum.minimum.peak_bytes
 
-    def solve(self, budget_bytes: int, host_bytes: int | None) -> Found | None:
+    def solve(self, budget_bytes: int, host: HostMemory | None) -> Found | None:
         """The fastest schedule of these tilings, None where none fits the host.
 
         Requires `budget_bytes >= minimum.minimum.peak_bytes`.
@@ -79,37 +82,37 @@ class Branch:
         best: Found | None = None
         perfect: float | None = None
         for solver in self._candidates(budget_bytes):
-            left = _left(solver, host_bytes)
             least = solver.problem.compute_seconds
             perfect = _PERFECT * least if perfect is None else perfect
             if best is not None and least > _HOPELESS * best[1].time.step_seconds:
                 break
-            if solver.minimum.peak_bytes > budget_bytes or (left is not None and left < 0):
+            if solver.minimum.peak_bytes > budget_bytes or not _fits(solver, host):
                 continue
-            if best is not None and _cannot_beat(solver, best[1], budget_bytes):
+            if best is not None and _cannot_beat(solver, best[1], budget_bytes, host):
                 continue
-            schedule = solver.solve(budget_bytes, left)
+            schedule = solver.solve(budget_bytes, host)
             if best is None or schedule.time.step_seconds < best[1].time.step_seconds:
                 best = solver, schedule
             step = best[1].time.step_seconds
-            if step <= perfect or step <= self._worthwhile(budget_bytes):  # the second analyses another program
+            if step <= perfect or step <= self._worthwhile(budget_bytes, host):  # the second analyses another program
                 break
         if best is not None:
             return best
-        left = _left(self.minimum, host_bytes)
-        return None if left is not None and left < 0 else (self.minimum, self.minimum.solve(budget_bytes, left))
+        return (self.minimum, self.minimum.solve(budget_bytes, host)) if _fits(self.minimum, host) else None
 
-    def _worthwhile(self, budget_bytes: int) -> float:
+    def _worthwhile(self, budget_bytes: int, host: HostMemory | None) -> float:
         """Seconds from which on tilings are looked for in a large program: more than what they could save at most.
 
-        No tiling beats the untiled arithmetic, nor the copies of what weights take beyond the whole budget. In a small program
-        all are looked at.
+        No tiling beats the untiled arithmetic, nor the copies of what weights take beyond the whole budget, nor the reads of
+        what of that is beyond the host's. In a small program all are looked at.
         """
         *_, problem = (solver.problem for solver in self.coarse())
         if len(problem.names) <= _LARGE:
             return 0.0
         over = problem.total_weight_bytes + problem.memory.fixed_bytes - budget_bytes
-        return _LITTLE * max(problem.compute_seconds, over / problem.machine.link_peak_bandwidth)
+        least = max(problem.compute_seconds, over / problem.machine.link_peak_bandwidth)
+        beyond = over - host.budget_bytes if host is not None and not host.of(problem).holds_all else 0
+        return _LITTLE * max(least, beyond / problem.machine.disk_bandwidth)
 
     def _candidates(self, budget_bytes: int) -> Iterator[Solver]:
         """As it is, with tables on the host, then tiled finer and finer."""
@@ -169,23 +172,23 @@ class Tilings:
                 break
         return min(found)
 
-    def solve(self, budget_bytes: int, host_bytes: int | None = None) -> Found:
+    def solve(self, budget_bytes: int, host: HostMemory | None = None) -> Found:
         """The fastest schedule of all tilings; requires `budget_bytes >= minimum.minimum.peak_bytes`.
 
-        Of casts no more are taken than make it so, but for a hundredth of the time. `host_bytes`: what streamed weights, and
-        values that live on the host, may take of page-locked memory there.
+        Of casts no more are taken than make it so, but for a hundredth of the time. `host`: where the host's memory
+        has a budget, for weights, values that live there, and a ring for what comes from disk.
 
         Raises:
-            InfeasibleBudget: the values that live on the host do not fit there.
+            InfeasibleBudget: the host's budget is too small.
         """
         found: list[Found] = []
         for branch in self._in_turn(budget_bytes, found):
             if branch.least_bytes(budget_bytes) <= budget_bytes:
-                solved = branch.solve(budget_bytes, host_bytes)
+                solved = branch.solve(budget_bytes, host)
                 found += [solved] if solved is not None else []
         if not found:
-            left = _left(self.minimum, host_bytes)
-            raise self._too_much_on_the_host(budget_bytes, left or 0)
+            assert host is not None
+            raise self._too_much_on_the_host(budget_bytes, host)
         enough = _ENOUGH * min(schedule.time.step_seconds for _, schedule in found)
         kept = [(solver, schedule) for solver, schedule in found if schedule.time.step_seconds <= enough]
         return min(kept, key=lambda each: (*_changes(each[0].problem.tiling), each[1].time.step_seconds))
@@ -252,16 +255,23 @@ class Tilings:
     def _branches(self) -> dict[Tiling, Branch]:
         return {}
 
-    def _too_much_on_the_host(self, budget_bytes: int, left: int) -> InfeasibleBudget:
-        least = self.minimum
-        node = least.problem.liveness.nodes[least.minimum.peak_position].name
-        hosted = format_bytes(least.problem.hosted[1])
+    def _too_much_on_the_host(self, budget_bytes: int, host: HostMemory) -> InfeasibleBudget:
+        """Of all that fit the device, what needs the least of the host."""
+        branches = [branch for branch in self._extremes if branch.least_bytes(budget_bytes) <= budget_bytes]
+        solvers = [solver for branch in branches for solver in (*branch.coarse(), branch.minimum)]
+        fitting = [solver for solver in solvers if solver.minimum.peak_bytes <= budget_bytes]
+        problem = min((solver.problem for solver in fitting), key=lambda problem: host.of(problem).least_bytes)
+        least, hosted = host.of(problem).least_bytes, host.of(problem).hosted_bytes
+        said = f"{format_bytes(hosted)} of values on the host and " if hosted else ""
         return InfeasibleBudget(
-            f"budget {format_bytes(budget_bytes)}: it is kept only with {hosted} of values on the host, {format_bytes(-left)} "
-            "more than the budget there; raise one of the two",
-            budget_bytes=budget_bytes,
-            minimum_bytes=least.minimum.peak_bytes,
-            node=node,
+            f"host budget {format_bytes(host.budget_bytes)} ({host.budget_bytes} B); the least possible beside "
+            f"{format_bytes(budget_bytes)} on the device is {format_bytes(least)} ({least} B) of host memory: {said}"
+            f"{format_bytes(least - hosted)} for weights, or the ring through which they come from disk. Write "
+            f"budget={{..., 'cpu': {least}}}" + ("" if not hosted else ", or give the device more"),
+            budget_bytes=host.budget_bytes,
+            minimum_bytes=least,
+            node=problem.liveness.nodes[0].name,
+            memory="cpu",
         )
 
     @cached_property
@@ -307,14 +317,16 @@ def _changes(tiling: Tiling) -> tuple[int, bool, bool]:
     return len(tiling.casts), bool(tiling.channels_last), bool(tiling.attention)
 
 
-def _left(solver: Solver, host_bytes: int | None) -> int | None:
-    """What streamed weights may take of the host's memory beside the values that live there; below 0 where those do not fit."""
-    return None if host_bytes is None else host_bytes - solver.problem.hosted[1]
+def _fits(solver: Solver, host: HostMemory | None) -> bool:
+    """Whether what has to be in the host's memory fits its budget."""
+    return host is None or host.of(solver.problem).fits
 
 
-def _cannot_beat(solver: Solver, best: Schedule, budget_bytes: int) -> bool:
-    """Whether no schedule of this solver is faster: its arithmetic alone is not, or the linear program's bound."""
+def _cannot_beat(solver: Solver, best: Schedule, budget_bytes: int, host: HostMemory | None) -> bool:
+    """Whether no schedule of this solver is faster: its arithmetic alone is not, its reads, or the linear program's bound."""
     if solver.problem.compute_seconds >= best.time.step_seconds:
+        return True
+    if physical_bound(solver.problem, budget_bytes, host).disk_seconds * NEAR >= best.time.step_seconds:
         return True
     if solver.resident.peak_bytes <= budget_bytes:
         return False

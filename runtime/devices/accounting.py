@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,12 +19,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes, _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
-from runtime.devices.base import Measurement
+from runtime.devices.base import Copied, Measurement
+from runtime.devices.feeder import Fed
 from runtime.devices.virtual_clock import VirtualClock
 from runtime.executable import Executable
 from runtime.homes import Home, MemoryHome
+from runtime.host_memory import LockedBytes
 from runtime.tables import Table
-from runtime.weight_file import Source
+from runtime.weight_file import FileRange
 
 _POISON = 0xFF
 
@@ -41,29 +43,40 @@ class AccountingDevice:
         self.torch_device = torch.device("cpu")
         self._counter: StorageCounter | None = None
         self._last: Measurement | None = None
-        self._copied_bytes = 0
+        self._copied_bytes = self._read_bytes = 0
         self._clock: VirtualClock | None = None
         self.limit_bytes: int | None = None
+        self._locked = LockedBytes()
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), _POISON, dtype=torch.uint8)
 
     def pin(self, buffer: torch.Tensor) -> bool:
+        self._locked.lock(buffer)
         return True
 
     def unpin(self, buffer: torch.Tensor) -> None:
-        return None
+        self._locked.unlock(buffer)
 
     def home(self) -> Home:
         return MemoryHome()
 
-    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any], bundle: int | None = None) -> None:
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, Copied]], after: list[Any], bundle: int | None = None) -> None:
         for target, source in pairs:
-            assert isinstance(source, torch.Tensor)  # its home is memory
-            target.copy_(source)
+            if isinstance(source, Fed):
+                target.copy_(source.take())
+                source.give_back(None)
+                self._read_bytes += source.numel()
+            elif isinstance(source, FileRange):
+                source.file.read_into(memoryview(target.numpy()), source.offset)  # type: ignore[arg-type]
+            else:
+                target.copy_(source)
             self._copied_bytes += source.numel()
         if self._clock is not None and bundle is not None:
             self._clock.copy(bundle)
+
+    def bounce(self, slots: list[torch.Tensor]) -> None:
+        return None  # files are read straight to their places
 
     def save(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> None:
         with _disable_current_modes():  # its result is in host memory, which is not counted
@@ -103,7 +116,8 @@ class AccountingDevice:
     @contextlib.contextmanager
     def call(self, inputs: list[torch.Tensor], arenas: list[torch.Tensor]) -> Iterator[None]:
         counter = StorageCounter(self.limit_bytes)
-        self._copied_bytes, started = 0, time.perf_counter()
+        self._copied_bytes = self._read_bytes = 0
+        started = time.perf_counter()
         if self._clock is not None:
             self._clock.begin()
         try:
@@ -120,7 +134,9 @@ class AccountingDevice:
         timeline = self._clock.end() if self._clock is not None else None
         seconds = timeline.step_seconds if timeline is not None else time.perf_counter() - started
         copying = timeline.copy_seconds if timeline is not None else None
-        self._last = Measurement(counter.peak_bytes, None, seconds, self._copied_bytes, copying, timeline)
+        self._last = Measurement(
+            counter.peak_bytes, None, seconds, self._copied_bytes, copying, timeline, self._locked.peak_bytes, self._read_bytes
+        )
 
     def measurement(self) -> Measurement | None:
         return self._last

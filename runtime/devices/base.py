@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
+from runtime.devices.feeder import Fed
 from runtime.homes import Home
 from runtime.tables import Table
 from runtime.timeline import Timeline
@@ -21,7 +23,8 @@ class Measurement:
     `peak_bytes`: most bytes live (accounting) or allocated (cuda, cpu) by the program, inputs included. `reserved_bytes`: most
     that the allocator held, where there is one. `copied_bytes` went from host to device, in `copy_seconds` of copy-engine time
     where the device can tell; rows of tables that are looked up are in neither. `seconds` are by the device's clock, which on
-    `accounting` is a virtual one.
+    `accounting` is a virtual one. `locked_bytes`: most that was page-locked on the host so far. `read_bytes` came from disk
+    into the ring.
     """
 
     peak_bytes: int
@@ -30,6 +33,12 @@ class Measurement:
     copied_bytes: int
     copy_seconds: float | None
     timeline: Timeline | None = None
+    locked_bytes: int = 0
+    read_bytes: int = 0
+
+
+# What a copy to the device reads.
+Copied = Source | Fed
 
 
 class Device(Protocol):
@@ -52,11 +61,17 @@ class Device(Protocol):
         """Where the host keeps the weights: memory, or disk where memory is the device."""
         ...
 
-    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any], bundle: int | None = None) -> Any:
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, Copied]], after: list[Any], bundle: int | None = None) -> Any:
         """Copies host to device on the copy engine, after the given events; returns the event of its end.
+
+        What comes from a feeder is copied when it is read, and its slot given back.
 
         Where a `bundle` is named, here and below, the timeline of the call has it.
         """
+        ...
+
+    def bounce(self, slots: list[torch.Tensor]) -> None:
+        """What is not page-locked passes through these slots (two, page-locked) from now on; none: through the device's own."""
         ...
 
     def save(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> Any:

@@ -11,18 +11,18 @@ import mmap
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from runtime.allocations import AllocationTrace, note
-from runtime.devices.base import Measurement
+from runtime.devices.base import Copied, Measurement
 from runtime.devices.call_log import CallLog
+from runtime.devices.feeder import Fed
 from runtime.devices.readers import Arrival, Readers
 from runtime.homes import DiskHome, Home
 from runtime.tables import Table
-from runtime.weight_file import Source
 
 # Blocks of at least this size are maps of their own. From malloc they would be cut out of the heap (its threshold for maps
 # grows up to 32 MiB), which small values then keep from shrinking: 75 MB of staged weights left 1 GB resident.
@@ -64,13 +64,16 @@ class CpuDevice:
     def home(self) -> Home:
         return DiskHome(self._disk_bytes)
 
-    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any], bundle: int | None = None) -> Arrival:
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, Copied]], after: list[Any], bundle: int | None = None) -> Arrival:
         nbytes = sum(source.numel() for _, source in pairs)
         self._copied_bytes += nbytes
-        arrival = self._readers.copy(pairs)
+        arrival = self._readers.copy([(target, source) for target, source in pairs if not isinstance(source, Fed)])
         if bundle is not None:
             self._log.copy(bundle, nbytes, arrival)
         return arrival
+
+    def bounce(self, slots: list[torch.Tensor]) -> None:
+        return None
 
     def save(self, target: torch.Tensor, source: torch.Tensor, after: Any) -> None:
         target.copy_(source)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from runtime.devices.base import Measurement
+from runtime.devices.base import Copied, Measurement
+from runtime.devices.copy_thread import CopyThread, Issued
 from runtime.devices.cuda_pool import PoolSegments, TorchCache
 from runtime.devices.event_log import EventLog
+from runtime.devices.feeder import Fed
 from runtime.homes import Home, MemoryHome
+from runtime.host_memory import LockedBytes
 from runtime.tables import Table
-from runtime.weight_file import Source
+from runtime.weight_file import FileRange, Source
 
 RING_BYTES = 64 * 1024 * 1024
 # What the planner assumes a convolution plan may take at most (passes/workspace.py); read by cuDNN when it is first used.
@@ -26,19 +32,23 @@ class CudaDevice:
     """Compute runs on the caller's current stream; copies on a stream of our own."""
 
     kind = "cuda"
+    # The ring is used by the thread that looks rows up and by the one that issues copies.
+    _ring_lock = threading.Lock()
 
     def __init__(self, device: torch.device) -> None:
         os.environ.setdefault("CUDNN_CONV_WSCAP_DBG", _CONV_CAP_MIB)
         self.torch_device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._copies = torch.cuda.Stream(self.torch_device)
         self._saves = torch.cuda.Stream(self.torch_device)  # both directions of the link at once
+        self._thread = CopyThread()
         self._pinned: set[int] = set()
+        self._locked = LockedBytes()
         self._ring: list[tuple[torch.Tensor, torch.cuda.Event]] = []
         self._ring_next = 0
         self._done: torch.cuda.Event | None = None
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._times: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
-        self._copied_bytes = 0
+        self._copied_bytes = self._read_bytes = 0
         self._log = EventLog()
         self._baseline_bytes = 0
         self._reserved_baseline = 0
@@ -58,6 +68,7 @@ class CudaDevice:
         if int(code) != 0:
             return False
         self._pinned.add(buffer.data_ptr())
+        self._locked.lock(buffer)
         return True
 
     def unpin(self, buffer: torch.Tensor) -> None:
@@ -65,37 +76,81 @@ class CudaDevice:
             torch.cuda.synchronize(self.torch_device)
             torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
             self._pinned.discard(buffer.data_ptr())
+            self._locked.unlock(buffer)
 
     def home(self) -> Home:
         return MemoryHome()
 
-    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: list[Any], bundle: int | None = None) -> torch.cuda.Event:
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, Copied]], after: list[Any], bundle: int | None = None) -> Any:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        issue = functools.partial(self._issue, pairs, after, bundle, begin, end, self._log)
+        self._spans.append((begin, end))
+        if bundle is not None:
+            self._log.copies.append((bundle, sum(source.numel() for _, source in pairs), after[-1], begin, end))
+        if self._thread.busy or any(isinstance(source, Fed) for _, source in pairs):
+            return self._thread.put(issue)  # in order, as the simulator has them
+        return issue()
+
+    def _issue(
+        self,
+        pairs: Sequence[tuple[torch.Tensor, Copied]],
+        after: list[Any],
+        bundle: int | None,
+        begin: torch.cuda.Event,
+        end: torch.cuda.Event,
+        call: EventLog,
+    ) -> torch.cuda.Event:
+        """Issues a copy on the copy stream; what is read from disk when it is there."""
+        first = pairs[0][1] if pairs else None
+        if isinstance(first, Fed):
+            self._take(first, bundle, call)  # so that the copy begins when it does
         for event in after:
             self._copies.wait_event(event)
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        with torch.cuda.stream(self._copies):
+        with torch.cuda.device(self.torch_device), torch.cuda.stream(self._copies):
             begin.record(self._copies)
             for target, source in pairs:
-                assert isinstance(source, torch.Tensor)  # its home is memory
                 self._copied_bytes += source.numel()
-                if source.is_pinned():
+                if isinstance(source, Fed):
+                    target.copy_(self._take(source, bundle, call), non_blocking=True)
+                    self._read_bytes += source.numel()
+                    sent = torch.cuda.Event()
+                    sent.record(self._copies)
+                    source.give_back(sent)
+                elif isinstance(source, torch.Tensor) and source.is_pinned():
                     target.copy_(source, non_blocking=True)
                 else:
                     self._copy_through_ring(target, source)
             end.record(self._copies)
-        self._spans.append((begin, end))
-        if bundle is not None:
-            self._log.copies.append((bundle, sum(source.numel() for _, source in pairs), after[-1], begin, end))
         return end
 
-    def _copy_through_ring(self, target: torch.Tensor, source: torch.Tensor) -> None:
+    @staticmethod
+    def _take(source: Fed, bundle: int | None, call: EventLog) -> torch.Tensor:
+        started = time.perf_counter()
+        slot = source.take()
+        if bundle is not None:
+            call.note_read(bundle, time.perf_counter() - started)
+        return slot
+
+    def _copy_through_ring(self, target: torch.Tensor, source: Source) -> None:
         """Through two page-locked slots: the host fills one while the other is on its way."""
-        for start in range(0, source.numel(), RING_BYTES // 2):
-            piece = source[start : start + RING_BYTES // 2]
-            slot, sent = self._next_slot()
-            slot[: piece.numel()].copy_(piece)
-            target[start : start + piece.numel()].copy_(slot[: piece.numel()], non_blocking=True)
-            sent.record(self._copies)
+        for start in range(0, source.numel(), self._slot_bytes):
+            with self._ring_lock:
+                nbytes = min(self._slot_bytes, source.numel() - start)
+                slot, sent = self._next_slot()
+                if isinstance(source, FileRange):
+                    source.file.read_into(memoryview(slot[:nbytes].numpy()), source.offset + start)  # type: ignore[arg-type]
+                else:
+                    slot[:nbytes].copy_(source[start : start + nbytes])
+                target[start : start + nbytes].copy_(slot[:nbytes], non_blocking=True)
+                sent.record(self._copies)
+
+    def bounce(self, slots: list[torch.Tensor]) -> None:
+        torch.cuda.synchronize(self.torch_device)
+        self._ring, self._ring_next = [(slot, torch.cuda.Event()) for slot in slots], 0
+
+    @property
+    def _slot_bytes(self) -> int:
+        return self._ring[0][0].numel() if self._ring else RING_BYTES // 2
 
     def _next_slot(self) -> tuple[torch.Tensor, torch.cuda.Event]:
         """A page-locked slot whose last copy is through, and the event to record behind the next."""
@@ -116,16 +171,17 @@ class CudaDevice:
         if row_bytes == 0 or positions.size == 0:
             return
         target = result.view(-1).view(torch.uint8)
-        rows = max(1, RING_BYTES // 2 // row_bytes)
+        rows = max(1, self._slot_bytes // row_bytes)
         for first in range(0, positions.size, rows):
             piece = positions[first : first + rows]
             nbytes = piece.size * row_bytes
-            slot, sent = self._next_slot()
-            if nbytes > slot.numel():  # a single row that is larger than a slot
-                slot = torch.empty(nbytes, dtype=torch.uint8)
-            table.read(piece, slot[:nbytes])
-            target[first * row_bytes : first * row_bytes + nbytes].copy_(slot[:nbytes], non_blocking=True)
-            sent.record(stream)
+            with self._ring_lock:
+                slot, sent = self._next_slot()
+                if nbytes > slot.numel():  # a single row that is larger than a slot
+                    slot = torch.empty(nbytes, dtype=torch.uint8)
+                table.read(piece, slot[:nbytes])
+                target[first * row_bytes : first * row_bytes + nbytes].copy_(slot[:nbytes], non_blocking=True)
+                sent.record(stream)
 
     def save(self, target: torch.Tensor, source: torch.Tensor, after: torch.cuda.Event) -> torch.cuda.Event:
         self._saves.wait_event(after)
@@ -149,12 +205,15 @@ class CudaDevice:
 
     def wait(self, event: Any, bundle: int | None = None) -> None:
         reached = self.mark() if bundle is not None else None
+        event = event.event() if isinstance(event, Issued) else event
         torch.cuda.current_stream(self.torch_device).wait_event(event)
         if bundle is not None:
             self._log.waits.append((bundle, reached, self.mark()))
 
     def settle(self, event: Any, bundle: int | None = None) -> None:
-        self.wait(event)
+        event = event.settled() if isinstance(event, Issued) else event
+        if event is not None:
+            self.wait(event)
 
     def loaded(self, program: object) -> None:
         return None
@@ -171,7 +230,7 @@ class CudaDevice:
         self._copies.wait_stream(stream)  # no copy before the last call's readers are through (I4)
         self._pools.renew()  # before the peaks are reset: it is allocated for a moment
         torch.cuda.reset_peak_memory_stats(self.torch_device)
-        self._spans, self._copied_bytes, self._log = [], 0, EventLog()
+        self._spans, self._copied_bytes, self._read_bytes, self._log = [], 0, 0, EventLog()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(stream)
         self._calling = True
@@ -179,6 +238,7 @@ class CudaDevice:
             with torch.cuda.device(self.torch_device):
                 yield
         except BaseException:
+            self._thread.settle()
             self._saves.synchronize()
             self._copies.synchronize()  # copies under way must not land in memory that is about to be given back
             raise
@@ -191,6 +251,7 @@ class CudaDevice:
     def measurement(self) -> Measurement | None:
         if self._times is None:
             return None
+        self._thread.settle()  # what it records is part of the call
         torch.cuda.synchronize(self.torch_device)
         copy_seconds = sum(a.elapsed_time(b) for a, b in self._spans) / 1e3
         seconds = self._times[0].elapsed_time(self._times[1]) / 1e3
@@ -201,6 +262,8 @@ class CudaDevice:
             self._copied_bytes,
             copy_seconds,
             self._log.timeline(self._times[0], seconds),
+            self._locked.peak_bytes,
+            self._read_bytes,
         )
 
     def enforce(self, budget_bytes: int) -> None:
@@ -227,6 +290,7 @@ class CudaDevice:
         return free + input_bytes
 
     def close(self) -> None:
+        self._thread.close()
         torch.cuda.synchronize(self.torch_device)
         if self._enforced:
             torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)

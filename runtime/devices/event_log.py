@@ -21,6 +21,12 @@ class EventLog:
         self.copies: list[tuple[int, int, Any, Any, Any]] = []
         self.waits: list[tuple[int, Any, Any]] = []
         self.evictions: list[tuple[int, Any]] = []
+        self._read_late: set[int] = set()
+
+    def note_read(self, bundle: int, seconds: float) -> None:
+        """The copy of a bundle waited so long for what is read from disk."""
+        if seconds > _NOISE_SECONDS:
+            self._read_late.add(bundle)
 
     def timeline(self, begin: Any, seconds: float) -> Timeline:
         """Needs the device to be through with all of it; `begin` is the event at which the call began."""
@@ -35,6 +41,6 @@ class EventLog:
             if at(behind) - at(before) > _NOISE_SECONDS:
                 copy = started.get(bundle)
                 at_once = copy is not None and copy.start - copy.issued < _NOISE_SECONDS
-                cause: Cause = "space" if at_once else "link"
+                cause: Cause = "disk" if bundle in self._read_late else "space" if at_once else "link"
                 stalls.append(Stall(bundle, at(before), at(behind), cause))
         return Timeline(seconds, copies, tuple(stalls), tuple(Eviction(b, at(event)) for b, event in self.evictions))

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -68,11 +69,12 @@ class Arrival:
 
 @dataclass(frozen=True)
 class _Piece:
-    """It holds the memory that it fills: what is being read into cannot be given back."""
+    """It holds the memory that it fills: what is being read into cannot be given back. It waits for `after`, if given."""
 
     target: torch.Tensor
     source: Source
     arrival: Arrival
+    after: Any = None
 
 
 class Readers:
@@ -86,14 +88,14 @@ class Readers:
         self._owner = 0
         self._stop: weakref.finalize[..., Readers] | None = None
 
-    def copy(self, pairs: list[tuple[torch.Tensor, Source]]) -> Arrival:
-        """Queues the copies of all pairs; returns at once."""
+    def copy(self, pairs: list[tuple[torch.Tensor, Source]], after: Any = None) -> Arrival:
+        """Queues the copies of all pairs, which begin when `after` (an event of the device) is over; returns at once."""
         self._start()
         pieces = [piece for target, source in pairs for piece in _cut(target, source)]
         arrival = Arrival(len(pieces))
         self._arrivals = [a for a in self._arrivals if a._waiting] + [arrival]
         for target, source in pieces:
-            self._queue.put(_Piece(target, source, arrival))
+            self._queue.put(_Piece(target, source, arrival, after))
         return arrival
 
     def drain(self) -> None:
@@ -162,6 +164,8 @@ def _read(pieces: queue.SimpleQueue[_Piece | None], clock: _BusyClock, taking: t
     while (piece := _take(pieces, taking)) is not None:
         arrival, error = piece.arrival, None
         try:
+            if piece.after is not None:
+                piece.after.synchronize()
             with clock:
                 _transfer(piece.target, piece.source)
         except Exception as caught:  # noqa: BLE001 - whatever it is, the thread that waits raises it

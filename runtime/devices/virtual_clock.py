@@ -1,4 +1,5 @@
 """A virtual clock: one compute engine and one first-in-first-out copy engine, at the pace of the machine planned for.
+Where weights come from disk there is a third: it reads piece after piece into a ring, whose slots the copy engine empties.
 
 It is driven by what the running program does, and shares no code with the simulator that predicted it.
 """
@@ -6,7 +7,7 @@ It is driven by what the running program does, and shares no code with the simul
 from __future__ import annotations
 
 from runtime.executable import Pace
-from runtime.timeline import BANDS, Cause, Copy, Eviction, Stall, Timeline
+from runtime.timeline import BANDS, Cause, Copy, DiskRead, Eviction, Stall, Timeline
 
 
 class VirtualClock:
@@ -14,6 +15,9 @@ class VirtualClock:
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
+        self._pieces: dict[int, list[int]] = {}  # of a bundle, the numbers of its reads
+        for number, read in enumerate(pace.reads):
+            self._pieces.setdefault(read.bundle, []).append(number)
         self.reset()
 
     def reset(self) -> None:
@@ -24,6 +28,10 @@ class VirtualClock:
         self._copies: list[Copy] = []
         self._stalls: list[Stall] = []
         self._evictions: list[Eviction] = []
+        self._disk_free = 0.0
+        self._emptied: list[float] = []  # when the copy of each read was over, of this call; below of the last
+        self._emptied_before: list[float] = []
+        self._reads: list[DiskRead] = []
 
     def begin(self) -> None:
         """A call begins where the last one ended; what that prefetched for it may still be on its way."""
@@ -32,6 +40,8 @@ class VirtualClock:
         self._engine_free -= passed
         self._under_way = {bundle: (arrival - passed, cause) for bundle, (arrival, cause) in self._under_way.items()}
         self._copies, self._stalls, self._evictions = [], [], []
+        self._disk_free = self._disk_free - passed if self._pace.ahead else 0.0
+        self._emptied_before, self._emptied, self._reads = [at - passed for at in self._emptied], [], []
 
     def copy(self, bundle: int) -> None:
         """The program came to a prefetch."""
@@ -40,8 +50,25 @@ class VirtualClock:
         cause: Cause = "space" if self._now > 0 and self._now >= self._engine_free else "link"
         start = max(self._engine_free, self._now)
         self._engine_free = start + seconds
+        waits = [self._empty_slot(number) for number in self._pieces.get(bundle, ())]
+        if any(waits):
+            cause = "disk"
+        if waits and not seconds:
+            start += waits[0]
         self._under_way[bundle] = self._engine_free, cause
         self._copies.append(Copy(bundle, nbytes, self._now, start, self._engine_free))
+
+    def _empty_slot(self, number: int) -> float:
+        """One piece is read and copied; gives how long the copy engine waited for it."""
+        read = self._pace.reads[number]
+        before = self._emptied_before if read.after < 0 else self._emptied
+        begun = max(self._disk_free, before[read.after]) if before else self._disk_free
+        self._disk_free = begun + read.disk_seconds
+        self._reads.append(DiskRead(read.bundle, read.nbytes, begun, self._disk_free))
+        waited = max(0.0, self._disk_free - self._engine_free)
+        self._engine_free += waited + read.copy_seconds
+        self._emptied.append(self._engine_free)
+        return waited
 
     def wait(self, bundle: int) -> None:
         """The program came to an onload. What was copied before the first call is there."""
@@ -75,7 +102,7 @@ class VirtualClock:
     def end(self) -> Timeline:
         """The call is over."""
         self._compute()
-        return Timeline(self._now, tuple(self._copies), tuple(self._stalls), tuple(self._evictions))
+        return Timeline(self._now, tuple(self._copies), tuple(self._stalls), tuple(self._evictions), tuple(self._reads))
 
     def _compute(self) -> None:
         """The operators since the last step ran."""

@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from planner import InfeasibleBudget, Plan, plan
 from planner.presets import Preset
 from planner.sizes import format_bytes, format_seconds
+from planner.solve.decisions import UNTILED
 
 RESULTS = Path(__file__).parent / "results"
 MACHINES = ("rtx-3060", "rtx-4090")
@@ -100,7 +101,7 @@ def sequences() -> Iterator[Row]:
 def sequence(model: str, module: nn.Module, kwargs: dict[str, Any]) -> Iterator[Row]:
     for machine in MACHINES:
         roomy = plan(module, "1TB", kwargs=kwargs, machine=machine, device="cuda")
-        whole = roomy._tilings.base.minimum.peak_bytes
+        whole = roomy._tilings.of(UNTILED).minimum.peak_bytes
         about = {"block": model, "machine": machine, "unplanned": roomy.unplanned_bytes, "least untiled": whole}
         for share in (0.9, 0.75):
             yield about | {"budget": format_bytes(int(share * whole))} | outcome(roomy, int(share * whole))

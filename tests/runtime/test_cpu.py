@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from planner import Plan, PlannerError, plan
+from planner import InfeasibleBudget, Plan, PlannerError, plan
 from runtime.allocations import AllocationTrace
 from runtime.devices import readers
 from runtime.devices.cpu import CpuDevice
@@ -181,8 +181,18 @@ def test_a_build_that_fails_gives_the_weights_back(scratch: Path, monkeypatch: p
 
 def test_the_budget_of_the_disk_is_kept(scratch: Path) -> None:
     module, x = Mlp().eval(), torch.randn(2, 64)
-    with pytest.raises(PlannerError, match="the budget allows 1000"):
-        plan(module, {"cpu": "1GB", "disk": 1000}, inputs=(x,)).build()
+    with torch.no_grad():
+        expected = module(x)
+    with pytest.raises(InfeasibleBudget, match=r"disk budget 1\.00 KB .* the least possible is .* of disk") as caught:
+        plan(module, {"cpu": "1GB", "disk": 1000}, inputs=(x,))
+    assert caught.value.memory == "disk"
+    least = caught.value.minimum_bytes
+    with pytest.raises(InfeasibleBudget):
+        plan(module, {"cpu": "1GB", "disk": least - 1}, inputs=(x,))
+    assert not list(scratch.iterdir())
+    m = plan(module, {"cpu": "1GB", "disk": least}, inputs=(x,)).build()
+    assert torch.equal(m(x), expected)
+    m.close()
     assert not list(scratch.iterdir())
     assert module(x).shape == (2, 64)
 

@@ -27,7 +27,7 @@ def store(*views: WeightView, alignment: int = 64) -> HostStore:
 
 def test_exact_size_and_alignment() -> None:
     host = store(view("a", 3), view("b", 17), view("c", 1, dtype=torch.float64))
-    assert host.nbytes == 64 + 128 + 64 == host.buffer.numel()
+    assert host.nbytes == 64 + 128 + 64 == sum(buffer.numel() for buffer in host.buffers)
     starts = [host.tensor(n).data_ptr() for n in "abc"]
     assert [s % 64 for s in starts] == [0, 0, 0]
     assert [b - a for a, b in pairwise(starts)] == [64, 128]

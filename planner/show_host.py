@@ -1,0 +1,31 @@
+"""What `print(plan)` says of the host's memory, where that has a budget."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from passes.check_host import check_host
+from planner.sizes import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
+
+
+def host_rows(plan: Plan) -> list[tuple[str, str]]:
+    """A row for the host, and one for the disk, where weights are there."""
+    host = plan.layout.host
+    if host is None:
+        return []
+    ring = f", {format_bytes(host.ring_bytes)} of them a ring of {host.slots} slots" if host.slots else ""
+    rows = [("host", f"{format_bytes(host.budget_bytes)}, of which {format_bytes(check_host(plan.emitted))} are taken{ring}")]
+    homes = plan.homes
+    if not host.reads and not (homes is not None and homes.scratch_bytes):
+        return rows
+    said = []
+    if host.reads:
+        waits = plan.timeline.disk_stall_seconds
+        stall = f", for which compute waits {format_seconds(waits)}" if waits else ", ahead of use"
+        said.append(f"{format_bytes(host.read_bytes)} read per step in {len(host.reads)} reads{stall}")
+    if homes is not None and homes.scratch_bytes:
+        said.append(f"{format_bytes(homes.scratch_bytes)} written when it is built")
+    return [*rows, ("disk", "; ".join(said))]
