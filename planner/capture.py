@@ -133,7 +133,7 @@ def capture(
     if again.leftovers is not None:
         key = next(iter(again.leftovers.before))
         raise _effect_error(module, method, Unrepeatable(*key), ", for every call leaves it otherwise")
-    if not _is_same(program, again):
+    if not is_same(program, again):
         key = next(iter(leftovers.before))
         raise _effect_error(module, method, Unrepeatable(*key), ", for what it computes depends on what the last call left")
     return program
@@ -181,7 +181,7 @@ def _effect_error(module: nn.Module, method: str, effect: Unrepeatable, why: str
     )
 
 
-def _is_same(one: Program, other: Program) -> bool:
+def is_same(one: Program, other: Program) -> bool:
     """Whether two programs of one module compute the same, operator by operator."""
     if fingerprint(one) != fingerprint(other) or one.weights != other.weights or one.inputs != other.inputs:
         return False
