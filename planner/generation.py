@@ -34,6 +34,7 @@ from runtime.devices import open_device
 from runtime.errors import PlanFileError, PlannerError
 from runtime.generated import Generation, GenerationReport, GenerationRunner
 from runtime.module import PlannedModule, planned
+from runtime.origins import view_of
 
 # What each phase has, and a plan of several has not.
 _OF_PHASES = frozenset(
@@ -101,9 +102,8 @@ class GenerationPlan(Plan):
         """Of the programs by their phases, and of Python after each as "after ..."."""
         peaks = {}
         for name, plan in self.phases.items():
-            moment = self.rehearsal.moments[name]
-            peaks[name] = moment.outside_bytes + int(getattr(plan, which))
-            peaks[f"after {name}"] = moment.python_bytes + held_bytes(plan.layout)
+            peaks[name] = self._generation.outside_bytes(name) + int(getattr(plan, which))
+            peaks[f"after {name}"] = self._generation.python_bytes(name) + held_bytes(plan.layout)
         return peaks
 
     @property
@@ -112,7 +112,7 @@ class GenerationPlan(Plan):
 
     @property
     def unplanned_bytes(self) -> int:
-        return max(self.rehearsal.moments[name].outside_bytes + plan.unplanned_bytes for name, plan in self.phases.items())
+        return max(self._generation.outside_bytes(name) + plan.unplanned_bytes for name, plan in self.phases.items())
 
     @property
     def cache_bytes(self) -> int:
@@ -136,7 +136,7 @@ class GenerationPlan(Plan):
             return {"weights and cache": held, "Python": peaks[name] - held}
         parts, layout = dict(self.phases[name].peak_parts), self.phases[name].layout
         parts["resident weights"] -= layout.state_bytes
-        return {**parts, "cache": layout.state_bytes, "Python": self.rehearsal.moments[name].outside_bytes}
+        return {**parts, "cache": layout.state_bytes, "Python": self._generation.outside_bytes(name)}
 
     @property
     def weight_bytes(self) -> int:
@@ -238,8 +238,8 @@ class GenerationPlan(Plan):
 
     def bound_at(self, budget_bytes: int) -> Bound:
         """What no schedule can beat for a token after the first."""
-        moment = self.rehearsal.moments[next(name for name, plan in self.phases.items() if plan is self.decode)]
-        return self.decode.bound_at(budget_bytes - moment.outside_bytes)
+        name = next(name for name, plan in self.phases.items() if plan is self.decode)
+        return self.decode.bound_at(budget_bytes - self._generation.outside_bytes(name))
 
     @property
     def gap(self) -> Any:
@@ -356,7 +356,11 @@ class GenerationPlan(Plan):
             "step_seconds": self.step_seconds,
         }
         programs = {keys[name]: plan.executable for name, plan in self.phases.items()}
-        return Generation(programs, self._prefix, self.rehearsal.shape.length, predicted)
+        first, cache = self._generation.phases[0], {}
+        for name, tensor in first.module.named_buffers():
+            if name.startswith(self._prefix):
+                cache[name] = view_of(name, tensor)
+        return Generation(programs, cache, self._generation.alignment, self.rehearsal.shape.length, predicted)
 
     def _replan_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
         options = dataclasses.replace(self._options, args=args, kwargs=kwargs)

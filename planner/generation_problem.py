@@ -21,7 +21,7 @@ from planner.solve.decide import Schedule
 from planner.solve.decisions import Decisions
 from planner.solve.tilings import Tilings
 from runtime.errors import InfeasibleBudget, PlannerError
-from runtime.layout import Layout
+from runtime.layout import Layout, align
 
 if TYPE_CHECKING:
     from planner.frontends.transformers_rehearsal import Moment, Phase, Phases, Rehearsal
@@ -51,14 +51,38 @@ class GenerationProblem:
     def moment(self, phase: Phase) -> Moment:
         return self.rehearsal.moments[phase.name]
 
+    @property
+    def alignment(self) -> int:
+        """Of weights, and of the tensors of the cache."""
+        return MemoryModel.of(self.options.device.partition(":")[0], self.options.machine.capability).weight_alignment
+
+    def outside_bytes(self, name: str) -> int:
+        """What is on the device besides the program of a phase and its inputs, while it runs."""
+        return self.rehearsal.moments[name].outside_bytes + self._unread_bytes[name]
+
+    def python_bytes(self, name: str) -> int:
+        """What is on the device besides what a phase has loaded, until the next one runs."""
+        return self.rehearsal.moments[name].python_bytes + self._unread_bytes[name]
+
+    @cached_property
+    def _unread_bytes(self) -> dict[str, int]:
+        """Of the cache, what the program of each phase does not touch."""
+        found = {}
+        for phase in self.phases:
+            read = {weight.name for weight in phase.program.weights.values()}
+            unread = [t.nbytes for n, t in phase.module.named_buffers() if n.startswith("past_key_values.") and n not in read]
+            found[phase.name] = sum(align(nbytes, self.alignment) for nbytes in unread)
+        return found
+
     @cached_property
     def least(self) -> dict[str, int]:
         """The least budget in which each phase runs."""
         return {phase.name: self._least(phase) for phase in self.phases}
 
     def _least(self, phase: Phase) -> int:
-        moment, solver = self.moment(phase), self.tilings[phase.name].minimum
-        return max(moment.outside_bytes + solver.minimum.peak_bytes, moment.python_bytes + _held(solver, solver.minimum))
+        name, solver = phase.name, self.tilings[phase.name].minimum
+        least = solver.minimum
+        return max(self.outside_bytes(name) + least.peak_bytes, self.python_bytes(name) + _held(solver, least))
 
     @property
     def minimum_bytes(self) -> int:
@@ -160,17 +184,17 @@ def plan_phases(problem: GenerationProblem) -> dict[str, Plan]:
 def _plan_phase(problem: GenerationProblem, phase: Phase) -> Plan:
     from planner.plan import Plan
 
-    moment, tilings, budget = problem.moment(phase), problem.tilings[phase.name], problem.options.budget.device_bytes
+    tilings, budget = problem.tilings[phase.name], problem.options.budget.device_bytes
     least = tilings.minimum.minimum.peak_bytes
-    room = budget - moment.outside_bytes
+    python, room = problem.python_bytes(phase.name), budget - problem.outside_bytes(phase.name)
     for _ in range(2):
         plan = Plan(phase.module, problem.options_of(phase, room), tilings)
-        over = moment.python_bytes + held_bytes(plan.layout) - budget
+        over = python + held_bytes(plan.layout) - budget
         if over <= 0:
             return plan
         room = max(room - over, least)
-    if budget - moment.python_bytes >= least:  # what is held is part of a phase's own peak
-        return Plan(phase.module, problem.options_of(phase, budget - moment.python_bytes), tilings)
+    if budget - python >= least:  # what is held is part of a phase's own peak
+        return Plan(phase.module, problem.options_of(phase, budget - python), tilings)
     solver = tilings.minimum
     return Plan(phase.module, problem.options_of(phase, room), tilings, solver.minimum.decisions(solver.problem))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Container, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_unflatten
 
 from runtime.devices.base import Device
 from runtime.errors import PlannerError
-from runtime.executable import Executable
+from runtime.executable import Executable, WeightView
 from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
 from runtime.layout import align
@@ -39,11 +39,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Generation:
     """All that serves one kind of `generate` call: programs by phase, on a cache of at most `length` tokens.
 
-    `prefix` begins the names of the cache's tensors among a program's weights.
+    `cache`: its tensors by the names that they have among the programs' weights; each starts at a multiple of `alignment` bytes.
     """
 
     phases: Mapping[PhaseKey, Executable]
-    prefix: str
+    cache: Mapping[str, WeightView]
+    alignment: int
     length: int
     predicted: Mapping[str, float]
 
@@ -111,7 +112,7 @@ class GenerationRunner(Runner):
             PlannerError: a weight is on the meta device and nothing gives it.
         """
         try:
-            self._move_weights([_without_cache(p, generation.prefix) for p in generation.phases.values()], lookup)
+            self._move_weights([_without_cache(p, generation.cache) for p in generation.phases.values()], lookup)
             self.executor = self._new_executor()
             self._known[self.loop.outline(*call)] = generation
             self._activate(generation)
@@ -125,25 +126,24 @@ class GenerationRunner(Runner):
 
     def _activate(self, generation: Generation) -> None:
         """Makes it what runs. A cache of another size takes the place of the one before."""
-        if self._active is None or self._active.length != generation.length:
+        if self._active is None or self._active.cache != generation.cache:
             self.executor.unload()
             self._drop_cache()
             self._taken.clear()
+            for name, view in generation.cache.items():
+                memory = self.device.allocate(align(view.nbytes, generation.alignment))
+                self._cache[name] = self.state[name] = view.on(memory, 0).zero_()
         self._active = generation
         for program in generation.phases.values():
             if id(program) not in self._taken:
-                self._taken[id(program)] = program, self._with_cache(program, generation.prefix)
+                self._taken[id(program)] = program, self._with_cache(program, generation.cache)
         self.fingerprint = Fingerprint(self.module, leftovers=self._states.keys())
         self.versions = self._versions()
 
-    def _with_cache(self, program: Executable, prefix: str) -> Executable:
-        """The program as it runs: its weights in the store, its part of the cache on the device."""
-        taken = self._take(_without_cache(program, prefix))
-        cached = {key: view for key, view in program.weights.items() if view.name.startswith(prefix)}
-        for view in cached.values():
-            if view.name not in self._cache:
-                memory = self.device.allocate(align(view.nbytes, program.layout.alignment))
-                self._cache[view.name] = self.state[view.name] = view.on(memory, 0).zero_()
+    def _with_cache(self, program: Executable, cache: Mapping[str, WeightView]) -> Executable:
+        """The program as it runs: its weights are in the store, its part of the cache is on the device."""
+        taken = self._take(_without_cache(program, cache))
+        cached = {key: view for key, view in program.weights.items() if view.name in cache}
         return dataclasses.replace(taken, weights={**taken.weights, **cached}, layout=program.layout)
 
     def _drop_cache(self) -> None:
@@ -221,9 +221,9 @@ class GenerationRunner(Runner):
         super().close()
 
 
-def _without_cache(program: Executable, prefix: str) -> Executable:
+def _without_cache(program: Executable, cache: Container[str]) -> Executable:
     """The program with those weights alone that the module has."""
-    weights = {key: view for key, view in program.weights.items() if not view.name.startswith(prefix)}
+    weights = {key: view for key, view in program.weights.items() if view.name not in cache}
     state = tuple(slot for slot in program.layout.state if slot.weight in weights)
     return dataclasses.replace(program, weights=weights, layout=dataclasses.replace(program.layout, state=state))
 

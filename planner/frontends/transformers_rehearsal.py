@@ -148,7 +148,7 @@ class Phases:
         self, name: str, kwargs: dict[str, Any], key: Key, counts: tuple[int | None, ...], *, started: bool
     ) -> Phase:
         assert self.shape is not None
-        kwargs = tree_map_only(torch.Tensor, _on_meta, kwargs)
+        kwargs = _on_meta(kwargs)
         failed: CaptureError | None = None
         for eager in (True, False):  # some models have a branch for tracing because no other can be traced
             module = phase_module(self.model, name, self.shape, counts, started=started, eager=eager)
@@ -301,8 +301,17 @@ def _later(length: torch.Tensor, tokens: int) -> torch.Tensor:
         return length + tokens
 
 
-def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def _on_meta(tree: Any) -> Any:
+    """The same without values: geometry, and which tensors share a storage of how many bytes."""
+    bases: dict[int, torch.Tensor] = {}
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        key, nbytes = storage_id(tensor), int(tensor.untyped_storage().nbytes())
+        base = bases.setdefault(key, torch.empty(nbytes, dtype=torch.uint8, device="meta")).untyped_storage()
+        made = torch.empty(0, dtype=tensor.dtype, device="meta")
+        return made.set_(base, int(tensor.storage_offset()), tensor.shape, tensor.stride())
+
+    return tree_map_only(torch.Tensor, empty, tree)
 
 
 def _safe_token(model: nn.Module, kwargs: Mapping[str, Any]) -> int:
