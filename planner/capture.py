@@ -43,6 +43,7 @@ _KINDS: dict[InputKind, WeightKind] = {
     InputKind.BUFFER: "buffer",
     InputKind.CONSTANT_TENSOR: "constant",
 }
+_NOISY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 _PRODUCTS = {f"aten.{name}.default" for name in ("linear", "mm", "bmm", "addmm", "baddbmm", "matmul")} | {
     f"aten.{name}.default" for name in ("conv1d", "conv2d", "conv3d", "convolution")
 }
@@ -194,7 +195,7 @@ def is_same(one: Program, other: Program) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the graphs and warnings that `torch.export` prints when it fails: the error says what matters."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -102,7 +102,7 @@ class GenerationPlan(Plan):
         """Of the programs by their phases, and of Python after each as "after ..."."""
         peaks = {}
         for name, plan in self.phases.items():
-            peaks[name] = self._generation.outside_bytes(name) + int(getattr(plan, which))
+            peaks[name] = self.outside_bytes(name) + int(getattr(plan, which))
             peaks[f"after {name}"] = self._generation.python_bytes(name) + held_bytes(plan.layout)
         return peaks
 
@@ -112,7 +112,7 @@ class GenerationPlan(Plan):
 
     @property
     def unplanned_bytes(self) -> int:
-        return max(self._generation.outside_bytes(name) + plan.unplanned_bytes for name, plan in self.phases.items())
+        return max(self.outside_bytes(name) + plan.unplanned_bytes for name, plan in self.phases.items())
 
     @property
     def cache_bytes(self) -> int:
@@ -136,7 +136,7 @@ class GenerationPlan(Plan):
             return {"weights and cache": held, "Python": peaks[name] - held}
         parts, layout = dict(self.phases[name].peak_parts), self.phases[name].layout
         parts["resident weights"] -= layout.state_bytes
-        return {**parts, "cache": layout.state_bytes, "Python": self._generation.outside_bytes(name)}
+        return {**parts, "cache": layout.state_bytes, "Python": self.outside_bytes(name)}
 
     @property
     def weight_bytes(self) -> int:
@@ -172,6 +172,21 @@ class GenerationPlan(Plan):
     @property
     def bundle_count(self) -> int:
         return self.decode.bundle_count
+
+    def outside_bytes(self, phase: str) -> int:
+        """What is on the device besides the program of a phase and its inputs while it runs: tensors of Python, mostly."""
+        return self._generation.outside_bytes(phase)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the planned prompt, of each sequence."""
+        return self.rehearsal.prompt_tokens
+
+    @property
+    def padded(self) -> bool:
+        """Whether the prompts are padded: a mask is given for them."""
+        first = next(iter(self.phases.values()))
+        return first.options.kwargs.get("attention_mask") is not None
 
     @property
     def tokens(self) -> int:
@@ -239,7 +254,7 @@ class GenerationPlan(Plan):
     def bound_at(self, budget_bytes: int) -> Bound:
         """What no schedule can beat for a token after the first."""
         name = next(name for name, plan in self.phases.items() if plan is self.decode)
-        return self.decode.bound_at(budget_bytes - self._generation.outside_bytes(name))
+        return self.decode.bound_at(budget_bytes - self.outside_bytes(name))
 
     @property
     def gap(self) -> Any:
@@ -294,7 +309,7 @@ class GenerationPlan(Plan):
             path,
             name=self.title,
             fingerprint=[f"{name}/{entry}" for name, plan in self.phases.items() for entry in fingerprint(plan.program)],
-            decisions={"phases": phases, "padded": self._padded},
+            decisions={"phases": phases, "padded": self.padded},
             budget=self.budget,
             machine=self.machine,
             device=self.device,
@@ -310,12 +325,6 @@ class GenerationPlan(Plan):
             attention=self._options.attention,
             folder=self._options.folder,
         )
-
-    @property
-    def _padded(self) -> bool:
-        """Whether the prompts are padded: a mask is then given for them."""
-        first = next(iter(self.phases.values()))
-        return first.options.kwargs.get("attention_mask") is not None
 
     @classmethod
     def of_saved(cls, model: nn.Module, options: Options, saved: list[str], decisions: Mapping[str, Any]) -> Plan:

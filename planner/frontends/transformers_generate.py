@@ -24,7 +24,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from planner.capture import fake_inputs
 from planner.isolate import fake_weights, random_draws
-from runtime.errors import PlannerError
+from runtime.errors import CaptureError, PlannerError
 
 # The submodule under which the cache's tensors are among a program's weights.
 CACHE = "past_key_values"
@@ -132,12 +132,19 @@ def advance(cache: StaticCache, tokens: int) -> None:
 
 
 def cache_shape(model: nn.Module, batch: int, length: int, kwargs: Mapping[str, Any]) -> CacheShape:
-    """What the cache's tensors are: found by one call of the model on fakes."""
+    """What the cache's tensors are: found by one call of the model on fakes.
+
+    Raises:
+        CaptureError: it does not run on fakes.
+    """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     cache = static_cache(model, length)
     _, named = fake_inputs(((), dict(kwargs)), mode)
-    with fake_weights(model, mode), random_draws(), torch.no_grad(), mode, as_eager():
-        type(model).forward(model, **named, past_key_values=cache)
+    try:
+        with fake_weights(model, mode), random_draws(), torch.no_grad(), mode, traced(True):
+            type(model).forward(model, **named, past_key_values=cache)
+    except Exception as error:  # whatever the model's Python raises
+        raise CaptureError(f"{type(model).__name__} does not run on tensors without values: {error}") from error
     tensors = {
         f"{index}.{name}": (tuple(getattr(layer, name).shape), getattr(layer, name).dtype)
         for index, layer in enumerate(cache.layers)
@@ -147,10 +154,13 @@ def cache_shape(model: nn.Module, batch: int, length: int, kwargs: Mapping[str, 
 
 
 @contextlib.contextmanager
-def as_eager() -> Iterator[None]:
-    """Within it models take the branches that they take when nobody traces them: the same masks, the same attention."""
+def traced(value: bool) -> Iterator[None]:
+    """Within it models take the branches of a call that is exported or, if not `value`, of one that nobody traces.
+
+    The latter have the masks and the attention of an eager call; but some branches run on tensors with values alone.
+    """
     flags = torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag
-    torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = False
+    torch.compiler._is_compiling_flag = torch.compiler._is_exporting_flag = value
     try:
         yield
     finally:
@@ -178,7 +188,7 @@ def phase_module(
                 layer.cumulative_length_int = counts[index]
         if started:
             adopt(cache, tensors)
-        with as_eager() if eager else contextlib.nullcontext():
+        with traced(not eager):
             outputs = kind.forward(self, **kwargs, past_key_values=cache)
         return type(outputs)(**{key: value for key, value in outputs.items() if key != CACHE})
 

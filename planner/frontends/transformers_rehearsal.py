@@ -82,6 +82,7 @@ class Rehearsal:
     shape: CacheShape
     phases: tuple[Phase, ...]
     moments: Mapping[str, Moment]
+    prompt_tokens: int
 
 
 @dataclass(eq=False)
@@ -238,7 +239,7 @@ class _Rehearsing:
         self._moments: dict[str, Moment] = {}
         self._taken: dict[str, Phase] = {}
         self._wanted: tuple[int, int] = 0, 0
-        self._length = 0
+        self._length = self._prompt = 0
 
     def cache(self, batch: int, length: int) -> Any:
         self._wanted = batch, length
@@ -250,6 +251,7 @@ class _Rehearsing:
         cache = kwargs.pop(CACHE)
         tokens, kwargs = tokens_of(kwargs), dict(sorted(kwargs.items()))
         stages, started = stages_of(cache, tokens), cache.is_initialized
+        self._prompt += tokens if tokens > 1 or not started else 0
         with _disable_current_modes():
             self._phases.fit(self._wanted[0], self._length, kwargs)
             phase = self._phases.phase(kwargs, stages, counts_of(cache), started=started)
@@ -293,7 +295,7 @@ class _Rehearsing:
         assert self._phases.shape is not None
         for moment in self._moments.values():  # what runs before the first phase may do so in the arenas of any
             moment.python_bytes = max(moment.python_bytes, self.held.before)
-        return Rehearsal(self._phases.shape, tuple(self._taken.values()), self._moments)
+        return Rehearsal(self._phases.shape, tuple(self._taken.values()), self._moments, self._prompt)
 
 
 def _later(length: torch.Tensor, tokens: int) -> torch.Tensor:
