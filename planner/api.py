@@ -13,6 +13,7 @@ from passes.calibrate import free_ram_bytes
 from planner.budget import Budget
 from planner.checkpoint import open_target
 from planner.dynamic import read_dynamic
+from planner.generation import generates, plan_generation
 from planner.machine import Machine
 from planner.options import (
     Options,
@@ -133,6 +134,8 @@ def plan(
         attention="attention" in check_allow(allow),
         folder=folder,
     )
+    if method == "generate" and generates(target):
+        return plan_generation(target, options)
     return plan_or_parts(target, options, prepare)
 
 

@@ -43,6 +43,7 @@ _KINDS: dict[InputKind, WeightKind] = {
     InputKind.BUFFER: "buffer",
     InputKind.CONSTANT_TENSOR: "constant",
 }
+_NOISY = ("torch.export", "torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 _PRODUCTS = {f"aten.{name}.default" for name in ("linear", "mm", "bmm", "addmm", "baddbmm", "matmul")} | {
     f"aten.{name}.default" for name in ("conv1d", "conv2d", "conv3d", "convolution")
 }
@@ -133,7 +134,7 @@ def capture(
     if again.leftovers is not None:
         key = next(iter(again.leftovers.before))
         raise _effect_error(module, method, Unrepeatable(*key), ", for every call leaves it otherwise")
-    if not _is_same(program, again):
+    if not is_same(program, again):
         key = next(iter(leftovers.before))
         raise _effect_error(module, method, Unrepeatable(*key), ", for what it computes depends on what the last call left")
     return program
@@ -181,7 +182,7 @@ def _effect_error(module: nn.Module, method: str, effect: Unrepeatable, why: str
     )
 
 
-def _is_same(one: Program, other: Program) -> bool:
+def is_same(one: Program, other: Program) -> bool:
     """Whether two programs of one module compute the same, operator by operator."""
     if fingerprint(one) != fingerprint(other) or one.weights != other.weights or one.inputs != other.inputs:
         return False
@@ -194,7 +195,7 @@ def _is_same(one: Program, other: Program) -> bool:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the graphs and warnings that `torch.export` prints when it fails: the error says what matters."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [logging.getLogger(name) for name in _NOISY]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)

@@ -237,7 +237,7 @@ class Plan(PlanFacts):
             args, named = (inputs or (), kwargs or {}) if inputs is not None or kwargs else load_call(data["call"])
             machine = machine_from_mapping(data["machine"], origin=str(path))
             budget, given = Budget(**data["budget"]), data["decisions"]
-            decisions = None if "parts" in given else Decisions.from_json(given)
+            decisions = None if given.keys() & {"parts", "phases"} else Decisions.from_json(given)
             saved = [str(entry) for entry in data["fingerprint"]]
             options = Options(
                 budget, machine, data["device"], data["method"], args, named, check_keep(data["keep"]), bool(data["offload"]),
@@ -256,6 +256,10 @@ class Plan(PlanFacts):
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise PlanFileError(f"{str(path)!r} is damaged ({error!r}); save it again with p.save(...)") from error
         try:
+            if "phases" in given:
+                from planner.generation import GenerationPlan
+
+                return GenerationPlan.of_saved(model, options, saved, given)
             if decisions is None:
                 from planner.parted import PartedPlan
                 from planner.parted_problem import prepare_parts

@@ -49,10 +49,10 @@ def prepare(model: nn.Module, options: Options) -> Tilings:
             program = run_passes(program, (WriteInPlace(writable_in_place(program)), Concretise(options.dynamic.largest)))
     refuse_shared_state(model, program)
     check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
-    return tilings_of(program, options, _casting(model, program, options))
+    return tilings_of(program, options, casting_in(model, program, options))
 
 
-def _casting(model: nn.Module, program: Program, options: Options) -> Casting:
+def casting_in(model: nn.Module, program: Program, options: Options) -> Casting:
     """What may be cast, within the error that is allowed by estimate."""
     if not options.casts or program.origin is not None:
         return NO_CASTS
@@ -60,15 +60,18 @@ def _casting(model: nn.Module, program: Program, options: Options) -> Casting:
     return casting if options.max_error is None else casting.within(options.max_error)
 
 
-def tilings_of(program: Program, options: Options, casting: Casting = NO_CASTS) -> Tilings:
-    """The solvers of a canonical program, for the machine and device of the options."""
+def tilings_of(program: Program, options: Options, casting: Casting = NO_CASTS, *, pool: bool = True) -> Tilings:
+    """The solvers of a canonical program, for the machine and device of the options.
+
+    `pool`: whether it has the device's allocator to itself, which can then be given segments beforehand.
+    """
     memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
     profiler = options.profiler  # one, so that its time is for all tilings
 
     def build(program: Program, tiling: Tiling) -> Problem:
         return build_problem(program, options.machine, memory, options.keeps_resident, profiler, tiling)
 
-    base = Solver(build(program, UNTILED), options.repeats)
+    base = Solver(build(program, UNTILED), options.repeats, pool)
     if program.origin is not None:  # sizes that vary
         return Tilings(base)
     layout = Layouts(base.problem, measured=profiler is not None) if options.layout else None

@@ -54,7 +54,8 @@ class Bands:
         """Makes the arena of a program; requires that none is loaded."""
         self._layout = layout
         if layout.host_bytes:
-            self._arena = torch.empty(layout.host_bytes, dtype=torch.uint8)
+            with _disable_current_modes():  # programs of a generation are loaded while a call is measured
+                self._arena = torch.empty(layout.host_bytes, dtype=torch.uint8)
             self._device.pin(self._arena)
 
     def unload(self) -> None:
