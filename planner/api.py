@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, overload
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from passes.calibrate import free_ram_bytes
 from planner.budget import Budget
 from planner.checkpoint import open_target
 from planner.dynamic import read_dynamic
+from planner.frontends.pipelines import is_pipeline
 from planner.generation import generates, plan_generation
 from planner.machine import Machine
 from planner.options import (
@@ -26,16 +28,65 @@ from planner.options import (
     check_repeats,
 )
 from planner.parted import plan_or_parts
+from planner.pipeline_plan import PipelinePlan
 from planner.plan import Plan
 from planner.prepare import prepare
 from planner.refuse import refuse_unplannable
 from runtime.errors import BudgetError, PlannerError
+from runtime.signature import bind_call
 
 BudgetLike = int | str | Mapping[str | int, int | str] | Budget
 
 
+class Pipeline(Protocol):
+    """A pipeline of diffusers, as far as types can tell."""
+
+    @property
+    def components(self) -> dict[str, Any]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@overload
 def plan(
     target: nn.Module | str | os.PathLike[str],
+    budget: BudgetLike | None,
+    *,
+    inputs: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    method: str = "forward",
+    device: str | None = None,
+    machine: str | os.PathLike[str] | Machine | None = None,
+    allow: tuple[str, ...] = ...,
+    allow_cast: str | torch.dtype | Sequence[str | torch.dtype] | None = None,
+    max_error: float | None = None,
+    keep: Mapping[str, Mapping[str, Any]] | None = None,
+    repeats: int = 1,
+    dynamic: Any = None,
+    profile: bool = False,
+    opaque_bytes: int | str | Mapping[str, int | str] | None = None,
+    dtype: str | torch.dtype | None = None,
+    variant: str | None = None,
+) -> Plan: ...
+
+
+@overload
+def plan(
+    target: Pipeline,
+    budget: BudgetLike | None,
+    *,
+    call: Mapping[str, Any],
+    device: str | None = None,
+    machine: str | os.PathLike[str] | Machine | None = None,
+    allow: tuple[str, ...] = ...,
+    allow_cast: str | torch.dtype | Sequence[str | torch.dtype] | None = None,
+    keep: Mapping[str, Mapping[str, Any]] | None = None,
+    profile: bool = False,
+) -> PipelinePlan: ...
+
+
+def plan(
+    target: Any,
     budget: BudgetLike | None,
     *,
     inputs: tuple[Any, ...] = (),
@@ -54,17 +105,21 @@ def plan(
     opaque_bytes: int | str | Mapping[str, int | str] | None = None,
     dtype: str | torch.dtype | None = None,
     variant: str | None = None,
-) -> Plan:
+) -> Plan | PipelinePlan:
     """Plans `target.method(*inputs, **kwargs)` so that its device memory stays within `budget`.
 
     Args:
         target: a module in eval mode; real, fake or meta weights, wherever they are. It is not changed before `build()`. Or the
             folder of a diffusers or transformers model: its config is read and the headers of its safetensors files, and
             `build()` reads the weights from there, one at a time (on cpu: the budget's share of them, ahead of use).
+            Or a pipeline of diffusers, all of whose components are planned together: see `call`.
         budget: bytes, a size such as "6GB" (6e9) or "6GiB", a mapping such as {"cuda": "6GB"}; None for what is free now.
         inputs, kwargs: an example call; real, fake or meta tensors, of which only shapes, strides and dtypes are read. Of a
             folder's model they may be left out where they are known: from a preset of its class, else from its config.
         method: which method to plan; of a folder without inputs the one whose inputs are known (an autoencoder's decode).
+        call: of a pipeline, the keyword arguments it is called with, such as dict(prompt="...", height=1024, width=1024). Its own
+            Python runs with zeros for what its components give, to find which calls it makes on them; the prompt's words do not
+            matter. Calls of other sizes are planned when they come.
         device: "cuda", "cuda:1", "cpu" (the budget is RAM, weights live on disk) or "accounting" (CPU kernels, every byte
             counted). Default: CUDA where it is or where `machine` is one, else cpu.
         machine: a preset's name, the path of a file with a machine (.toml or .json), a `Machine`, or None for this one.
@@ -91,7 +146,8 @@ def plan(
         variant: of a folder's files: "fp16" for model.fp16.safetensors.
 
     Returns:
-        The plan: printable, and `build()` makes the module that runs it.
+        The plan: printable, and `build()` makes the module that runs it; of a pipeline a `PipelinePlan`, whose `build()` gives
+        the same pipeline back.
 
     Raises:
         BudgetError: the budget cannot be read, or names a device that is not here.
@@ -101,9 +157,11 @@ def plan(
         UnknownSize: how many bytes are needed depends on values; names the module.
         PlannerError: anything else that was asked and cannot be done.
     """
-    target, folder = open_target(target, dtype, variant)
-    if call is not None:
-        raise PlannerError(f"call={call!r} is not supported for a module yet; leave it at None")
+    whole = is_pipeline(target)
+    target, folder = (target, None) if whole else open_target(target, dtype, variant)
+    kwargs = _call_of(target, call, inputs, kwargs) if whole else kwargs
+    if call is not None and not whole:
+        raise PlannerError(f"call={call!r} is for pipelines; a module's call is inputs=(...,) and kwargs={{...}}")
     casts = check_casts(allow_cast)
     if "cast" in check_allow(allow) and not casts:
         raise PlannerError("allow has 'cast', and no type is named: write allow_cast='float8_e4m3fn'")
@@ -134,9 +192,27 @@ def plan(
         attention="attention" in check_allow(allow),
         folder=folder,
     )
+    if whole:
+        return PipelinePlan.of(target, options)
     if method == "generate" and generates(target):
         return plan_generation(target, options)
     return plan_or_parts(target, options, prepare)
+
+
+def _call_of(pipe: Any, call: Any, inputs: Any, kwargs: Any) -> dict[str, Any]:
+    """The keyword arguments of a pipeline's call.
+
+    Raises:
+        PlannerError: they are not given, or given as those of a module.
+    """
+    kind = type(pipe).__name__
+    if inputs or kwargs or not isinstance(call, Mapping):
+        raise PlannerError(
+            f"{kind} is a pipeline: say what it is called with, plan(pipe, budget, call=dict(prompt='...', height=1024, "
+            "width=1024)); inputs and kwargs are a module's"
+        )
+    bind_call(functools.partial(type(pipe).__call__, pipe), (), call)
+    return dict(call)
 
 
 def _device(device: str | None, budget: BudgetLike | None, machine: str | os.PathLike[str] | Machine | None) -> str:

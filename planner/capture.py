@@ -29,6 +29,7 @@ from passes.inline_regions import InlineRegions
 from passes.inline_vmap import InlineVmap
 from passes.program import NOT_THEIRS, Program, Weight, WeightKind, place_of, storage_id
 from passes.spec import TensorSpec
+from planner.frontends.recorders import recording_hooks
 from planner.isolate import fake_weights, random_draws, refuse_hooks
 from planner.plain_state import PlainState, Unrepeatable, as_left
 from planner.plan_file import fingerprint
@@ -146,7 +147,10 @@ def _capture(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], m
     fake_args, fake_kwargs = fake_inputs((args, kwargs), mode)
     refuse_hooks(module, method)
     found = _Found()
-    with fake_weights(module, mode), random_draws() as drawn, torch.no_grad(), warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        for context in (recording_hooks(module), fake_weights(module, mode), torch.no_grad(), warnings.catch_warnings()):
+            stack.enter_context(context)
+        drawn = stack.enter_context(random_draws())
         warnings.simplefilter("ignore")
         try:
             with _quiet():

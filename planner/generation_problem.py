@@ -14,7 +14,7 @@ from passes.calibrate import calibrating
 from passes.probe import Prober
 from planner.memory import MemoryModel
 from planner.options import Options, check_patterns
-from planner.prepare import casting_in, tilings_of
+from planner.prepare import casting_for, tilings_of
 from planner.progress import working
 from planner.sizes import format_bytes
 from planner.solve.decide import Schedule
@@ -165,7 +165,7 @@ def _tilings(model: nn.Module, options: Options, rehearsal: Rehearsal) -> dict[s
     for phase in rehearsal.phases:
         calls = rehearsal.moments[phase.name].calls
         own = dataclasses.replace(options, repeats=calls if phase.name.startswith("decode") else 1)
-        casting = casting_in(phase.module, phase.program, own)
+        casting = casting_for(phase.module, phase.program, own)
         found[phase.name] = tilings_of(phase.program, own, casting, pool=False)
     return found
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from planner.frontends import recorders
 from planner.plain_state import PlainState
 from runtime.errors import CaptureError
 
@@ -93,19 +94,22 @@ def _is_plain_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.device.type == "cpu" and not value.is_inference()
 
 
+# Modules whose hooks a capture follows.
+_CAPTURED = ("torch.nn.utils.", recorders.MODULE)
 _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def refuse_hooks(module: nn.Module, method: str) -> None:
     """Raises CaptureError for hooks on submodules: what they do besides computing cannot be seen, so they must run as Python.
 
-    Those that PyTorch itself registers (`torch.nn.utils.weight_norm` and others) only compute; they are captured.
+    Those that PyTorch itself registers (`torch.nn.utils.weight_norm` and others) only compute, and those with which transformers
+    collects hidden states only add to the result; they are captured.
     """
     for path, child in module.named_modules():
         if child is module:
             continue  # the root's own run around its program
         for hook in (hook for table in _HOOK_TABLES for hook in child.__dict__[table].values()):
-            if not str(getattr(hook, "__module__", "") or type(hook).__module__).startswith("torch.nn.utils."):
+            if not str(getattr(hook, "__module__", "") or type(hook).__module__).startswith(_CAPTURED):
                 raise CaptureError(
                     f"{type(module).__name__}.{method} runs a forward hook on {path!r}, which its program would not run; "
                     "remove the hook, or plan with it on the root"

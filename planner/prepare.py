@@ -49,10 +49,10 @@ def prepare(model: nn.Module, options: Options) -> Tilings:
             program = run_passes(program, (WriteInPlace(writable_in_place(program)), Concretise(options.dynamic.largest)))
     refuse_shared_state(model, program)
     check_patterns(options.keep, [name for w in program.weights.values() for name in (w.name, *w.aliases)])
-    return tilings_of(program, options, casting_in(model, program, options))
+    return tilings_of(program, options, casting_for(model, program, options))
 
 
-def casting_in(model: nn.Module, program: Program, options: Options) -> Casting:
+def casting_for(model: nn.Module, program: Program, options: Options) -> Casting:
     """What may be cast, within the error that is allowed by estimate."""
     if not options.casts or program.origin is not None:
         return NO_CASTS

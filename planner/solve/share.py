@@ -90,9 +90,9 @@ class SharedBudget:
         return max(found, key=found.__getitem__)
 
     def _peaks(self, shares: Shares, peaks: Mapping[str, int]) -> dict[str | None, int]:
-        arenas = {k: _arena_bytes(self.parts[k].solver, s.schedule) if s.kept else 0 for k, s in shares.parts.items()}
+        arenas = {k: arena_bytes(self.parts[k].solver, s.schedule) if s.kept else 0 for k, s in shares.parts.items()}
         around = self.state_bytes + sum(arenas.values())
-        own = {k: arenas[k] + _state_bytes(self.parts[k].solver) for k in shares.parts}
+        own = {k: arenas[k] + state_bytes_of(self.parts[k].solver) for k in shares.parts}
         found: dict[str | None, int] = {None: self.python_need(shares.opaque) + around}
         return found | {k: self._outside(k, shares.opaque) + around - own[k] + peaks[k] for k in shares.parts}
 
@@ -178,7 +178,7 @@ class SharedBudget:
         rest = [part for key, part in self.parts.items() if key not in kept]
         for part in self.parts.values():
             problem = part.solver.problem
-            weights = problem.total_weight_bytes - _state_bytes(part.solver)
+            weights = problem.total_weight_bytes - state_bytes_of(part.solver)
             # Alone, the last part may keep its arenas and stream less.
             copied = weights / self.machine.link_peak_bandwidth if part in rest and len(rest) > 1 else 0.0
             seconds += part.calls * max(problem.compute_seconds, copied)
@@ -188,7 +188,7 @@ class SharedBudget:
         """What is copied before a part that passes through can begin."""
         problem = self.parts[key].solver.problem
         streamed = {w for placed in schedule.placements for w in placed.span.weights}
-        return problem.total_weight_bytes - problem.arena_bytes(streamed) - _state_bytes(self.parts[key].solver)
+        return problem.total_weight_bytes - problem.arena_bytes(streamed) - state_bytes_of(self.parts[key].solver)
 
     def _need(self, kept: Keys, opaque: Keys) -> int:
         """The least budget with these kept."""
@@ -202,7 +202,7 @@ class SharedBudget:
         return budget_bytes - self._taken_around(key, kept, opaque)
 
     def _taken_around(self, key: str, kept: Keys, opaque: Keys) -> int:
-        return self._outside(key, opaque) + self._arenas(kept - {key}) - _state_bytes(self.parts[key].solver)
+        return self._outside(key, opaque) + self._arenas(kept - {key}) - state_bytes_of(self.parts[key].solver)
 
     def _peak_of_kept(self, key: str, kept: Keys, opaque: Keys) -> int:
         return self._taken_around(key, kept, opaque) + self.parts[key].solver.resident.peak_bytes
@@ -229,7 +229,7 @@ class SharedBudget:
 
     @cached_property
     def _resident_arenas(self) -> dict[str, int]:
-        return {key: _arena_bytes(part.solver, part.solver.resident) for key, part in self.parts.items()}
+        return {key: arena_bytes(part.solver, part.solver.resident) for key, part in self.parts.items()}
 
     @cached_property
     def state_bytes(self) -> int:
@@ -246,15 +246,15 @@ def _most(moments: Moments, passing: Mapping[str, int]) -> int:
     return max((nbytes + sum(passing.get(path, 0) for path in running) for running, nbytes in moments.items()), default=0)
 
 
-def _state_bytes(solver: Solver) -> int:
+def state_bytes_of(solver: Solver) -> int:
     problem = solver.problem
     return sum(problem.weight_bytes[k] for k, w in problem.program.weights.items() if w.state)
 
 
-def _arena_bytes(solver: Solver, schedule: Schedule) -> int:
+def arena_bytes(solver: Solver, schedule: Schedule) -> int:
     """What stays on the device between calls of a kept part, state aside, as the device's allocator rounds it."""
     memory, problem = solver.problem.memory, solver.problem
     streamed = {w for placed in schedule.placements for w in placed.span.weights}
-    resident = problem.total_weight_bytes - problem.arena_bytes(streamed) - _state_bytes(solver)
+    resident = problem.total_weight_bytes - problem.arena_bytes(streamed) - state_bytes_of(solver)
     staging = schedule.staging_bytes
     return memory.reserved_alone(resident) + memory.reserved_alone(staging)

@@ -1,0 +1,141 @@
+"""From a pipeline's plan to the pipeline that runs it: where weights come from, and what is planned while it runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from planner.budget import Budget
+from planner.pipeline_problem import member_options
+from planner.plan import Plan
+from planner.progress import working
+from planner.sizes import format_bytes
+from planner.weights import Lookup, open_weights
+from runtime.devices import open_device
+from runtime.errors import InfeasibleBudget, PlannerError
+from runtime.origins import has_no_bytes, named_tensors
+from runtime.pipeline import PipelineProgram, PipelineRunner, Planners
+
+if TYPE_CHECKING:
+    from planner.pipeline_plan import PipelinePlan
+
+log = logging.getLogger("vramplan")
+
+
+def build_runner(plan: PipelinePlan, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PipelineRunner:
+    """Takes the pipeline over; whatever goes wrong, it is as before."""
+    planners = Planners(
+        again=lambda call: plan.of_call(call).programs(),
+        one=functools.partial(_plan_one, plan),
+        anew=functools.partial(_plan_anew, plan, concurrent),
+    )
+    runner = PipelineRunner(
+        plan._analyses.root,
+        plan.target,
+        open_device(plan.device, plan.budget.disk_bytes),
+        plan.budget_bytes,
+        plan.machine.link_peak_bandwidth,
+        planners,
+        concurrent,
+    )
+    with working(f"moving the weights of {plan.title} into the host arena"):
+        runner.attach_pipeline(plan.options.kwargs, plan.programs(), lookup)
+    return runner
+
+
+def _plan_one(plan: PipelinePlan, path: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineProgram:
+    """A single call of a component that no run of the pipeline makes so, within what is left beside what stays.
+
+    Raises:
+        InfeasibleBudget: it does not fit.
+    """
+    analyses, shared = plan._analyses, plan._problem.budget
+    made = analyses.captures.of(path, method, args, kwargs)
+    tilings = analyses.tilings(made, plan.options, 1)
+    kept = sum(share.arena_bytes for share in plan._shares.values() if share.stay == "always")
+    held = max([shared.python_bytes, *(member.outside_bytes for member in shared.members.values())])
+    room = plan.budget_bytes - kept - held - shared.state_bytes
+    least = tilings.least_bytes(room)
+    if room < least:
+        raise InfeasibleBudget(
+            f"{path}.{method} is called as the pipeline does not call it, which takes at least {format_bytes(least)}; "
+            f"{format_bytes(max(room, 0))} are left of the budget of {format_bytes(plan.budget_bytes)}. Plan with a larger "
+            "budget, or call it before p.build()",
+            budget_bytes=room,
+            minimum_bytes=least,
+            node=path,
+        )
+    solver, schedule = tilings.solve(room)
+    options = dataclasses.replace(member_options(plan.options, made), budget=Budget(room))
+    own = Plan(analyses.root.get_submodule(path), options, tilings, schedule.decisions(solver.problem))
+    return PipelineProgram(f"{path}.{method}", path, method, made.signature, own.executable, "call")
+
+
+def _plan_anew(
+    plan: PipelinePlan, concurrent: Literal["wait", "raise"], changed: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Something about a component is different, such as an adapter that was loaded: everything is planned and built again.
+
+    Raises:
+        PlannerError: that cannot be; the pipeline is then as it was before it was planned, the change included.
+    """
+    from planner.pipeline_plan import PipelinePlan
+
+    log.info("%s: %s; planning and building again", plan.title, changed)
+    pipe, runner = plan.target, plan.runner
+    assert runner is not None
+    call = plan.call_of(args, kwargs)
+    runner.close()
+    lines = f"p = plan(pipe, budget={plan.budget_bytes}, call=dict(...))\npipe = p.build()"
+    missing = next((name for name, t in named_tensors(plan._analyses.root).items() if has_no_bytes(t)), None)
+    if missing is not None:
+        raise PlannerError(
+            f"{changed}, and the components were built from weights given to build(): {missing!r} has no values without them. "
+            f"Load the weights into the pipeline first, change it then, and plan it:\n{lines}"
+        )
+    try:
+        fresh = PipelinePlan.of(pipe, dataclasses.replace(plan.options, kwargs=call))
+        with torch.inference_mode(False):
+            plan._take(fresh, build_runner(fresh, None, concurrent))
+    except PlannerError as error:
+        raise PlannerError(
+            f"{changed}, and the pipeline cannot be planned so: {error}. It runs without a plan now. Change it, or plan it "
+            f"with a larger budget:\n{lines}"
+        ) from error
+    return pipe(*args, **kwargs)
+
+
+def open_pipeline_weights(weights: Any, root: nn.Module) -> Lookup:
+    """A look-up by the root's names.
+
+    Raises:
+        PlannerError: a component's weights are not there.
+    """
+    from planner.frontends import pipelines
+
+    given: Mapping[str, Any]
+    if isinstance(weights, str | Path):
+        given = {name: Path(weights) / name for name, _ in root.named_children() if (Path(weights) / name).is_dir()}
+    elif pipelines.is_pipeline(weights):
+        given = {name.replace(".", "_"): component for name, component in pipelines.components_of(weights).items()}
+    elif isinstance(weights, Mapping):
+        given = weights
+    else:
+        raise PlannerError(
+            f"weights={weights!r}: pass a pipeline, the folder of one, or a mapping by component, such as "
+            "build(weights={'unet': 'folder/unet', 'vae': vae.state_dict()})"
+        )
+    lookups = {name: open_weights(given[name], component) for name, component in root.named_children() if name in given}
+
+    def lookup(name: str) -> torch.Tensor | None:
+        component, _, inner = name.partition(".")
+        return lookups[component](inner) if component in lookups else None
+
+    return lookup

@@ -1,0 +1,352 @@
+"""`PipelinePlan`: the plan of a whole pipeline's call. Its components' calls are plans; its own Python runs between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from planner.bounds import Bound
+from planner.budget import Budget
+from planner.dry_run_calls import DryRun
+from planner.frontends import pipelines
+from planner.machine import Machine
+from planner.options import Options
+from planner.pipeline import placements_of
+from planner.pipeline_build import build_runner, open_pipeline_weights
+from planner.pipeline_calls import Components
+from planner.pipeline_problem import Analyses, PipelineProblem, infeasible_pipeline, member_options, problem_of
+from planner.plan import Plan
+from planner.sizes import format_bytes
+from planner.solve.decisions import Decisions
+from planner.solve.phases import MemberShare, MemberShares
+from planner.solve.simulate import StepTime
+from runtime.call_key import named_call
+from runtime.errors import PlanFileError, PlannerError
+from runtime.pipeline import PipelineProgram, PipelinePrograms, PipelineRunner
+from runtime.pipeline_report import PipelineReport
+
+
+class PipelinePlan:
+    """The plan of a pipeline's call for one budget. Made by `plan()`, `PipelinePlan.load` or `replan`.
+
+    Attributes:
+        run: the dry run: which calls the pipeline makes on its components, and what its own Python holds meanwhile.
+        parts: a plan for every distinct call of a component, in the order of the run, by its name ("unet.forward").
+        stays: for each of them whether its arenas stay on the device "always", for a "phase", or for a "call".
+        budget, machine, device: what was declared.
+    """
+
+    def __init__(
+        self, pipe: Any, options: Options, analyses: Analyses, run: DryRun, shares: Mapping[str, Any] | None = None
+    ) -> None:
+        self._pipe, self._options, self._analyses, self.run = pipe, options, analyses, run
+        self._runner: PipelineRunner | None = None
+        self._weights: Any = None
+        self._problem = problem = problem_of(run, options, analyses)
+        budget = options.budget.device_bytes
+        if budget < problem.budget.minimum_bytes:
+            raise infeasible_pipeline(problem, budget)
+        self._shares: MemberShares = problem.budget.solve(budget) if shares is None else given_shares(problem, shares)
+        self.stays = {key: self._shares[key].stay for key in problem.programs}
+        self.parts = {key: self._part(key, self._shares[key]) for key in problem.programs}
+        if self.reserved_bytes > budget:
+            raise PlanFileError(
+                f"the decisions need {format_bytes(self.reserved_bytes)} here, more than their budget of "
+                f"{format_bytes(budget)}; plan the pipeline again"
+            )
+
+    @classmethod
+    def of(cls, pipe: Any, options: Options) -> PipelinePlan:
+        """Dry run, captures, analyses, decisions.
+
+        Raises:
+            PlannerError: as `plan()`.
+        """
+        analyses = Analyses.of(Components(pipelines.components_of(pipe)))
+        return cls(pipe, options, analyses, pipelines.record(pipe, options.kwargs))
+
+    def _part(self, key: str, share: MemberShare) -> Plan:
+        made = self._problem.programs[key]
+        options = member_options(self._options, made, share.solver.repeats)
+        options = dataclasses.replace(options, budget=Budget(share.budget_bytes))
+        target = self._analyses.root.get_submodule(made.path)
+        tilings = self._problem.budget.members[key].tilings
+        return Plan(target, options, tilings, share.schedule.decisions(share.solver.problem))
+
+    # What was asked.
+
+    @property
+    def target(self) -> Any:
+        """The pipeline."""
+        return self._pipe
+
+    @property
+    def options(self) -> Options:
+        """All that was declared; its `kwargs` are the call."""
+        return self._options
+
+    @property
+    def budget(self) -> Budget:
+        return self._options.budget
+
+    @property
+    def budget_bytes(self) -> int:
+        return self._options.budget.device_bytes
+
+    @property
+    def machine(self) -> Machine:
+        return self._options.machine
+
+    @property
+    def device(self) -> str:
+        return self._options.device
+
+    @property
+    def title(self) -> str:
+        return self.run.name
+
+    # What was found. Bytes are on the device, seconds those of one call of the pipeline.
+
+    @cached_property
+    def peak_bytes(self) -> int:
+        """Predicted: the most bytes that are live, tensors of the pipeline's own Python included."""
+        return max(self._peaks.values())
+
+    @cached_property
+    def _peaks(self) -> dict[str | None, int]:
+        return self._problem.budget.peaks(self._shares, {key: part.peak_bytes for key, part in self.parts.items()})
+
+    @cached_property
+    def reserved_bytes(self) -> int:
+        """Predicted: the most that the device's allocator holds to serve them, which is what the budget bounds."""
+        return max(self._problem.budget.peaks(self._shares, {k: part.reserved_bytes for k, part in self.parts.items()}).values())
+
+    @property
+    def peak_at(self) -> str:
+        """The call at which the peak is, with its operator; or the pipeline's own Python."""
+        at = max(self._peaks, key=self._peaks.__getitem__)
+        return f"the Python of {self.title}" if at is None else f"{self.parts[at].peak_at} of {at}"
+
+    @property
+    def minimum_bytes(self) -> int:
+        """The least budget that is feasible."""
+        return self._problem.budget.minimum_bytes
+
+    @property
+    def unplanned_bytes(self) -> int:
+        """Predicted with all components on the device and nothing tiled."""
+        return self._problem.budget.unplanned_bytes
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of all weights that are read."""
+        weights: dict[str, int] = {}
+        for part in self.parts.values():
+            weights |= part.program.bytes_by_name()
+        return sum(weights.values())
+
+    @cached_property
+    def time(self) -> StepTime:
+        """Of all calls, simulated, and of the copies before them; what the pipeline's own Python takes is not known."""
+        return self._problem.budget.time(self._shares)
+
+    @property
+    def step_seconds(self) -> float:
+        return self.time.step_seconds
+
+    def seconds_of(self, key: str) -> float:
+        """Of all calls of one part, the copies before them included."""
+        budget, share = self._problem.budget, self._shares[key]
+        return budget.members[key].calls * share.schedule.time.step_seconds + budget.load_seconds(key, share)
+
+    def calls_of(self, key: str) -> int:
+        """How often it is called in one run."""
+        return self._problem.budget.members[key].calls
+
+    def held_beside(self, key: str) -> int:
+        """Bytes that the pipeline's own Python holds while it runs, beside its arguments."""
+        return self._problem.budget.members[key].outside_bytes
+
+    def bytes_at(self, key: str) -> int:
+        """Predicted: the most bytes that are live while it runs."""
+        return self._peaks[key]
+
+    @cached_property
+    def bound(self) -> Bound:
+        """What no schedule can beat: the arithmetic of every call, or the copies of what cannot stay while it runs."""
+        compute = link = 0.0
+        streamed = 0
+        seconds = 0.0
+        for key, part in self.parts.items():
+            own, calls = part.bound_at(self.budget_bytes - self.held_beside(key)), self.calls_of(key)
+            compute, link = compute + calls * own.compute_seconds, link + calls * own.link_seconds
+            streamed, seconds = streamed + calls * own.streamed_bytes, seconds + calls * own.seconds
+        return PipelineBound(compute, link, streamed, seconds)
+
+    @property
+    def bound_seconds(self) -> float:
+        return self.bound.seconds
+
+    @property
+    def code(self) -> str:
+        """The programs of all parts as Python; what is printed is what runs."""
+        return "\n\n".join(f"# {key}, stays for: {self.stays[key]}\n{part.code}" for key, part in self.parts.items())
+
+    def __str__(self) -> str:
+        from planner.show_pipeline import describe_pipeline
+
+        return describe_pipeline(self)
+
+    def __repr__(self) -> str:
+        return f"<PipelinePlan of {self.title}: {format_bytes(self.peak_bytes)} of {format_bytes(self.budget_bytes)}>"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PipelinePlan):
+            return NotImplemented
+        mine = (self.parts, self.stays, self.budget, self.machine, self.device)
+        return mine == (other.parts, other.stays, other.budget, other.machine, other.device)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # What can be done with it.
+
+    def replan(self, budget: int | str | Mapping[str | int, int | str] | Budget) -> PipelinePlan:
+        """The same call under another budget; dry run and captures are reused.
+
+        Raises:
+            BudgetError, InfeasibleBudget: as `plan()`.
+        """
+        options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
+        return PipelinePlan(self._pipe, options, self._analyses, self.run)
+
+    def save(self, path: str | Path) -> None:
+        """Writes decisions and fingerprint as JSON, atomically. No weights."""
+        from planner.pipeline_file import save_pipeline
+
+        save_pipeline(self, path)
+
+    @classmethod
+    def load(cls, path: str | Path, pipe: Any, *, call: Mapping[str, Any] | None = None) -> PipelinePlan:
+        """A saved plan for this pipeline: dry run and captures are made again, decisions applied again, checked again.
+
+        `call` is needed where the planned one had more than plain values: pictures, tensors, a generator.
+
+        Raises:
+            PlanFileError: truncated, of another version, or made for another pipeline (names the differing node).
+        """
+        from planner.pipeline_file import load_pipeline
+
+        return load_pipeline(path, pipe, call)
+
+    def build(self, weights: Any = None, *, concurrent: Literal["wait", "raise"] = "wait") -> Any:
+        """The same pipeline, which runs the plan from now on: its components are the same objects, of the same classes.
+
+        Weights move, one at a time, into one host arena that the components then share.
+
+        Args:
+            weights: for components on the meta device: another pipeline, a mapping of what `Plan.build` takes by the names of
+                components, or the folder of a pipeline.
+            concurrent: what a call does while another thread is inside: wait or raise.
+
+        Raises:
+            PlannerError: no such device here, it is built already, or weights are missing.
+        """
+        if self._runner is not None and not self._runner.closed:
+            raise PlannerError("this plan is built already; p.restore() before building again")
+        if self.device.startswith("cuda") and not torch.cuda.is_available():
+            raise PlannerError(
+                f"this plan is for {self.device}, and there is no CUDA device here; build it where there is one, "
+                "or plan with device='accounting'"
+            )
+        self._weights = weights
+        lookup = None if weights is None else open_pipeline_weights(weights, self._analyses.root)
+        with torch.inference_mode(False):
+            self._runner = build_runner(self, lookup, concurrent)
+        return self._pipe
+
+    def programs(self) -> PipelinePrograms:
+        """All that the runtime takes."""
+        order = {key: index for index, key in enumerate(self.parts)}
+        made = []
+        for key, part in self.parts.items():
+            own, member = self._problem.programs[key], self._problem.budget.members[key]
+            made.append(
+                PipelineProgram(key, own.path, own.method, own.signature, part.executable, self.stays[key], member.phases)
+            )
+        predicted = {
+            "peak_bytes": float(self.peak_bytes),
+            "reserved_bytes": float(self.reserved_bytes),
+            "step_seconds": self.step_seconds,
+        }
+        return PipelinePrograms(tuple(made), tuple((order[key], phase) for key, phase in self._problem.order), predicted)
+
+    def of_call(self, call: Mapping[str, Any]) -> PipelinePlan:
+        """The plan of another call of the same pipeline within the same budget; calls that are known are not captured again.
+
+        Raises:
+            PlannerError: as `plan()`.
+        """
+        options = dataclasses.replace(self._options, kwargs=dict(call))
+        return PipelinePlan(self._pipe, options, self._analyses, pipelines.record(self._pipe, options.kwargs))
+
+    def call_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """All arguments of a call of the pipeline by name."""
+        return named_call(functools.partial(type(self._pipe).__call__, self._pipe), args, kwargs)
+
+    def _take(self, fresh: PipelinePlan, runner: PipelineRunner) -> None:
+        """Becomes the plan that took the place of this one, since the pipeline had changed."""
+        vars(self).clear()
+        vars(self).update(vars(fresh))
+        self._runner = runner
+
+    @property
+    def runner(self) -> PipelineRunner | None:
+        """What runs the built pipeline; None before `build()` and after `restore()`."""
+        return None if self._runner is None or self._runner.closed else self._runner
+
+    def report(self) -> PipelineReport:
+        """What the last call of the built pipeline measured."""
+        if self._runner is None:
+            raise PlannerError("nothing was measured yet: pipe = p.build(), call pipe, then p.report()")
+        return self._runner.report()
+
+    def restore(self) -> Any:
+        """Gives the pipeline back as it was: classes, weights, and where these were."""
+        if self._runner is not None:
+            self._runner.close()
+        return self._pipe
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineBound(Bound):
+    """Sums over all calls; `seconds` takes the larger of the two for each."""
+
+    total_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.total_seconds
+
+
+def given_shares(problem: PipelineProblem, given: Mapping[str, Any]) -> MemberShares:
+    """Decisions that were saved, as shares.
+
+    Raises:
+        PlanFileError: they are for another pipeline.
+    """
+    if given.keys() != problem.programs.keys():
+        raise PlanFileError("the plan has other calls than this pipeline; plan it again")
+    shares = {}
+    for key, saved in given.items():
+        own = Decisions.from_json(saved)
+        solver = problem.budget.members[key].tilings.of(own.tiling)
+        schedule = solver.evaluate(placements_of(solver.problem, own), own.staging)
+        shares[key] = MemberShare(solver, schedule, saved["stay"], int(saved["budget_bytes"]))
+    return shares
+

@@ -1,0 +1,323 @@
+"""One budget over the phases of a pipeline: what stays on the device between its calls, what goes, what comes when.
+
+A member (one call of a component, as a program) stays *always*, *phase* by phase (from its first call in one to the last), or
+for one *call*: then its weights come in every call and go after it. The pipeline's own Python holds tensors beside all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from planner.machine import Machine
+from planner.solve.decide import Schedule, Solver
+from planner.solve.share import arena_bytes, state_bytes_of
+from planner.solve.simulate import StepTime
+from planner.solve.tilings import Tilings
+
+Stay = Literal["always", "phase", "call"]
+# How often a schedule is looked for in less room, because arenas and what Python holds took more than was left for them.
+_TRIES = 4
+# Keeping a member for good is looked at where the copies it saves are more than this share of the time.
+_WORTH = 0.005
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """A call of a component in its place. `outside_bytes`: what Python holds beside the program; `calls`: of one run."""
+
+    key: str
+    tilings: Tilings
+    outside_bytes: int
+    calls: int
+    phases: tuple[int, ...]
+
+    @property
+    def solver(self) -> Solver:
+        """As it is, nothing rewritten."""
+        return self.tilings.base
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.solver.problem.total_weight_bytes - state_bytes_of(self.solver)
+
+
+@dataclass(frozen=True)
+class MemberShare:
+    """What one member gets: the solver of its tiling, its schedule, how long it stays, within which budget it was scheduled."""
+
+    solver: Solver
+    schedule: Schedule
+    stay: Stay
+    budget_bytes: int
+
+    @cached_property
+    def arena_bytes(self) -> int:
+        """What is on the device between its calls, while it stays: arenas, and bundles that the next call finds there."""
+        if self.stay == "call":
+            return 0
+        carried = sum(p.span.nbytes for p in self.schedule.placements if p.carried and self.schedule.staging == "allocator")
+        return arena_bytes(self.solver, self.schedule) + carried
+
+    @property
+    def loaded_bytes(self) -> int:
+        """What is copied before its first operator can run."""
+        streamed = {w for placed in self.schedule.placements for w in placed.span.weights}
+        problem = self.solver.problem
+        return problem.total_weight_bytes - problem.arena_bytes(streamed) - state_bytes_of(self.solver)
+
+
+MemberShares = Mapping[str, MemberShare]
+
+
+@dataclass(frozen=True, eq=False)
+class PhasedBudget:
+    """The problem.
+
+    `phases`: the keys of the members of each, in order. `between_bytes`: what Python holds at most between two calls of one
+    phase, for each; `python_bytes`: outside of them. `keep_all`: nothing may leave the device.
+    """
+
+    machine: Machine
+    members: Mapping[str, Member]
+    phases: Sequence[tuple[str, ...]]
+    between_bytes: Sequence[int]
+    python_bytes: int
+    host_bytes: int | None = None
+    keep_all: bool = False
+    _solved: dict[tuple[str, int, bool], tuple[Solver, Schedule] | None] = field(default_factory=dict)
+
+    # Bytes.
+
+    @cached_property
+    def minimum_bytes(self) -> int:
+        """The least budget that is feasible: every member for a call, unless all must stay."""
+        if self.keep_all:
+            return max(self.peaks(self._resident_shares(self.members, "always")).values())
+        return max([self.python_bytes + self.state_bytes, *self.between_bytes, *map(self._least, self.members)])
+
+    @cached_property
+    def unplanned_bytes(self) -> int:
+        """With all weights on the device and nothing tiled: those of members that share them once."""
+        weights: dict[str, int] = {}
+        for member in self.members.values():
+            problem = member.solver.problem
+            weights |= problem.program.bytes_by_name(problem.weight_bytes)
+        needs = [m.outside_bytes + int(m.solver.problem.activation_bytes.max()) for m in self.members.values()]
+        return sum(weights.values()) + max([self.python_bytes, *self.between_bytes, *needs])
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Of what programs write, which is always on the device; that of several members once."""
+        state: dict[str, int] = {}
+        for member in self.members.values():
+            problem = member.solver.problem
+            state |= {w.name: problem.weight_bytes[k] for k, w in problem.program.weights.items() if w.state}
+        return sum(state.values())
+
+    def tightest(self) -> str | None:
+        """The member that sets the minimum; None where the pipeline's Python does."""
+        least = {key: self._least(key) for key in self.members}
+        key = max(least, key=least.__getitem__, default=None)
+        return key if key is not None and least[key] == self.minimum_bytes else None
+
+    def peaks(self, shares: MemberShares, peaks: Mapping[str, int] | None = None) -> dict[str | None, int]:
+        """The most bytes at the calls of each member, and outside of all calls (None).
+
+        `peaks`: what each member takes itself, with its arenas and state; by default what was solved for.
+        """
+        found: dict[str | None, int] = {None: self.python_bytes + self.state_bytes + self._always(shares)}
+        for phase, between in zip(self.phases, self.between_bytes, strict=True):
+            inside = sum(shares[key].arena_bytes for key in phase if shares[key].stay == "phase")
+            found[None] = max(found[None], between + self.state_bytes + self._always(shares) + inside)
+        for key, share in shares.items():
+            own = share.schedule.peak_bytes if peaks is None else peaks[key]
+            found[key] = own + self._around(key, shares)
+        return found
+
+    def _around(self, key: str, shares: MemberShares) -> int:
+        """What is on the device at the calls of a member besides itself."""
+        near = {other for phase in self.phases if key in phase for other in phase} - {key}
+        others = sum(s.arena_bytes for k, s in shares.items() if k != key and (s.stay == "always" or k in near))
+        member = self.members[key]
+        return member.outside_bytes + others + self.state_bytes - state_bytes_of(member.solver)
+
+    def _always(self, shares: MemberShares) -> int:
+        return sum(share.arena_bytes for share in shares.values() if share.stay == "always")
+
+    def _least(self, key: str) -> int:
+        member = self.members[key]
+        return member.outside_bytes + member.tilings.minimum.minimum.peak_bytes + self.state_bytes - state_bytes_of(member.solver)
+
+    # Seconds.
+
+    def time(self, shares: MemberShares) -> StepTime:
+        """Of one run: its calls, simulated, and the copies before them; what Python itself takes is not known."""
+        step = stall = copying = 0.0
+        for key, share in shares.items():
+            calls, own, load = self.members[key].calls, share.schedule.time, self.load_seconds(key, share)
+            step += calls * own.step_seconds + load
+            stall += calls * own.stall_seconds + load
+            copying += calls * own.copy_seconds + load
+        return StepTime(step, stall, copying)
+
+    def load_seconds(self, key: str, share: MemberShare) -> float:
+        """Of the copies before calls, in one run."""
+        member = self.members[key]
+        times = {"always": 0, "phase": len(member.phases), "call": member.calls}[share.stay]
+        return times * self.machine.copy_seconds(share.loaded_bytes) if share.loaded_bytes else 0.0
+
+    # Choosing.
+
+    def solve(self, budget_bytes: int) -> MemberShares:
+        """The fastest of the choices; requires `budget_bytes >= minimum_bytes`."""
+        assert budget_bytes >= self.minimum_bytes
+        best: MemberShares | None = None
+        for always in self._kept_for_good():
+            shares = self._shares(always, budget_bytes, best)
+            if shares is None:
+                continue
+            if best is None or self.time(shares).step_seconds < self.time(best).step_seconds:
+                best = shares
+        assert best is not None
+        return best
+
+    def _kept_for_good(self) -> Iterator[tuple[str, ...]]:
+        """Members that stay always: nobody first, since that is always possible; then everybody, then the small ones."""
+        if self.keep_all:
+            yield tuple(self.members)
+            return
+        yield ()
+        order = sorted(self.members, key=lambda key: self.members[key].weight_bytes)
+        for count in (len(order), *range(1, len(order))):
+            yield tuple(order[:count])
+
+    def _shares(self, always: tuple[str, ...], budget_bytes: int, best: MemberShares | None) -> MemberShares | None:
+        """Schedules with these kept for good; None where they do not fit, or cannot be worth it."""
+        shares = self._resident_shares(always, "always")
+        taken = sum(share.arena_bytes for share in shares.values())
+        if best is not None:
+            saved = sum(self.load_seconds(key, best[key]) + self._waits(key, best[key]) for key in always)
+            if saved <= _WORTH * self.time(best).step_seconds:
+                return None
+        for key in always:
+            if shares[key].schedule.peak_bytes + taken - shares[key].arena_bytes + self.members[key].outside_bytes > budget_bytes:
+                return None
+        rest = [tuple(key for key in phase if key not in always) for phase in self.phases]
+        for phase, between in zip(rest, self.between_bytes, strict=True):
+            fresh = tuple(key for key in phase if key not in shares)
+            if fresh:
+                found = self._phase(fresh, between, budget_bytes - taken - self.state_bytes)
+                if found is None:
+                    return None
+                shares |= found
+        return shares if max(self.peaks(shares).values()) <= budget_bytes else None
+
+    def _waits(self, key: str, share: MemberShare) -> float:
+        return self.members[key].calls * (share.schedule.time.step_seconds - share.solver.problem.compute_seconds)
+
+    def _phase(self, keys: tuple[str, ...], between_bytes: int, budget_bytes: int) -> dict[str, MemberShare] | None:
+        """The fastest way to run the members of a phase within a budget, their state aside."""
+        best: dict[str, MemberShare] | None = None
+        order = sorted(keys, key=lambda key: self.members[key].weight_bytes)
+        for count in range(len(order), -2, -1):
+            found = self._staying(order, count, between_bytes, budget_bytes)
+            if found is not None and (best is None or self._seconds(found) < self._seconds(best)):
+                best = found
+            if found is not None and count >= len(order) and self._waiting(found) == 0:
+                break  # everything stays
+        return best
+
+    def _staying(self, order: list[str], count: int, between_bytes: int, budget_bytes: int) -> dict[str, MemberShare] | None:
+        """The first `count` members stay whole for the phase, the next with what is left of the room, the rest for a call.
+
+        With -1 all are there for a call.
+        """
+        whole = self._resident_shares(order[: max(count, 0)], "phase")
+        taken = sum(share.arena_bytes for share in whole.values())
+        shares = dict(whole)
+        for key in order[count + 1 :] if count >= 0 else order:
+            share = self._for_a_call(key, budget_bytes - taken - self._outside(key))
+            if share is None:
+                return None
+            shares[key] = share
+        if 0 <= count < len(order):
+            key = order[count]
+            others = max([between_bytes, *(self._outside(k) + _beside(s) for k, s in shares.items())])
+            share = self._for_a_phase(key, budget_bytes - taken, others)
+            if share is None:
+                return None
+            shares[key] = share
+        arenas = sum(share.arena_bytes for share in shares.values())
+        inside = [self._outside(k) + arenas - s.arena_bytes + s.schedule.peak_bytes for k, s in shares.items()]
+        return shares if max([between_bytes + arenas, *inside]) <= budget_bytes else None
+
+    def _outside(self, key: str) -> int:
+        """What is beside a member's program, which has its own state in its peak."""
+        return self.members[key].outside_bytes - state_bytes_of(self.members[key].solver)
+
+    def _for_a_phase(self, key: str, budget_bytes: int, others_bytes: int) -> MemberShare | None:
+        """A schedule whose arenas leave room for what happens between its calls."""
+        member = self.members[key]
+        room = budget_bytes - self._outside(key)
+        for _ in range(_TRIES):
+            found = self._solved_within(key, room, pass_through=False)
+            if found is None:
+                return None
+            share = MemberShare(*found, "phase", room)
+            over = share.arena_bytes + others_bytes - budget_bytes
+            if over <= 0:
+                return share
+            room = min(room, found[1].peak_bytes) - over
+            if room < member.tilings.least_bytes(room):
+                return None
+        return None
+
+    def _for_a_call(self, key: str, room: int) -> MemberShare | None:
+        found = self._solved_within(key, room, pass_through=True)
+        return None if found is None else MemberShare(*found, "call", room)
+
+    def _solved_within(self, key: str, room: int, *, pass_through: bool) -> tuple[Solver, Schedule] | None:
+        if (key, room, pass_through) not in self._solved:
+            self._solved[key, room, pass_through] = self._search(self.members[key], room, pass_through)
+        return self._solved[key, room, pass_through]
+
+    def _search(self, member: Member, room: int, pass_through: bool) -> tuple[Solver, Schedule] | None:
+        if room < member.tilings.least_bytes(room):
+            return None
+        solver, schedule = member.tilings.solve(room, self.host_bytes)
+        if not pass_through:
+            return solver, schedule
+        options = [solver.pass_through(room)] if solver.minimum.peak_bytes <= room else []
+        options += [schedule] if not any(p.carried for p in schedule.placements) else []
+        if not options:
+            solver = member.tilings.minimum
+            options = [solver.pass_through(room)]
+        return solver, min(options, key=lambda s: self._once(solver, s))
+
+    def _once(self, solver: Solver, schedule: Schedule) -> float:
+        """Seconds of a call that finds nothing on the device."""
+        load = MemberShare(solver, schedule, "call", 0).loaded_bytes
+        return schedule.time.step_seconds + (self.machine.copy_seconds(load) if load else 0.0)
+
+    def _seconds(self, shares: Mapping[str, MemberShare]) -> float:
+        return sum(self.members[k].calls * s.schedule.time.step_seconds + self.load_seconds(k, s) for k, s in shares.items())
+
+    def _waiting(self, shares: Mapping[str, MemberShare]) -> float:
+        return sum(share.schedule.time.stall_seconds for share in shares.values())
+
+    def _resident_shares(self, keys: Iterable[str], stay: Stay) -> dict[str, MemberShare]:
+        """Members with everything on the device."""
+        found = {}
+        for key in keys:
+            solver = self.members[key].solver
+            found[key] = MemberShare(solver, solver.resident, stay, solver.resident.peak_bytes)
+        return found
+
+
+def _beside(share: MemberShare) -> int:
+    """What a member needs while it runs."""
+    return share.schedule.peak_bytes
+

@@ -1,0 +1,321 @@
+"""`PipelineRunner`: runs a pipeline's own Python, with the calls that it makes on its components as programs.
+
+All components share one host store, one device and one budget. Which arenas are on the device follows the phases of the run:
+a program's stay for good, from its first to its last call of a phase, or for a single call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from runtime.call_key import call_key, named_call
+from runtime.components import Taken
+from runtime.devices.base import Device
+from runtime.executable import Executable
+from runtime.executor import Executor
+from runtime.fingerprint import Fingerprint
+from runtime.leftovers import KnownStates
+from runtime.loose_signature import LooseSignature, as_inputs
+from runtime.origins import Lookup, named_tensors
+from runtime.pipeline_report import PhaseReport, PipelineReport
+from runtime.runner import Runner
+from runtime.signature import bind_call
+
+log = logging.getLogger("vramplan")
+Stay = Literal["always", "phase", "call"]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class PipelineProgram:
+    """The program of one call of a component, which is the module at `path`; `phases` are those in which it is called."""
+
+    key: str
+    path: str
+    method: str
+    signature: LooseSignature
+    program: Executable
+    stay: Stay
+    phases: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PipelinePrograms:
+    """All that a pipeline runs. `steps`: for every component call of a run its program (an index) and its phase."""
+
+    programs: tuple[PipelineProgram, ...]
+    steps: tuple[tuple[int, int], ...]
+    predicted: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Planners:
+    """How a runner asks for what was not planned.
+
+    `again`: the programs of another call of the pipeline, by its keyword arguments. `one`: of a single call of a component,
+    (path, method, args, kwargs). `anew`: what the pipeline gives for a call after it has been planned and built again, because
+    something about its components is different: (what, args, kwargs).
+    """
+
+    again: Callable[[dict[str, Any]], PipelinePrograms]
+    one: Callable[[str, str, tuple[Any, ...], dict[str, Any]], PipelineProgram]
+    anew: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class PipelineRunner(Runner):
+    """One per built plan of a pipeline; `root` is a module with all components, by name."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        pipe: Any,
+        device: Device,
+        budget_bytes: int,
+        link_bandwidth: float,
+        planners: Planners,
+        concurrent: Literal["wait", "raise"],
+    ) -> None:
+        super().__init__(root, "forward", device, budget_bytes, link_bandwidth, _never, concurrent)
+        self.pipe, self._planners = pipe, planners
+        self.torch_device = device.torch_device
+        self._taken = Taken()
+        self._known: dict[Any, PipelinePrograms] = {}
+        self._members: list[tuple[PipelineProgram, Executable, Executor]] = []
+        self._active: PipelinePrograms | None = None
+        self._current: dict[str, Any] | None = None  # the call of the pipeline that runs
+        self._at = 0  # in the steps of what is active
+        self._within = False
+        self._spent: dict[str, tuple[int, float]] = {}
+
+    def attach_pipeline(self, call: Mapping[str, Any], programs: PipelinePrograms, lookup: Lookup | None = None) -> None:
+        """Moves the weights of all components into the host arena, and takes the pipeline's calls over.
+
+        `call` is the one that was planned.
+
+        Raises:
+            PlannerError: a weight is on the meta device and nothing gives it.
+
+        Whatever goes wrong, the pipeline is as before.
+        """
+        try:
+            self._move_weights([each.program for each in programs.programs], lookup)
+            self._known[call_key(call)] = programs
+            self._activate(programs)
+            self._take_over(programs)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_over(self, programs: PipelinePrograms) -> None:
+        components = dict(self.module.named_children())
+        inner = {each.path for each in programs.programs} - components.keys()
+        for path in sorted(inner):
+            self._taken.take_module(self.module.get_submodule(path), path, self, whole=False)
+        for path, component in components.items():
+            self._taken.take_module(component, path, self, whole=True)
+        self._taken.take_call(self.pipe, self.run_pipeline)
+
+    def _activate(self, programs: PipelinePrograms) -> None:
+        """Makes `programs` what runs: arenas are laid anew, within the one budget."""
+        for executor in self._executors():
+            executor.unload()
+        self._members, self._states, self._active = [], KnownStates(self.module), programs
+        for each in programs.programs:
+            self._add(each)
+        self.versions = self._versions()
+
+    def _add(self, each: PipelineProgram) -> None:
+        program = self._take(each.program)
+        executor = self._new_executor()
+        self._members.append((each, program, executor))
+        self._states.add(program.leftovers)
+        self.fingerprint = Fingerprint(self.module, leftovers=self._states.keys())
+        if each.stay == "always":
+            executor.load(program)
+
+    def _new_executor(self) -> Executor:
+        assert self.store is not None
+        return Executor(self.device, self.store, self.state, alone=False)
+
+    def _executors(self) -> list[Executor]:
+        return [executor for _, _, executor in self._members if executor.program is not None]
+
+    # A call of the pipeline.
+
+    def run_pipeline(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Runs the pipeline's own call, planning it first if it is new."""
+        self._refuse_closed()
+        if self._holder == threading.get_ident():
+            return own(*args, **kwargs)  # from within: a pipeline that calls itself
+        changed = self.fingerprint.changed()
+        if changed is not None:
+            return self._planners.anew(changed, args, kwargs)
+        self._enter()
+        try:
+            self._current = named_call(own, args, kwargs)
+            with torch.inference_mode(False):
+                self._choose(self._current)
+            with self._session(tree_leaves((args, kwargs))):
+                return own(*args, **kwargs)
+        finally:
+            self._current = None
+            self._leave()
+
+    def _choose(self, call: dict[str, Any]) -> None:
+        known = self._known.get(call_key(call, exact=True)) or self._known.get(call_key(call))
+        if known is None:
+            log.info("%s: a call that was not planned, planning again", type(self.pipe).__name__)
+            known = self._known[call_key(call)] = self._plan_again(call)
+        if known is not self._active:
+            self._activate(known)
+
+    def _plan_again(self, call: dict[str, Any]) -> PipelinePrograms:
+        with _disable_current_modes(), self._taken.as_before():
+            return self._planners.again(call)
+
+    @contextlib.contextmanager
+    def _session(self, leaves: list[Any]) -> Iterator[None]:
+        """One span of measured time on the device; what does not stay for good is gone at its end."""
+        self.calls += 1
+        self._at, self._spent = 0, {}
+        self.device.loaded(self._active)
+        arenas = [arena for executor in self._executors() for arena in executor.arenas]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        try:
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+                self.device.call(tensors, [*arenas, *self.state.values()]),
+            ):
+                try:
+                    yield
+                finally:
+                    self._drop(None)
+        finally:
+            self._watched = {**named_tensors(self.module), **self._constants}
+            self.versions = self._versions()
+
+    # A call of a component.
+
+    def meet(self, path: str, method: str, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answers a call of the component at `path`; those that compute nothing run as they are."""
+        inside = self._holder == threading.get_ident()
+        if self.closed or (inside and self._within) or not self._computes(path, method, args, kwargs):
+            return own(*args, **kwargs)
+        if inside:
+            return self._answer(path, method, own, args, kwargs)
+        self._enter()
+        try:
+            with self._session(tree_leaves((args, kwargs))):
+                return self._answer(path, method, own, args, kwargs)
+        finally:
+            self._leave()
+
+    def _computes(self, path: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether it takes tensors itself; dicts of them are weights that somebody loads."""
+        if any((each.path, each.method) == (path, method) for each, _, _ in self._members):
+            return True
+        values = [v for value in (*args, *kwargs.values()) for v in (value if isinstance(value, list | tuple) else [value])]
+        return any(isinstance(value, torch.Tensor) for value in values)
+
+    def _answer(self, path: str, method: str, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        began = time.perf_counter()
+        bound = bind_call(own, args, kwargs)
+        with torch.inference_mode(False):
+            index = self._find(path, method, bound)
+        each, program, executor = self._members[index]
+        leaves = tree_flatten(as_inputs(*bound, each.signature.floats))[0]
+        self._guard([leaf for i, leaf in enumerate(leaves) if i not in each.signature.floats])
+        now, following = self._advance(index)
+        self._drop(now, keep=index)
+        self._within = True
+        try:
+            executor.load(program)
+            outputs = executor.run(leaves)
+        finally:
+            self._within = False
+            if each.stay == "call":
+                executor.unload()
+        self._drop(following)
+        if program.leftovers is not None:
+            program.leftovers.leave(self.module)
+        calls, seconds = self._spent.get(each.key, (0, 0.0))
+        self._spent[each.key] = calls + 1, seconds + time.perf_counter() - began
+        return tree_unflatten(outputs, program.out_spec)
+
+    def _find(self, path: str, method: str, bound: Call) -> int:
+        """The program of a call; planned now where no call of the plan was like it."""
+        index = self._known_program(path, method, bound)
+        if index is None and self._current is not None:
+            log.info("%s.%s is called as the plan did not foresee, planning again", path, method)
+            programs = self._known[call_key(self._current, exact=True)] = self._plan_again(self._current)
+            self._activate(programs)
+            index = self._known_program(path, method, bound)
+        if index is None:
+            log.info("%s.%s is called as the pipeline does not call it, planning that", path, method)
+            with _disable_current_modes(), self._taken.as_before():
+                made = self._planners.one(path, method, *bound)
+            self._add(made)
+            self.versions = self._versions()
+            index = len(self._members) - 1
+        return index
+
+    def _known_program(self, path: str, method: str, bound: Call) -> int | None:
+        signature = LooseSignature.of(*bound)
+        for index, (each, _, _) in enumerate(self._members):
+            same = (each.path, each.method) == (path, method) and each.signature.accepts(signature)
+            if same and self._states.fits(index):
+                return index
+        return None
+
+    def _advance(self, index: int) -> tuple[int | None, int | None]:
+        """The phase of this call and of the one that follows; None where the plan has no such step."""
+        assert self._active is not None
+        steps = self._active.steps
+        order = (*range(self._at, len(steps)), *range(self._at))
+        at = next((i for i in order if steps[i][0] == index), None)
+        if at is None or self._current is None:
+            return None, None
+        self._at = at + 1
+        return steps[at][1], steps[self._at][1] if self._at < len(steps) else None
+
+    def _drop(self, phase: int | None, keep: int | None = None) -> None:
+        """Gives up the arenas that have no place in a phase; None is outside of all."""
+        for index, (each, _, executor) in enumerate(self._members):
+            stays = each.stay == "always" or (each.stay == "phase" and phase in each.phases) or index == keep
+            if not stays and executor.program is not None:
+                executor.unload()
+
+    # What is known of it.
+
+    def report(self) -> PipelineReport:
+        """What the last call measured, of the pipeline or of a component by itself."""
+        report = super().report()
+        phases = tuple(PhaseReport(key, calls, seconds) for key, (calls, seconds) in self._spent.items())
+        return PipelineReport(**vars(report), phases=phases)
+
+    def _bundles(self) -> tuple[tuple[str, ...], ...]:
+        return ()
+
+    def _predicted(self) -> Mapping[str, float] | None:
+        return None if self._active is None else self._active.predicted
+
+    def close(self) -> None:
+        """As of a module; the components and the pipeline have their own classes again."""
+        self._taken.give_back()
+        super().close()
+
+
+def _never(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
+    raise AssertionError("a pipeline has no program of its own")
