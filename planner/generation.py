@@ -25,7 +25,7 @@ from planner.options import Options
 from planner.plan import Plan
 from planner.plan_file import check_fingerprint, fingerprint, write_plan
 from planner.profile_ops import counts_of
-from planner.progress import working
+from planner.progress import transferring
 from planner.sizes import format_bytes
 from planner.solve.problem import Problem
 from planner.solve.simulate import StepTime
@@ -351,7 +351,7 @@ class GenerationPlan(Plan):
             self._replan_all,
             concurrent,
         )
-        with working(f"moving the weights of {type(self._target).__name__} into the host arena"):
+        with transferring(f"moving the weights of {type(self._target).__name__} into the host arena") as runner.moved:
             runner.attach_generation((self._options.args, self._options.kwargs), self._runnable(), lookup)
         self._runner = runner
         return planned(self._target, runner)

@@ -26,7 +26,7 @@ from planner.parted_problem import PartedProblem, given_shares, infeasible_parts
 from planner.plan import Plan
 from planner.plan_file import check_fingerprint, fingerprint, write_plan
 from planner.profile_ops import counts_of
-from planner.progress import working
+from planner.progress import transferring
 from planner.sizes import format_bytes
 from planner.solve.decide import Solver
 from planner.solve.problem import Problem, build_problem
@@ -298,7 +298,7 @@ class PartedPlan(Plan):
             self._replan_part,
             concurrent,
         )
-        with working(f"moving the weights of {type(self._target).__name__} into the host arena"):
+        with transferring(f"moving the weights of {type(self._target).__name__} into the host arena") as runner.moved:
             runner.attach_parts(_signature(self._target, self._options), self._runnable(), lookup)
         self._runner = runner
         return planned(self._target, runner)

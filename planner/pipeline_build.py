@@ -15,7 +15,7 @@ from torch import nn
 from planner.budget import Budget
 from planner.pipeline_problem import member_options
 from planner.plan import Plan
-from planner.progress import working
+from planner.progress import transferring
 from planner.sizes import format_bytes
 from planner.weights import Lookup, open_weights
 from runtime.devices import open_device
@@ -45,7 +45,7 @@ def build_runner(plan: PipelinePlan, lookup: Lookup | None, concurrent: Literal[
         planners,
         concurrent,
     )
-    with working(f"moving the weights of {plan.title} into the host arena"):
+    with transferring(f"moving the weights of {plan.title} into the host arena") as runner.moved:
         runner.attach_pipeline(plan.options.kwargs, plan.programs(), lookup)
     return runner
 

@@ -187,7 +187,7 @@ class PipelinePlan:
             own, calls = part.bound_at(self.budget_bytes - self.held_beside(key)), self.calls_of(key)
             compute, link = compute + calls * own.compute_seconds, link + calls * own.link_seconds
             streamed, seconds = streamed + calls * own.streamed_bytes, seconds + calls * own.seconds
-        return PipelineBound(compute, link, streamed, seconds)
+        return PipelineBound(compute, link, streamed, total_seconds=seconds)
 
     @property
     def bound_seconds(self) -> float:
@@ -327,7 +327,7 @@ class PipelinePlan:
 class PipelineBound(Bound):
     """Sums over all calls; `seconds` takes the larger of the two for each."""
 
-    total_seconds: float
+    total_seconds: float = 0.0
 
     @property
     def seconds(self) -> float:

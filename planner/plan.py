@@ -30,7 +30,7 @@ from planner.plan_facts import PlanFacts
 from planner.plan_file import check_fingerprint, fingerprint, load_call, read_plan, write_plan
 from planner.plot import plot
 from planner.prepare import prepare, tilings_of
-from planner.progress import working
+from planner.progress import transferring
 from planner.save_shards import save_sharded
 from planner.show import describe, where
 from planner.sizes import format_bytes
@@ -372,7 +372,7 @@ class Plan(PlanFacts):
             self._replan_call,
             concurrent,
         )
-        with working(f"moving the weights of {type(self._target).__name__} into the host arena"):
+        with transferring(f"moving the weights of {type(self._target).__name__} into the host arena") as runner.moved:
             runner.attach(signature, self.executable, lookup)
         self._runner = runner
         return planned(self._target, runner)

@@ -79,6 +79,8 @@ class Runner:
         self._watched: dict[str, torch.Tensor] = {}
         self.pinned = False
         self.on_oom: OnOom = "raise"
+        # Told how many bytes of the weights are in the host arena, and of how many, while they are read and moved.
+        self.moved: Callable[[int, int], None] = lambda done, total: None
         self.save: Callable[..., None] | None = None  # writes the weights as a checkpoint: `PlannedModule.save_sharded`
 
     def attach(self, signature: Signature, program: Executable, lookup: Lookup | None = None) -> None:
@@ -132,7 +134,7 @@ class Runner:
         given = {} if isinstance(home, MemoryHome) else in_files([n for n in order if n not in held], views, tensors, lookup)
         alignment = programs[0].layout.alignment if programs else ALIGNMENT
         self.store = HostStore({name: views[name] for name in order}, alignment, home, given)
-        owners = owners_of(self.module)
+        owners, done, total = owners_of(self.module), 0, sum(views[name].nbytes for name in order)
         for name in order:
             value = sources.pop(name)()
             if name in tensors:
@@ -142,6 +144,8 @@ class Runner:
                 if views[name].stored is None:
                     constant = filled if isinstance(value, FileTensor) else value
                     self._constants[name] = original_of(self.module, name, constant)
+            done += views[name].nbytes
+            self.moved(done, total)
         refused = [buffer for buffer in self.store.buffers if not self.device.pin(buffer)]
         self.pinned = not refused
         if not self.pinned:

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -197,21 +196,3 @@ def test_no_run_begins_when_the_time_is_up() -> None:
 
     assert Stopwatch(torch.device("cpu"), lambda: now[0]).median(run, repeats=100, seconds=2.5) == 1.0
     assert runs[0] == 3
-
-
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    import io
-
-    from planner.progress import stepping
-
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    screen = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "__stderr__", screen)
-    with stepping("measuring", 2) as step:
-        step("disk")
-        step("memory")
-    assert "measuring: memory" in screen.getvalue()
