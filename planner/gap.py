@@ -119,8 +119,8 @@ class Gap:
             )
         reads = 0 if self.schedule.host is None else self.schedule.host.read_bytes - self.physical.read_bytes
         if reads > _A_REASON * machine.disk_bandwidth * step:
-            reasons.append(f"{format_bytes(reads)} are read beyond what the bound counts, since the ring takes room too")
-        latency = self.timeline.copy_seconds - self.schedule.streamed_bytes / machine.link_peak_bandwidth
+            reasons.append(f"{format_bytes(reads)} are read beyond what the bound counts, since bundles and the ring take room")
+        latency = self.schedule.time.copy_seconds - self.schedule.streamed_bytes / machine.link_peak_bandwidth
         if latency > _A_REASON * step:
             copies = len(self.schedule.placements)
             subject = "1 copy takes" if copies == 1 else f"{copies} copies take"

@@ -8,7 +8,7 @@ from torch import nn
 
 from planner.options import Options
 from planner.sizes import format_bytes
-from planner.solve.decide import Schedule
+from planner.solve.decide import Schedule, Solver
 from planner.solve.decisions import Decisions
 from planner.solve.homes import PAGE_BYTES, HostMemory, ModuleTensor, homes_of
 from planner.solve.problem import Problem
@@ -44,7 +44,7 @@ def module_tensors(target: nn.Module, options: Options) -> tuple[ModuleTensor, .
     return tuple(found)
 
 
-def given_homes(schedule: Schedule, problem: Problem, host: HostMemory | None, decisions: Decisions) -> Schedule:
+def given_homes(schedule: Schedule, solver: Solver, host: HostMemory | None, decisions: Decisions) -> Schedule:
     """With the homes that were decided, where the host's memory has a budget.
 
     Raises:
@@ -54,7 +54,8 @@ def given_homes(schedule: Schedule, problem: Problem, host: HostMemory | None, d
         return schedule
     if decisions.homes is None:
         raise PlanFileError("the budget has host memory, and the decisions do not say what is there; plan the model again")
-    return replace(schedule, host=host.of(problem).given([p.span for p in schedule.placements], decisions.homes))
+    homes = host.of(solver.problem).given([p.span for p in schedule.placements], decisions.homes)
+    return replace(schedule, host=homes, time=solver.seconds(schedule.placements, homes))
 
 
 def refuse_full_disk(host: HostMemory, problem: Problem, schedule: Schedule) -> None:

@@ -45,7 +45,7 @@ class PlanFacts:
         else:
             solver = tilings.of(decisions.tiling)
             schedule = solver.evaluate(placements_of(solver.problem, decisions), decisions.staging)
-            schedule = given_homes(schedule, solver.problem, self._host, decisions)
+            schedule = given_homes(schedule, solver, self._host, decisions)
             if schedule.peak_bytes > options.budget.device_bytes:
                 raise PlanFileError(
                     f"the decisions need {format_bytes(schedule.peak_bytes)} here, more than their budget of "

@@ -24,8 +24,8 @@ def host_rows(plan: Plan) -> list[tuple[str, str]]:
     said = []
     if host.reads:
         waits = plan.timeline.disk_stall_seconds
-        stall = f", for which compute waits {format_seconds(waits)}" if waits else ", ahead of use"
+        stall = f", compute waits {format_seconds(waits)}" if waits else ", ahead of use"
         said.append(f"{format_bytes(host.read_bytes)} read per step in {len(host.reads)} reads{stall}")
     if homes is not None and homes.scratch_bytes:
-        said.append(f"{format_bytes(homes.scratch_bytes)} written when it is built")
+        said.append(f"{format_bytes(homes.scratch_bytes)} written by build()")
     return [*rows, ("disk", "; ".join(said))]

@@ -29,7 +29,7 @@ BOUNCE = 2
 # Slots for reads, in the order in which they are tried; the first is what candidates are compared with.
 RING_SLOTS = (4, 2, 8, 16, 32)
 _LEAST_SLOTS = min(RING_SLOTS)
-# A slot takes this share of the host's memory: what is read ahead is not kept.
+# A slot takes this share of the host's memory, and of the weights: what is read ahead is not kept.
 _SHARE = 1 / 64
 _MOST_SLOT = 16 * 1024 * 1024
 # A call is not cut into more reads than about this.
@@ -214,7 +214,7 @@ class HostProblem:
     @cached_property
     def _slot_bytes(self) -> int:
         free = self.host.budget_bytes - self.hosted_bytes - (self._held_bytes if self.host.held is not None else 0)
-        wanted = max(int(max(free, 1) * _SHARE), 1)
+        wanted = max(int(min(free, sum(self._bytes.values())) * _SHARE), 1)
         return max(self._least_slot, min(1 << (wanted.bit_length() - 1), _MOST_SLOT))
 
     def _spilled(self, spans: Sequence[BundleSpan], room: int) -> set[str]:
@@ -231,12 +231,12 @@ class HostProblem:
             if excess * time / max(float(elapsed[-1]), 1e-30) - sent >= self._bytes[home] / 2:
                 spilled.add(home)
                 sent += self._bytes[home]
-        for home in sorted(at.keys() - spilled, key=lambda home: at[home], reverse=True):
+        for home in [home for home in reversed(at) if home not in spilled]:
             if sent >= excess:
                 break
             spilled.add(home)
             sent += self._bytes[home]
-        for home in sorted(spilled, key=lambda home: self._bytes[home]):
+        for home in sorted((home for home in at if home in spilled), key=lambda home: self._bytes[home]):
             if sent - self._bytes[home] >= excess:
                 spilled.discard(home)
                 sent -= self._bytes[home]

@@ -69,7 +69,7 @@ class Branch:
 
     def least_bytes(self, budget_bytes: int) -> int:
         """The least feasible budget where it is above `budget_bytes`; else some feasible one, without looking further."""
-        for solver in self._candidates(budget_bytes):
+        for solver in self.candidates(budget_bytes):
             if solver.minimum.peak_bytes <= budget_bytes:
                 return solver.minimum.peak_bytes
         return self.minimum.minimum.peak_bytes
@@ -81,7 +81,7 @@ class Branch:
         """
         best: Found | None = None
         perfect: float | None = None
-        for solver in self._candidates(budget_bytes):
+        for solver in self.candidates(budget_bytes):
             least = solver.problem.compute_seconds
             perfect = _PERFECT * least if perfect is None else perfect
             if best is not None and least > _HOPELESS * best[1].time.step_seconds:
@@ -114,7 +114,7 @@ class Branch:
         beyond = over - host.budget_bytes if host is not None and not host.of(problem).holds_all else 0
         return _LITTLE * max(least, beyond / problem.machine.disk_bandwidth)
 
-    def _candidates(self, budget_bytes: int) -> Iterator[Solver]:
+    def candidates(self, budget_bytes: int) -> Iterator[Solver]:
         """As it is, with tables on the host, then tiled finer and finer."""
         yield from self.coarse()
         seen = {self.start.tiling}
@@ -258,7 +258,7 @@ class Tilings:
     def _too_much_on_the_host(self, budget_bytes: int, host: HostMemory) -> InfeasibleBudget:
         """Of all that fit the device, what needs the least of the host."""
         branches = [branch for branch in self._extremes if branch.least_bytes(budget_bytes) <= budget_bytes]
-        solvers = [solver for branch in branches for solver in (*branch.coarse(), branch.minimum)]
+        solvers = [solver for branch in branches for solver in (*branch.candidates(budget_bytes), branch.minimum)]
         fitting = [solver for solver in solvers if solver.minimum.peak_bytes <= budget_bytes]
         problem = min((solver.problem for solver in fitting), key=lambda problem: host.of(problem).least_bytes)
         least, hosted = host.of(problem).least_bytes, host.of(problem).hosted_bytes

@@ -43,23 +43,6 @@ def within(p: Plan, device_share: float, host_share: float) -> Plan:
     return p.replan({p.device: device, "cpu": least + int(host_share * max(0, check_host(most.emitted) - least))})
 
 
-def check_runs(p: Plan, args: Any, kwargs: Any, expected: Any, calls: int = 3) -> None:
-    host = p.layout.host
-    assert host is not None
-    assert p.budget.host_bytes is not None
-    m = p.build()
-    for _ in range(calls):
-        with torch.no_grad():
-            assert same(m(*args, **kwargs), expected)
-        report = m.report()
-        assert report.peak_bytes == p.peak_bytes <= p.budget_bytes
-        assert report.locked_bytes == check_host(p.emitted) <= p.budget.host_bytes
-        assert report.read_bytes == host.read_bytes
-        assert report.step_seconds == pytest.approx(p.step_seconds)
-        assert report.disk_stall_seconds == pytest.approx(p.timeline.disk_stall_seconds, abs=1e-12)
-    p.restore()
-
-
 @settings(max_examples=25)
 @given(cases(), SHARES, SHARES)
 def test_random_modules(case: Case, device_share: float, host_share: float) -> None:
@@ -80,24 +63,33 @@ def test_random_modules(case: Case, device_share: float, host_share: float) -> N
     assert same(dict(module.state_dict()), dict(eager.state_dict()))
 
 
-@pytest.mark.parametrize("repeats", [1, 4])
-@pytest.mark.parametrize("name", ["bert", "t5_encoder", "vae_decoder"])
+@pytest.mark.parametrize(("name", "repeats"), [("bert", 1), ("bert", 4), ("t5_encoder", 4), ("vae_decoder", 1)])
 def test_models(name: str, repeats: int) -> None:
+    """As predicted in the call that is: the fourth of four that follow each other, where the ring is filled over the seam."""
     module, args, kwargs = ZOO[name]()
     with torch.no_grad():
         expected = module(*args, **kwargs)
     free = plan(module, "1GB", inputs=args, kwargs=kwargs, device="accounting", repeats=repeats, allow=("offload",))
     read = 0
-    for device_share, host_share in ((0.0, 0.0), (0.0, 0.5), (0.4, 0.2), (0.2, 1.0)):
+    for device_share, host_share in ((0.0, 0.0), (0.4, 0.2), (0.2, 1.0)):
         p = within(free, device_share, host_share)
-        read += p.layout.host.read_bytes if p.layout.host is not None else 0
+        host = p.layout.host
+        assert host is not None
+        read += host.read_bytes
         m = p.build()
-        for _ in range(24 if repeats > 1 else 2):  # until it is in its steady state
+        for _ in range(repeats):
             with torch.no_grad():
                 assert same(m(*args, **kwargs), expected)
+        report = m.report()
+        assert report.peak_bytes == p.peak_bytes <= p.budget_bytes
+        assert report.locked_bytes == check_host(p.emitted) <= host.budget_bytes
+        assert report.read_bytes == host.read_bytes
+        assert report.step_seconds == pytest.approx(p.step_seconds)
+        assert report.disk_stall_seconds == pytest.approx(p.timeline.disk_stall_seconds, abs=1e-12)
+        assert [(r.bundle, r.nbytes) for r in report.measured_timeline.reads] == [(r.bundle, r.nbytes) for r in host.reads]
+        found = [t for r in report.measured_timeline.reads for t in (r.start, r.stop)]
+        assert found == pytest.approx([t for r in p.timeline.reads for t in (r.start, r.stop)], abs=1e-9)
         p.restore()
-        if repeats == 1:
-            check_runs(p, args, kwargs, expected)
     assert read > 0
 
 
@@ -128,7 +120,7 @@ def test_values_and_weights_share_the_host() -> None:
 @cache
 def late_plan(repeats: int) -> tuple[Plan, torch.nn.Module, tuple[Any, ...], dict[str, Any]]:
     module, args, kwargs = ZOO["bert"]()
-    free = plan(module, "1GB", inputs=args, kwargs=kwargs, device="accounting", repeats=repeats)
+    free = plan(module, "1GB", inputs=args, kwargs=kwargs, device="accounting", repeats=repeats, allow=("offload",))
     return within(free, 0.1, 0.3), module, args, kwargs
 
 
