@@ -126,7 +126,11 @@ class Prober:
         own_args, own_kwargs = tree_map_only(torch.Tensor, argument, (args, kwargs))
         node = graph.call_function(target, own_args, own_kwargs)
         node.meta["val"] = result
-        return self.cost(node)
+        try:
+            return self.cost(node)
+        finally:
+            for each in graph.nodes:
+                each.meta.clear()  # a graph is a cycle: it would hold the tensors until the next collection
 
     def _probe(self, node: fx.Node, call: Call) -> OpCost:
         target: Any = node.target

@@ -15,7 +15,7 @@ from planner.budget import Budget
 from planner.checkpoint import open_target
 from planner.dynamic import read_dynamic
 from planner.frontends.pipelines import is_pipeline
-from planner.generation import generates, plan_generation
+from planner.generation import plan_generation
 from planner.machine import Machine
 from planner.options import (
     Options,
@@ -31,6 +31,7 @@ from planner.parted import plan_or_parts
 from planner.pipeline_plan import PipelinePlan
 from planner.plan import Plan
 from planner.prepare import prepare
+from planner.pretrained import example_call, generates, is_pretrained
 from planner.refuse import refuse_unplannable
 from runtime.errors import BudgetError, PlannerError
 from runtime.signature import bind_call
@@ -115,8 +116,10 @@ def plan(
             Or a pipeline of diffusers, all of whose components are planned together: see `call`.
         budget: bytes, a size such as "6GB" (6e9) or "6GiB", a mapping such as {"cuda": "6GB"}; None for what is free now.
         inputs, kwargs: an example call; real, fake or meta tensors, of which only shapes, strides and dtypes are read. Of a
-            folder's model they may be left out where they are known: from a preset of its class, else from its config.
+            folder's model they may be left out where they are known: from a preset of its class, else from its config; of
+            a model of transformers from its config, else its `dummy_inputs`.
         method: which method to plan; of a folder without inputs the one whose inputs are known (an autoencoder's decode).
+            "generate" of a language model of transformers is prefill and decode on one static cache: `GenerationPlan`.
         call: of a pipeline, the keyword arguments it is called with, such as dict(prompt="...", height=1024, width=1024). Its own
             Python runs with zeros for what its components give, to find which calls it makes on them; the prompt's words do not
             matter. Calls of other sizes are planned when they come.
@@ -170,6 +173,8 @@ def plan(
     args = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     if folder is not None and not args and not kwargs:
         kwargs, method = folder.call(method)
+    elif not args and not kwargs and is_pretrained(target):
+        kwargs = example_call(target, method)
     if dynamic is not None:
         refuse_unplannable(target, method)  # before its method is looked at
     options = Options(

@@ -1,34 +1,25 @@
-"""`GenerationPlan`: the plan of a language model's `generate`. Prefill and decode are phases within one budget, on one cache."""
+"""`GenerationPlan`: the plan of a language model's `generate`. Prefill and decode are phases in one budget, on one cache."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from planner.bounds import Bound
 from planner.budget import Budget
-from planner.generation_problem import (
-    GenerationProblem,
-    given_phases,
-    held_bytes,
-    plan_phases,
-    prepare_generation,
-)
+from planner.compare import Comparison
+from planner.frontier import POINTS, Frontier
+from planner.generation_facts import GenerationFacts
+from planner.generation_problem import GenerationProblem, given_phases, plan_phases, prepare_generation
 from planner.machine import Machine
 from planner.options import Options
 from planner.plan import Plan
 from planner.plan_file import check_fingerprint, fingerprint, write_plan
-from planner.profile_ops import counts_of
 from planner.progress import transferring
 from planner.sizes import format_bytes
-from planner.solve.problem import Problem
-from planner.solve.simulate import StepTime
 from planner.weights import Lookup
 from runtime.devices import open_device
 from runtime.errors import PlanFileError, PlannerError
@@ -36,21 +27,17 @@ from runtime.generated import Generation, GenerationReport, GenerationRunner
 from runtime.module import PlannedModule, planned
 from runtime.origins import view_of
 
-# What each phase has, and a plan of several has not.
-_OF_PHASES = frozenset(
-    ["decisions", "emitted", "engines", "executable", "layout", "memory_use", "problem", "program", "proof", "timeline"]
-)
 
-
-class GenerationPlan(Plan):
+class GenerationPlan(GenerationFacts):
     """A plan of `generate`; what `Plan` says of one program holds for each of `phases`, and here for a whole call.
 
     A call of `generate` on the built model runs the library's own loop (greedy or sampling, with its processors, criteria and
     streamers), each call of the model in it as a program. Its cache is static, has room for the planned prompt and new tokens,
     is on the device as long as the model is built, and counts in the budget. So a default `generate()`, whose cache would grow,
-    runs on this one. Shorter prompts and fewer tokens do too. What needs more (a longer prompt, more tokens, a larger batch) and
-    what is called otherwise (another length of the prompt, padding) is planned anew when it is first called, once for each kind
-    of call, with a line in the log; tokens never are. Beam search, assistants, other caches and `use_cache=False` are refused.
+    runs on this one. What is called otherwise (a prompt of another length, more tokens, padding, another batch) is planned
+    anew when it is first called, once for each kind of call, with a line in the log; tokens never are. A cache that is large
+    enough stays; a larger one takes its place, within the same budget. Beam search, assistants, other caches and
+    `use_cache=False` are refused, with the call to make instead.
 
     Attributes:
         phases: a plan for each kind of call of the model, by name: "prefill", "decode"; where a window of attention fills up
@@ -71,205 +58,6 @@ class GenerationPlan(Plan):
                 f"{format_bytes(self.budget_bytes)}; plan the model again"
             )
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _OF_PHASES:
-            raise AttributeError(
-                f"a plan of a generation has no {name!r} of its own; each of its phases has one: p.phases['decode'].{name}"
-            )
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    @property
-    def problem(self) -> Problem:
-        return self.__getattr__("problem")
-
-    # What was found.
-
-    @property
-    def decode(self) -> Plan:
-        """The phase of a token after the first; the prefill where there is none."""
-        return next((plan for name, plan in self.phases.items() if name.startswith("decode")), next(iter(self.phases.values())))
-
-    @cached_property
-    def peak_bytes(self) -> int:
-        """Predicted: the most bytes that are live in a call of `generate`, what its Python holds included."""
-        return max(self._peaks("peak_bytes").values())
-
-    @cached_property
-    def reserved_bytes(self) -> int:
-        return max(self._peaks("reserved_bytes").values())
-
-    def _peaks(self, which: str) -> dict[str, int]:
-        """Of the programs by their phases, and of Python after each as "after ..."."""
-        peaks = {}
-        for name, plan in self.phases.items():
-            peaks[name] = self.outside_bytes(name) + int(getattr(plan, which))
-            peaks[f"after {name}"] = self._generation.python_bytes(name) + held_bytes(plan.layout)
-        return peaks
-
-    @property
-    def minimum_bytes(self) -> int:
-        return self._generation.minimum_bytes
-
-    @property
-    def unplanned_bytes(self) -> int:
-        return max(self.outside_bytes(name) + plan.unplanned_bytes for name, plan in self.phases.items())
-
-    @property
-    def cache_bytes(self) -> int:
-        """Of the static cache."""
-        return self.rehearsal.shape.nbytes
-
-    @property
-    def peak_at(self) -> str:
-        """The phase, with operator and module; or Python after it."""
-        peaks = self._peaks("peak_bytes")
-        name = max(peaks, key=lambda each: peaks[each])
-        return f"{self.phases[name].peak_at}, {name}" if name in self.phases else f"the Python of generate, {name}"
-
-    @property
-    def peak_parts(self) -> dict[str, int]:
-        """What the peak is made of, in bytes."""
-        peaks = self._peaks("peak_bytes")
-        name = max(peaks, key=lambda each: peaks[each])
-        if name not in self.phases:
-            held = held_bytes(self.phases[name.removeprefix("after ")].layout)
-            return {"weights and cache": held, "Python": peaks[name] - held}
-        parts, layout = dict(self.phases[name].peak_parts), self.phases[name].layout
-        parts["resident weights"] -= layout.state_bytes
-        return {**parts, "cache": layout.state_bytes, "Python": self.outside_bytes(name)}
-
-    @property
-    def weight_bytes(self) -> int:
-        """Of all weights that are read; the cache is none."""
-        return sum(self._bytes_by_name().values())
-
-    def _bytes_by_name(self) -> dict[str, int]:
-        named: dict[str, int] = {}
-        for plan in self.phases.values():
-            named |= {w.name: w.nbytes for w in plan.program.weights.values() if not w.name.startswith(self._prefix)}
-        return named
-
-    @property
-    def _prefix(self) -> str:
-        from planner.frontends.transformers_generate import CACHE
-
-        return f"{CACHE}."
-
-    @property
-    def resident_bytes(self) -> int:
-        """Of weights that stay on the device from token to token, and of the cache."""
-        return self.decode.resident_bytes
-
-    @property
-    def streamed_bytes(self) -> int:
-        """Of weights that are copied to the device for each token."""
-        return self.decode.streamed_bytes
-
-    @property
-    def band_bytes(self) -> int:
-        return self.decode.band_bytes
-
-    @property
-    def bundle_count(self) -> int:
-        return self.decode.bundle_count
-
-    def outside_bytes(self, phase: str) -> int:
-        """What is on the device besides the program of a phase and its inputs while it runs: tensors of Python, mostly."""
-        return self._generation.outside_bytes(phase)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Of the planned prompt, of each sequence."""
-        return self.rehearsal.prompt_tokens
-
-    @property
-    def padded(self) -> bool:
-        """Whether the prompts are padded: a mask is given for them."""
-        first = next(iter(self.phases.values()))
-        return first.options.kwargs.get("attention_mask") is not None
-
-    @property
-    def tokens(self) -> int:
-        """How many are generated for each sequence if nothing ends it."""
-        return self._generation.tokens
-
-    @property
-    def repeats(self) -> int:
-        return self.decode.repeats
-
-    @cached_property
-    def time(self) -> StepTime:
-        """Of a token after the first, on average."""
-        decoding = {name: plan for name, plan in self.phases.items() if name.startswith("decode")} or self.phases
-        calls = {name: self.rehearsal.moments[name].calls for name in decoding}
-        total = sum(calls.values())
-
-        def mean(which: str) -> float:
-            return sum(calls[name] * float(getattr(plan.time, which)) for name, plan in decoding.items()) / total
-
-        return StepTime(mean("step_seconds"), mean("stall_seconds"), mean("copy_seconds"))
-
-    @property
-    def prefill_seconds(self) -> float:
-        """Predicted: until the first token, the copies of what it keeps on the device included."""
-        names = [name for name in self.phases if name.startswith("prefill")]
-        run = sum(self.rehearsal.moments[name].calls * self.phases[name].step_seconds for name in names)
-        return run + sum(self.load_seconds[name] for name in names)
-
-    @cached_property
-    def load_seconds(self) -> dict[str, float]:
-        """Predicted, by phase: the copies of what it keeps on the device, when it follows another one."""
-        order = list(self.phases)
-        found = {}
-        for index, name in enumerate(order):
-            before, own = self.phases[order[index - 1]].layout, self.phases[name].layout
-            fresh = 0 if index == 0 and len(order) == 1 else own.resident_bytes
-            found[name] = (0 if before.resident == own.resident else fresh) / self.machine.link_peak_bandwidth
-        return found
-
-    @property
-    def generate_seconds(self) -> float:
-        """Predicted: a whole call, Python aside."""
-        decoding = sum(seconds for name, seconds in self.load_seconds.items() if name.startswith("decode"))
-        after = self.tokens - sum(self.rehearsal.moments[n].calls for n in self.phases if n.startswith("prefill"))
-        return self.prefill_seconds + decoding + after * self.step_seconds
-
-    @property
-    def profiled(self) -> tuple[int, int] | None:
-        return counts_of([plan.problem.profiled for plan in self.phases.values()])
-
-    @property
-    def cast_count(self) -> int:
-        return max(plan.cast_count for plan in self.phases.values())
-
-    @property
-    def cast_error(self) -> float:
-        """The relative error of the logits that casts cause, estimated: of the worst phase."""
-        return max(plan.cast_error for plan in self.phases.values())
-
-    @property
-    def symbols(self) -> dict[str, Any]:
-        return {}
-
-    def bound_at(self, budget_bytes: int) -> Bound:
-        """What no schedule can beat for a token after the first."""
-        name = next(name for name, plan in self.phases.items() if plan is self.decode)
-        return self.decode.bound_at(budget_bytes - self.outside_bytes(name))
-
-    @property
-    def gap(self) -> Any:
-        """That of a token after the first."""
-        return self.decode.gap
-
-    @property
-    def code(self) -> str:
-        """The programs of all phases as Python; what is printed is what runs."""
-        texts = []
-        for name, plan in self.phases.items():
-            calls = self.rehearsal.moments[name].calls
-            texts.append(f"# {name}: {'once' if calls == 1 else f'{calls} times'} in a call of generate\n{plan.code}")
-        return "\n\n".join(texts)
-
     def __str__(self) -> str:
         from planner.show_generation import describe_generation
 
@@ -288,7 +76,7 @@ class GenerationPlan(Plan):
         mine = (self.phases, self.budget, self.machine, self.device)
         return mine == (other.phases, other.budget, other.machine, other.device)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     # What can be done with it.
 
@@ -302,9 +90,7 @@ class GenerationPlan(Plan):
         return GenerationPlan(self._target, options, self._generation.for_machine(options))
 
     def save(self, path: str | Path) -> None:
-        phases = {
-            name: {"budget_bytes": plan.budget_bytes, **plan.decisions.to_json()} for name, plan in self.phases.items()
-        }
+        phases = {name: {"budget_bytes": plan.budget_bytes, **plan.decisions.to_json()} for name, plan in self.phases.items()}
         write_plan(
             path,
             name=self.title,
@@ -381,9 +167,43 @@ class GenerationPlan(Plan):
         assert isinstance(found, GenerationReport)
         return found
 
-    def _of_one_phase(self, method: str) -> PlannerError:
+    # What is of one program.
+
+    def compare(self) -> Comparison:
+        raise self._of_one_phase("compare()")
+
+    def frontier(self, budgets: Iterable[int | str] | None = None, points: int = POINTS, *, compare: bool = False) -> Frontier:
+        raise self._of_one_phase("frontier()")
+
+    def save_trace(self, path: str | Path, *, measured: bool = False) -> None:
+        raise self._of_one_phase(f"save_trace({str(path)!r})")
+
+    def save_memory_history(self, path: str | Path) -> None:
+        raise self._of_one_phase(f"save_memory_history({str(path)!r})")
+
+    def plot(self, path: str | Path) -> None:
+        raise self._of_one_phase(f"plot({str(path)!r})")
+
+    def peak_bytes_at(self, **sizes: int) -> int:
+        raise self._of_one_size()
+
+    def largest(self, dim: str, /, **sizes: int) -> int:
+        raise self._of_one_size()
+
+    def emit(self, folder: str | Path, weights: Any = None, *, max_shard_size: int | str = "5GB", copy: bool = True) -> None:
+        raise PlannerError(
+            "the loop of generate is Python of transformers, and a package runs without it: emit the model's forward instead, "
+            f"plan(model, budget, inputs=(ids,), kwargs={{'use_cache': False}}).emit({str(folder)!r})"
+        )
+
+    def _of_one_phase(self, call: str) -> PlannerError:
+        name = next(name for name, plan in self.phases.items() if plan is self.decode)
+        return PlannerError(f"a generation is {len(self.phases)} programs; take one of them: p.phases[{name!r}].{call}")
+
+    def _of_one_size(self) -> PlannerError:
         return PlannerError(
-            f"{method} is for one program, and a generation has {len(self.phases)}; take a phase: p.phases['decode'].{method}(...)"
+            "a generation is planned for one prompt and so many new tokens; plan it with others to see their peaks: "
+            "plan(model, budget, method='generate', inputs=(ids,), kwargs={'max_new_tokens': 256}).peak_bytes"
         )
 
 
@@ -394,12 +214,3 @@ def plan_generation(model: nn.Module, options: Options) -> GenerationPlan:
         PlannerError: as `plan()`.
     """
     return GenerationPlan(model, options, prepare_generation(model, options))
-
-
-def generates(model: object) -> bool:
-    """Whether it is a model of transformers that generates."""
-    if "transformers" not in sys.modules:
-        return False
-    from planner.frontends.transformers_rehearsal import generates as find
-
-    return find(model)

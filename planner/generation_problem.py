@@ -67,22 +67,17 @@ class GenerationProblem:
     @cached_property
     def _unread_bytes(self) -> dict[str, int]:
         """Of the cache, what the program of each phase does not touch."""
-        found = {}
+        found, prefix = {}, self.rehearsal.shape.prefix
         for phase in self.phases:
             read = {weight.name for weight in phase.program.weights.values()}
-            unread = [t.nbytes for n, t in phase.module.named_buffers() if n.startswith("past_key_values.") and n not in read]
+            unread = [t.nbytes for n, t in phase.module.named_buffers() if n.startswith(prefix) and n not in read]
             found[phase.name] = sum(align(nbytes, self.alignment) for nbytes in unread)
         return found
 
     @cached_property
     def least(self) -> dict[str, int]:
         """The least budget in which each phase runs."""
-        return {phase.name: self._least(phase) for phase in self.phases}
-
-    def _least(self, phase: Phase) -> int:
-        name, solver = phase.name, self.tilings[phase.name].minimum
-        least = solver.minimum
-        return max(self.outside_bytes(name) + least.peak_bytes, self.python_bytes(name) + _held(solver, least))
+        return {phase.name: _least(self, phase.name, self.tilings[phase.name]) for phase in self.phases}
 
     @property
     def minimum_bytes(self) -> int:
@@ -109,9 +104,9 @@ class GenerationProblem:
         shape, moment = self.rehearsal.shape, self.rehearsal.moments[name]
         return InfeasibleBudget(
             f"budget {format_bytes(asked)} ({asked} B); the least possible is {format_bytes(self.minimum_bytes)} "
-            f"({self.minimum_bytes} B), at {node} of {name} (cache {format_bytes(shape.nbytes)} for {shape.batch} x {shape.length} "
-            f"tokens, Python's tensors {format_bytes(moment.outside_bytes)}); what would help: fewer tokens "
-            "(a shorter prompt, a smaller max_new_tokens), a smaller batch, or prefill_chunk_size=128",
+            f"({self.minimum_bytes} B), at {node} of {name} (cache {format_bytes(shape.nbytes)} for "
+            f"{shape.batch} x {shape.length} tokens, Python's tensors {format_bytes(moment.outside_bytes)}); "
+            "what would help: a shorter prompt, a smaller max_new_tokens, a smaller batch, or prefill_chunk_size=128",
             budget_bytes=asked,
             minimum_bytes=self.minimum_bytes,
             node=node,
@@ -178,15 +173,31 @@ def plan_phases(problem: GenerationProblem) -> dict[str, Plan]:
     """
     if problem.options.budget.device_bytes < problem.minimum_bytes:
         raise problem.infeasible()
-    return {phase.name: _plan_phase(problem, phase) for phase in problem.phases}
+    plans = {phase.name: _plan_phase(problem, phase, problem.tilings[phase.name]) for phase in problem.phases}
+    casts = max((plan.decisions.tiling.casts for plan in plans.values()), key=len)
+    for phase in problem.phases:
+        if set(plans[phase.name].decisions.tiling.casts) == set(casts):
+            continue
+        alike = dataclasses.replace(problem.tilings[phase.name], casts=casts)  # all phases see the same weights
+        if _least(problem, phase.name, alike) <= problem.options.budget.device_bytes:
+            plans[phase.name] = _plan_phase(problem, phase, alike)
+    return plans
 
 
-def _plan_phase(problem: GenerationProblem, phase: Phase) -> Plan:
+def _least(problem: GenerationProblem, name: str, tilings: Tilings) -> int:
+    """The least budget in which a phase runs."""
+    solver = tilings.minimum
+    least = solver.minimum
+    return max(problem.outside_bytes(name) + least.peak_bytes, problem.python_bytes(name) + _held(solver, least))
+
+
+def _plan_phase(problem: GenerationProblem, phase: Phase, tilings: Tilings) -> Plan:
+    """Within what is left beside what Python holds; requires that something is."""
     from planner.plan import Plan
 
-    tilings, budget = problem.tilings[phase.name], problem.options.budget.device_bytes
+    budget, python = problem.options.budget.device_bytes, problem.python_bytes(phase.name)
     least = tilings.minimum.minimum.peak_bytes
-    python, room = problem.python_bytes(phase.name), budget - problem.outside_bytes(phase.name)
+    room = budget - problem.outside_bytes(phase.name)
     for _ in range(2):
         plan = Plan(phase.module, problem.options_of(phase, room), tilings)
         over = python + held_bytes(plan.layout) - budget
@@ -213,5 +224,3 @@ def given_phases(problem: GenerationProblem, given: Mapping[str, Any]) -> dict[s
         options = problem.options_of(phase, int(said["budget_bytes"]))
         plans[phase.name] = Plan(phase.module, options, problem.tilings[phase.name], Decisions.from_json(said))
     return plans
-
-

@@ -18,7 +18,7 @@ from runtime.devices.base import Copied, Device
 from runtime.devices.feeder import Feeder, parts_of
 from runtime.devices.ring import Ring
 from runtime.emit import attribute_names, compile_source
-from runtime.executable import Executable
+from runtime.executable import Executable, WeightView
 from runtime.layout import Bundle, HostLayout
 from runtime.store import HostStore
 from runtime.tables import Table
@@ -60,20 +60,27 @@ class Executor:
         return self._program
 
     def load(self, program: Executable) -> None:
-        """Makes `program` the one that runs: lays the arenas anew and copies in what has to be there when a call begins."""
+        """Makes `program` the one that runs: lays the arenas anew and copies in what has to be there when a call begins.
+
+        Where the program before has the same weights resident at the same places, they stay.
+        """
         if program is self._program:
             return
+        kept = self._resident if self._program is not None and _residents(self._program) == _residents(program) else None
         self.unload()
         try:
-            self._load(program)
+            self._load(program, kept)
         except BaseException:
             self.unload()
             raise
 
-    def _load(self, program: Executable) -> None:
+    def _load(self, program: Executable, kept: torch.Tensor | None) -> None:
+        """`kept`: the arena of resident weights, where they are in it already."""
         layout = program.layout
         self._run = compile_source(program.source, program.name)
-        self._resident = self.device.allocate(layout.resident_bytes) if layout.resident_bytes else None
+        self._resident = kept
+        if kept is None and layout.resident_bytes:
+            self._resident = self.device.allocate(layout.resident_bytes)
         self._staging = self.device.allocate(layout.staging_bytes) if layout.staging_bytes else None
         attributes = attribute_names([s.weight for s in (*layout.resident, *layout.state)])
         for slot in layout.resident:
@@ -99,7 +106,8 @@ class Executor:
         if self._alone:
             self.device.reserve(*layout.pools)
             self.device.loaded(program)
-        self.refresh()
+        if kept is None:
+            self.refresh()
 
     def _load_ring(self, host: HostLayout | None) -> None:
         """Makes the ring of a program whose weights are on disk in part, and what fills it."""
@@ -280,6 +288,11 @@ class Executor:
         self._buffers.pop(index, None)
         self._views.pop(index, None)
         self._copies.pop(index, None)
+
+
+def _residents(program: Executable) -> list[tuple[WeightView, int]]:
+    """The weights that are resident, and where in the arena."""
+    return [(program.weights[slot.weight], slot.offset) for slot in program.layout.resident]
 
 
 def _onto(buffer: torch.Tensor, runs: Sequence[tuple[int, Copied]]) -> list[tuple[torch.Tensor, Copied]]:

@@ -1,7 +1,7 @@
 """`GenerationRunner`: runs a library's generation loop, each call of the model in it as the program of a phase.
 
-The programs share one device session: one set of arenas, laid anew where the phase changes, and the cache, which is state of all
-of them: on the device as long as the module is built, never on the host.
+The programs share one device session: one set of arenas, laid anew where the phase changes, and the cache, which is state of
+all of them: on the device as long as the module is built, never on the host.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from runtime.signature import CallSignature
 log = logging.getLogger("vramplan")
 
 # A call's signature, and what the cache's own Python decides by.
-PhaseKey = tuple[CallSignature, Hashable]
+PhaseKey = tuple[CallSignature, tuple[Hashable, ...]]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -39,7 +39,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 class Generation:
     """All that serves one kind of `generate` call: programs by phase, on a cache of at most `length` tokens.
 
-    `cache`: its tensors by the names that they have among the programs' weights; each starts at a multiple of `alignment` bytes.
+    `cache`: its tensors by their names among the programs' weights; each starts at a multiple of `alignment` bytes.
     """
 
     phases: Mapping[PhaseKey, Executable]
@@ -70,7 +70,7 @@ class Loop(Protocol):
 
     def run(
         self,
-        step: Callable[[dict[str, Any], Hashable], Any],
+        step: Callable[[dict[str, Any], tuple[Hashable, ...]], Any],
         tensors: Mapping[str, torch.Tensor],
         length: int,
         device: torch.device,
@@ -183,7 +183,7 @@ class GenerationRunner(Runner):
         self._starts.append(time.perf_counter())
         return result
 
-    def _step(self, kwargs: dict[str, Any], stages: Hashable) -> Any:
+    def _step(self, kwargs: dict[str, Any], stages: tuple[Hashable, ...]) -> Any:
         """One call of the model."""
         assert self._active is not None
         signature, leaves = CallSignature.of((), kwargs)

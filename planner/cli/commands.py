@@ -103,8 +103,11 @@ def show_command(arguments: Namespace) -> Answer:
         *_host_lines(data["budget"]),
         f"  program   {len(data['fingerprint'])} nodes",
     ]
-    for key, part in data["decisions"].get("parts", {"": data["decisions"]}).items():
-        if key:
+    decisions = data["decisions"]
+    for key, part in (decisions.get("parts") or decisions.get("phases") or {"": decisions}).items():
+        if key and "kept" not in part:
+            lines.append(f"  phase     {key}")
+        elif key:
             lines.append(f"  part      {key}, its arenas {'kept' if part['kept'] else 'made for each call'}")
         lines += _tiling_lines(part.get("tiling", {}))
         lines.append(f"  streams   {len(part['streams'])} bundles through the {part['staging']}")

@@ -8,7 +8,7 @@ import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -16,8 +16,10 @@ from torch import nn
 
 from planner.checkpoint_names import Naming
 from planner.frontends.empty import keep_in_float32, without_weights
-from planner.recipes import Recipe, Size
+from planner.recipes import Recipe, Size, meta_tensor
 from runtime.errors import PlannerError
+
+_SIDE = 224  # of images, where a config has no size
 
 
 def build(class_name: str, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
@@ -98,38 +100,100 @@ def save_config(module: nn.Module, folder: Path) -> None:
 def recipe(module: nn.Module) -> Recipe | None:
     """Inputs for a model of one modality, from its config and `main_input_name`; None where they cannot be known.
 
-    Text: `input_ids` [batch, tokens]; images: `pixel_values` [batch, channels, height, width]; audio: `input_features`
-    [batch, mel bins, frames] or `input_values` [batch, samples given by tokens].
+    Text: `input_ids` [batch, tokens]; images: `pixel_values` [batch, channels, height, width], 224 x 224 where the config
+    says nothing; audio: `input_features` [batch, mel bins, frames] (or the other way round), `input_values` [batch, samples by
+    tokens], [batch, channels, samples] or spectrograms.
     """
-    names, takes = config_of(module), inspect.signature(module.forward).parameters
-    sizes, inputs = {"batch": Size("batch", 1)}, {}
-    main = str(getattr(module, "main_input_name", ""))
+    names = config_of(module)
     if "text_config" in names and "vision_config" in names:
         return None  # several modalities: what a call has is the caller's choice
-    if main == "input_ids" and "vocab_size" in names:
-        most = names.get("max_position_embeddings") or names.get("n_positions")
-        inputs["input_ids"] = _tokens()
-        sizes["tokens"] = Size("tokens", min(512, most or 512), most=most)
-    elif main == "pixel_values" and "num_channels" in names and "image_size" in names:
-        side = names["image_size"]
-        height, width = side if isinstance(side, (list, tuple)) else (side, side)
-        step = names.get("patch_size") if isinstance(names.get("patch_size"), int) else 1
-        sizes |= {"height": Size("height", height, step=step or 1), "width": Size("width", width, step=step or 1)}
-        inputs["pixel_values"] = {"shape": ["batch", "num_channels", "height", "width"]}
-    elif main == "input_features" and {"num_mel_bins", "max_source_positions"} <= names.keys():
-        frames = 2 * names["max_source_positions"]  # the stem halves them
-        inputs["input_features"] = {"shape": ["batch", "num_mel_bins", frames]}
-    elif main == "input_values" and "num_mel_bins" not in names and "conv_stride" in names:
-        inputs["input_values"] = {"shape": ["batch", "tokens"]}
-        sizes["tokens"] = Size("tokens", 16_000)  # one second
-    else:
-        return None
+    found = _main(module, names)
+    return None if found is None else _with_decoder(module, names, *found)
+
+
+def _with_decoder(module: nn.Module, names: Mapping[str, Any], sizes: dict[str, Size], inputs: dict[str, Any]) -> Recipe:
+    takes = inspect.signature(module.forward).parameters
     if "decoder_input_ids" in takes and names.get("is_encoder_decoder"):
         inputs["decoder_input_ids"] = _tokens()
         sizes.setdefault("tokens", Size("tokens", 64, most=names.get("max_target_positions")))
     if "use_cache" in takes:
         inputs["use_cache"] = {"value": False}
-    return Recipe(sizes, inputs)
+    return Recipe({"batch": Size("batch", 1), **sizes}, inputs)
+
+
+_Found = tuple[dict[str, Size], dict[str, Any]]
+
+
+def _main(module: nn.Module, names: Mapping[str, Any]) -> _Found | None:
+    """Sizes and inputs for the main input."""
+    main = str(getattr(module, "main_input_name", ""))
+    if main == "input_ids" and "vocab_size" in names:
+        most = names.get("max_position_embeddings") or names.get("n_positions")
+        return {"tokens": Size("tokens", min(512, most or 512), most=most)}, {"input_ids": _tokens()}
+    if main == "pixel_values" and "num_channels" in names:
+        side = names.get("image_size") or _SIDE
+        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        step = names.get("patch_size") if isinstance(names.get("patch_size"), int) else 1
+        sizes = {"height": Size("height", height, step=step or 1), "width": Size("width", width, step=step or 1)}
+        return sizes, {"pixel_values": {"shape": ["batch", "num_channels", "height", "width"]}}
+    if main == "input_features" and {"num_mel_bins", "max_source_positions"} <= names.keys():
+        frames = 2 * names["max_source_positions"]  # the stem halves them
+        return {}, {"input_features": {"shape": ["batch", "num_mel_bins", frames]}}
+    if main == "input_features" and {"input_feat_per_channel", "max_source_positions"} <= names.keys():
+        frames = min(1000, names["max_source_positions"])
+        return {}, {"input_features": {"shape": ["batch", frames, "input_feat_per_channel"]}}
+    return _waves(names) if main == "input_values" else None
+
+
+def _waves(names: Mapping[str, Any]) -> _Found | None:
+    if "num_mel_bins" in names and "max_length" in names:  # a spectrogram
+        return {}, {"input_values": {"shape": ["batch", "max_length", "num_mel_bins"]}}
+    if "audio_channels" in names and "sampling_rate" in names:  # one second
+        return {}, {"input_values": {"shape": ["batch", "audio_channels", "sampling_rate"]}}
+    if "conv_stride" in names and "num_mel_bins" not in names:
+        return {"tokens": Size("tokens", 16_000)}, {"input_values": {"shape": ["batch", "tokens"]}}
+    return None
+
+
+def _pair(module: nn.Module) -> Recipe | None:
+    """Of two encoders whose results are compared: text and an image. Where text has places for images, nothing is known."""
+    names, model = config_of(module), cast(Any, module)
+    text, vision = names.get("text_config"), names.get("vision_config")
+    if not text or not vision or model.can_generate():
+        return None
+    most, side = text.get("max_position_embeddings"), vision.get("image_size")
+    if not {"input_ids", "pixel_values"} <= set(inspect.signature(module.forward).parameters) or not most or not side:
+        return None
+    pixels = {"shape": ["batch", vision.get("num_channels", 3), side, side]}
+    words = {"shape": ["batch", "tokens"], "dtype": "int64", "below": text["vocab_size"]}
+    sizes = {"tokens": Size("tokens", min(512, most), most=most)}
+    return _with_decoder(module, names, sizes, {"input_ids": words, "pixel_values": pixels})
+
+
+def example(module: nn.Module, method: str) -> dict[str, Any]:
+    """Keyword arguments for a call of a model without inputs: from its config, else its `dummy_inputs`.
+
+    Raises:
+        PlannerError: they are not known for the model or the method.
+    """
+    model: Any = module
+    kind = type(module).__name__
+    if method != "forward":
+        raise PlannerError(
+            f"the inputs of {kind}.forward are known, not those of {method}; give them: "
+            f"plan(model, budget='6GB', method={method!r}, kwargs={{...}})"
+        )
+    found = recipe(module) or _pair(module)
+    if found is not None:
+        config = config_of(module)
+        return found.make(found.resolve({}, config, kind), config, model.dtype, meta_tensor)
+    dummy = {} if "vision_config" in config_of(module) else dict(model.dummy_inputs)
+    if model.main_input_name in dummy and model.main_input_name in inspect.signature(module.forward).parameters:
+        return dummy
+    raise PlannerError(
+        f"what a call of {kind} has is not known from its config; give it: "
+        f"plan(model, budget='6GB', kwargs={{{model.main_input_name!r}: ...}})"
+    )
 
 
 def _tokens() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a `generate` call of transformers is: Python that calls a model with a cache, token after token.
 
 Here are the pieces that a plan of it needs: the static cache whose tensors are the plan's, a module for each kind of call that
-the loop makes (what is captured), and the loop itself with that call handed to somebody else (what runs, and what is rehearsed).
+the loop makes (what is captured), and the loop itself with that call handed to somebody else (to be run, or rehearsed).
 """
 
 from __future__ import annotations
@@ -50,13 +50,18 @@ class CacheShape:
     tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = field(hash=False)
 
     @property
+    def prefix(self) -> str:
+        """What the names of its tensors begin with among the weights of a program."""
+        return f"{CACHE}."
+
+    @property
     def nbytes(self) -> int:
         return sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self.tensors.values())
 
 
 def refuse_generation(model: nn.Module) -> None:
     """Raises PlannerError for a model whose `generate` is not the loop of a decoder around one static cache."""
-    kind = type(model)
+    kind: Any = type(model)
     if kind.generate is not transformers.GenerationMixin.generate:
         raise PlannerError(
             f"{kind.__name__} has a generate of its own, which is not planned; plan the methods that it calls, such as "
@@ -64,21 +69,21 @@ def refuse_generation(model: nn.Module) -> None:
         )
     if model.config.is_encoder_decoder:  # type: ignore[union-attr]
         raise PlannerError(
-            f"{kind.__name__} has an encoder and a decoder; generation is planned for models that are a decoder alone. Plan its "
-            "parts: plan(model.get_encoder(), budget, inputs=(ids,))"
+            f"{kind.__name__} has an encoder and a decoder; generation is planned for models that are a decoder alone. "
+            "Plan its parts: plan(model.get_encoder(), budget, inputs=(ids,))"
         )
     static_cache(model, 1)
 
 
 def static_cache(model: nn.Module, length: int) -> StaticCache:
-    """An empty static cache for the model, without tensors for keys and values yet; its own are not those of any device.
+    """An empty static cache for the model, without tensors yet: they are adopted, and until then it takes no memory.
 
     Raises:
         PlannerError: the model keeps something else than keys and values.
     """
     config: Any = model.config
     try:
-        with _disable_current_modes():
+        with _disable_current_modes(), torch.device("meta"):
             cache = StaticCache(config=config.get_text_config(decoder=True), max_cache_len=length)
     except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise _no_static_cache(model, f"transformers makes no static cache for it ({error})") from error
@@ -203,7 +208,7 @@ def phase_module(
     return _sharing(phase, model, _modules={**model._modules, CACHE: held.eval()})
 
 
-def _sharing(kind: type, model: nn.Module, **changed: Any) -> nn.Module:
+def _sharing(kind: Any, model: nn.Module, **changed: Any) -> nn.Module:
     """An object of that class with the attributes of the model, as they are now."""
     made: nn.Module = kind.__new__(kind)
     object.__setattr__(made, "__dict__", {**vars(model), **changed})
@@ -285,7 +290,8 @@ def check_call(kwargs: Mapping[str, Any]) -> None:
 def outline_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """Equal for calls of `generate` that make the same calls of the model, and take the same memory besides."""
     config: Any = model.generation_config
-    named = inspect.signature(type(model).generate).bind_partial(model, *args, **kwargs).arguments
+    kind: Any = type(model)
+    named = inspect.signature(kind.generate).bind_partial(model, *args, **kwargs).arguments
     named = {**named, **named.pop("kwargs", {})}
     own = named.get("generation_config") or config
     pad = getattr(own, "pad_token_id", None)
@@ -306,7 +312,7 @@ def _outline(value: Any, pad: int | None) -> Hashable:
         return *geometry, bool((value == 1).all()), pad is not None and bool((value == pad).any())
     if isinstance(value, (int, float, str, bool, type(None))):
         return type(value), value
-    return repr(value) if isinstance(value, transformers.GenerationConfig) else type(value)
+    return (repr(value),) if isinstance(value, transformers.GenerationConfig) else (type(value),)
 
 
 class Loop:

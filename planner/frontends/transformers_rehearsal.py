@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -145,9 +146,7 @@ class Phases:
         seen.add(counts)
         return self.known[key]
 
-    def _capture(
-        self, name: str, kwargs: dict[str, Any], key: Key, counts: tuple[int | None, ...], *, started: bool
-    ) -> Phase:
+    def _capture(self, name: str, kwargs: dict[str, Any], key: Key, counts: tuple[int | None, ...], *, started: bool) -> Phase:
         assert self.shape is not None
         kwargs = _on_meta(kwargs)
         failed: CaptureError | None = None
@@ -175,8 +174,6 @@ class Phases:
 
 def cache_as_state(program: Program) -> Program:
     """The cache's tensors are state of every phase, also of one that only reads some of them."""
-    from dataclasses import replace
-
     weights = {
         key: replace(weight, state=weight.state or weight.name.startswith(f"{CACHE}."))
         for key, weight in program.weights.items()
@@ -264,7 +261,7 @@ class _Rehearsing:
         outputs = self._answer(phase, kwargs)
         for layer in cache.layers:
             layer.is_initialized = True
-            layer.cumulative_length = _later(layer.cumulative_length, tokens)
+            layer.cumulative_length = _later(layer.cumulative_length, tokens, started=started)
         advance(cache, tokens)
         outputs[CACHE] = cache
         return outputs
@@ -281,7 +278,7 @@ class _Rehearsing:
         results: list[Any] = []
         for value in phase.program.output.args[0]:  # type: ignore[union-attr]
             val = value.meta.get("val") if isinstance(value, torch.fx.Node) else value
-            made = like(val, homes) if isinstance(val, torch.Tensor) else val
+            made: Any = like(val, homes) if isinstance(val, torch.Tensor) else val
             if isinstance(val, torch.Tensor) and storage_id(val) not in given:
                 with _disable_current_modes():
                     made.zero_()
@@ -298,9 +295,9 @@ class _Rehearsing:
         return Rehearsal(self._phases.shape, tuple(self._taken.values()), self._moments, self._prompt)
 
 
-def _later(length: torch.Tensor, tokens: int) -> torch.Tensor:
+def _later(length: torch.Tensor, tokens: int, *, started: bool) -> torch.Tensor:
     with _disable_current_modes():
-        return length + tokens
+        return length + tokens if started else torch.tensor(tokens)
 
 
 def _on_meta(tree: Any) -> Any:
@@ -342,7 +339,7 @@ def _with_values(call: Any, token: int, padded: bool | None) -> Any:
             mask[0, 0] = 0
         return mask
 
-    given = {n: tree_map_only(torch.Tensor, lambda t, n=n: real(t, n), value) for n, value in kwargs.items()}
+    given = {name: tree_map_only(torch.Tensor, functools.partial(real, name=name), value) for name, value in kwargs.items()}
     return tuple(tree_map_only(torch.Tensor, real, value) for value in args), given
 
 
@@ -356,11 +353,6 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logger.set_verbosity(level)
-
-
-def generates(model: object) -> bool:
-    """Whether it is a model of transformers that generates."""
-    return isinstance(model, transformers.GenerationMixin) and isinstance(model, nn.Module)
 
 
 def refuse_no_phase(rehearsal: Rehearsal) -> None:

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import fx
 
+from passes.cast_weights import Cast
 from passes.program import Program, module_path, operator_name, tensors_of
 from passes.tile_rules.base import rule_of
 from planner.bounds import physical_bound
@@ -147,7 +148,7 @@ class Tilings:
     `build` analyses a rewritten program; None where it may not be rewritten. `freedom`: what may be done to it. `casting`:
     which weights may be stored in a smaller type. `layout`: what may run in channels-last. `attention`: the softmaxes that can
     be fused with the products around them. `in_place`: the last rewriting of all that are solved, after which less is live;
-    regions are sought in programs without it.
+    regions are sought in programs without it. `casts`: what is cast whatever that gives, None where it is to be chosen.
     """
 
     base: Solver
@@ -157,6 +158,7 @@ class Tilings:
     layout: Layouts | None = None
     attention: tuple[str, ...] = ()
     in_place: Callable[[Program], Program] = lambda program: program
+    casts: tuple[Cast, ...] | None = None
 
     @cached_property
     def minimum(self) -> Solver:
@@ -214,14 +216,15 @@ class Tilings:
 
     def _cast_in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:
         """Without casts; with about as many as end the wait for copies; with all of them. Until the step is the arithmetic."""
-        plain = self.branch(UNTILED)
+        given = Tiling(casts=self.casts or ())
+        plain = self.branch(given)
         yield plain
         if self.attention:
-            fused = self.branch(Tiling(attention=self.attention))
+            fused = self.branch(replace(given, attention=self.attention))
             yield fused
             fastest = min(found, key=lambda each: each[1].time.step_seconds, default=None)
             plain = fused if fastest is None or fastest[0].problem.tiling.attention else plain
-        if not self.casting.casts:
+        if not self.casting.casts or self.casts is not None:
             return
         problem = plain.base.problem
         over = problem.total_weight_bytes + int(problem.activation_bytes.max()) - budget_bytes
@@ -237,7 +240,10 @@ class Tilings:
     @cached_property
     def _extremes(self) -> list[Branch]:
         """What needs the least memory is among them: as it is, with fused attention, with all casts."""
-        starts = [UNTILED, Tiling(attention=self.attention), Tiling(attention=self.attention, casts=self.casting.casts)]
+        given = Tiling(casts=self.casts or ())
+        starts = [given, replace(given, attention=self.attention)]
+        if self.casts is None:
+            starts.append(Tiling(attention=self.attention, casts=self.casting.casts))
         return [self.branch(start) for start in dict.fromkeys(starts)]
 
     def branch(self, start: Tiling) -> Branch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from passes import probe
+from passes.live_storages import LiveStorages
 from passes.probe import OpCost, Prober, call_of
 from passes.program import Program
 from passes.spec import TensorSpec
@@ -260,3 +262,17 @@ def test_specs_carry_offsets_and_local_storages() -> None:
     first, second = call_of(add).args
     assert first == TensorSpec((2, 2), (2, 1), F32, 2, 0)
     assert second == TensorSpec((1, 2), (2, 1), F32, 0, 0)
+
+
+def test_nothing_is_held_of_a_call_that_was_costed() -> None:
+    held = LiveStorages()
+    x = torch.ones(4)
+    y = x + 1
+    held.count(y)
+    gc.disable()
+    try:
+        Prober("accounting", None).cost_of(aten.add.Tensor, (x, 1), {}, y)
+        del y
+        assert held.live_bytes == 0
+    finally:
+        gc.enable()

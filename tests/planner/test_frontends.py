@@ -10,12 +10,20 @@ import torch
 from diffusers import AutoencoderKL, WanTransformer3DModel
 from torch import nn
 from transformers import (
+    ASTConfig,
+    ASTModel,
     BertConfig,
     BertModel,
     CLIPConfig,
     CLIPModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ResNetConfig,
+    ResNetModel,
+    Speech2TextConfig,
+    Speech2TextModel,
     T5Config,
     T5EncoderModel,
     T5ForConditionalGeneration,
@@ -25,9 +33,11 @@ from transformers import (
     Wav2Vec2Model,
     WhisperConfig,
     WhisperModel,
+    XLNetConfig,
+    XLNetModel,
 )
 
-from planner import plan
+from planner import PlannerError, plan
 from planner.frontends import diffusers as diffusers_frontend
 from planner.frontends import transformers as transformers_frontend
 from planner.recipes import meta_tensor
@@ -113,6 +123,24 @@ def wav2vec() -> nn.Module:
                                         conv_dim=(16, 16), conv_stride=(5, 2), conv_kernel=(10, 3), **_SMALL))  # fmt: skip
 
 
+def resnet() -> nn.Module:
+    return ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"))
+
+
+def spectrogram() -> nn.Module:
+    return ASTModel(ASTConfig(max_length=24, num_mel_bins=16, patch_size=8, **_SMALL))
+
+
+def speech() -> nn.Module:
+    return Speech2TextModel(
+        Speech2TextConfig(
+            vocab_size=99, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+            encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=64, max_target_positions=16, conv_channels=16,
+            input_feat_per_channel=8,
+        )
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("make", "shapes"),
     [
@@ -122,6 +150,9 @@ def wav2vec() -> nn.Module:
         (t5, {"input_ids": (1, 512), "decoder_input_ids": (1, 512)}),
         (whisper, {"input_features": (1, 80, 100), "decoder_input_ids": (1, 20)}),
         (wav2vec, {"input_values": (1, 16_000)}),
+        (resnet, {"pixel_values": (1, 3, 224, 224)}),
+        (spectrogram, {"input_values": (1, 24, 16)}),
+        (speech, {"input_features": (1, 64, 8), "decoder_input_ids": (1, 16)}),
     ],
 )
 def test_inputs_from_the_config(make: Any, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -137,3 +168,33 @@ def test_inputs_from_the_config(make: Any, shapes: dict[str, tuple[int, ...]]) -
 def test_several_modalities_are_not_guessed() -> None:
     module = CLIPModel(CLIPConfig(text_config=_SMALL, vision_config={**_SMALL, "image_size": 32, "patch_size": 8}))
     assert transformers_frontend.recipe(module) is None
+
+
+def pair() -> nn.Module:
+    text = {**_SMALL, "vocab_size": 99, "max_position_embeddings": 16}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config={**_SMALL, "image_size": 32, "patch_size": 8}))
+
+
+def xlnet() -> nn.Module:
+    """A model whose config knows nothing that helps: the library's own dummy inputs serve."""
+    return XLNetModel(XLNetConfig(vocab_size=99, d_model=32, n_layer=1, n_head=2, d_inner=32))
+
+
+@pytest.mark.parametrize("make", [bert, llama, vit, t5, whisper, wav2vec, pair, xlnet])
+def test_models_are_planned_without_inputs(make: Any) -> None:
+    p = plan(make().eval(), "1GB", device="accounting", allow=("offload",))
+    assert p.peak_bytes > 0
+    assert p.options.kwargs
+
+
+def test_what_is_not_known_is_asked_for() -> None:
+    with pytest.raises(PlannerError, match=r"method='get_input_embeddings', kwargs="):
+        plan(bert().eval(), "1GB", method="get_input_embeddings")
+    llava = LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=LlamaConfig(vocab_size=99, **_SMALL),
+            vision_config={"model_type": "clip_vision_model", "image_size": 16, "patch_size": 8, **_SMALL},
+        )
+    )
+    with pytest.raises(PlannerError, match=r"LlavaForConditionalGeneration.*kwargs=.'input_ids'"):
+        plan(llava.eval(), "1GB")
