@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, overload
@@ -28,13 +28,13 @@ from planner.options import (
     check_repeats,
 )
 from planner.parted import plan_or_parts
+from planner.pipeline_folder import open_pipeline_target
 from planner.pipeline_plan import PipelinePlan
 from planner.plan import Plan
 from planner.prepare import prepare
 from planner.pretrained import example_call, generates, is_pretrained
 from planner.refuse import refuse_unplannable
-from runtime.errors import BudgetError, PlannerError
-from runtime.signature import bind_call
+from runtime.errors import BudgetError, InputError, PlannerError
 
 BudgetLike = int | str | Mapping[str | int, int | str] | Budget
 
@@ -113,16 +113,16 @@ def plan(
         target: a module in eval mode; real, fake or meta weights, wherever they are. It is not changed before `build()`. Or the
             folder of a diffusers or transformers model: its config is read and the headers of its safetensors files, and
             `build()` reads the weights from there, one at a time (on cpu: the budget's share of them, ahead of use).
-            Or a pipeline of diffusers, all of whose components are planned together: see `call`.
+            Or a pipeline of diffusers, or the folder of one, all of whose components are planned together: see `call`.
         budget: bytes, a size such as "6GB" (6e9) or "6GiB", a mapping such as {"cuda": "6GB"}; None for what is free now.
         inputs, kwargs: an example call; real, fake or meta tensors, of which only shapes, strides and dtypes are read. Of a
             folder's model they may be left out where they are known: from a preset of its class, else from its config; of
             a model of transformers from its config, else its `dummy_inputs`.
         method: which method to plan; of a folder without inputs the one whose inputs are known (an autoencoder's decode).
             "generate" of a language model of transformers is prefill and decode on one static cache: `GenerationPlan`.
-        call: of a pipeline, the keyword arguments it is called with, such as dict(prompt="...", height=1024, width=1024). Its own
-            Python runs with zeros for what its components give, to find which calls it makes on them; the prompt's words do not
-            matter. Calls of other sizes are planned when they come.
+        call: of a pipeline, the keyword arguments it is called with, such as dict(prompt="...", height=1024, width=1024).
+            Its own Python runs with zeros for what its components give, to find which calls it makes on them; the prompt's
+            words do not matter. Calls of other sizes are planned when they come.
         device: "cuda", "cuda:1", "cpu" (the budget is RAM, weights live on disk) or "accounting" (CPU kernels, every byte
             counted). Default: CUDA where it is or where `machine` is one, else cpu.
         machine: a preset's name, the path of a file with a machine (.toml or .json), a `Machine`, or None for this one.
@@ -160,6 +160,9 @@ def plan(
         UnknownSize: how many bytes are needed depends on values; names the module.
         PlannerError: anything else that was asked and cannot be done.
     """
+    opened = open_pipeline_target(target, dtype, variant)
+    if opened is not None:
+        target = opened.pipe
     whole = is_pipeline(target)
     target, folder = (target, None) if whole else open_target(target, dtype, variant)
     kwargs = _call_of(target, call, inputs, kwargs) if whole else kwargs
@@ -198,7 +201,7 @@ def plan(
         folder=folder,
     )
     if whole:
-        return PipelinePlan.of(target, options)
+        return PipelinePlan.of(target, options, opened)
     if method == "generate" and generates(target):
         return plan_generation(target, options)
     return plan_or_parts(target, options, prepare)
@@ -216,7 +219,12 @@ def _call_of(pipe: Any, call: Any, inputs: Any, kwargs: Any) -> dict[str, Any]:
             f"{kind} is a pipeline: say what it is called with, plan(pipe, budget, call=dict(prompt='...', height=1024, "
             "width=1024)); inputs and kwargs are a module's"
         )
-    bind_call(functools.partial(type(pipe).__call__, pipe), (), call)
+    try:
+        inspect.signature(type(pipe).__call__).bind(pipe, **call)
+    except TypeError as error:
+        raise InputError(
+            f"call=... does not fit {kind}.__call__: {error}; help({kind}.__call__) lists what it takes"
+        ) from error
     return dict(call)
 
 

@@ -14,6 +14,7 @@ from planner.compare import Comparison
 from planner.frontier import POINTS, Frontier
 from planner.generation_facts import GenerationFacts
 from planner.generation_problem import GenerationProblem, given_phases, plan_phases, prepare_generation
+from planner.host_budget import refuse_spilling
 from planner.machine import Machine
 from planner.options import Options
 from planner.plan import Plan
@@ -52,6 +53,8 @@ class GenerationPlan(GenerationFacts):
         self._runner, self._lookup, self.validation = None, None, None
         self.rehearsal = problem.rehearsal
         self.phases = plan_phases(problem) if given is None else given_phases(problem, given)
+        hosted = max(phase.problem.hosted[1] for phase in self.phases.values())
+        refuse_spilling(target, options, f"a plan of {type(target).__name__}.generate", hosted)
         if self.reserved_bytes > self.budget_bytes:
             raise PlanFileError(
                 f"the decisions need {format_bytes(self.reserved_bytes)} here, more than their budget of "

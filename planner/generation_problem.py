@@ -85,7 +85,7 @@ class GenerationProblem:
 
     def options_of(self, phase: Phase, room: int) -> Options:
         """Those of a phase that has so many bytes to itself."""
-        budget = dataclasses.replace(self.options.budget, device_bytes=room)
+        budget = dataclasses.replace(self.options.budget, device_bytes=room, host_bytes=None)  # held by all phases together
         calls = self.moment(phase).calls
         repeats = calls if phase.name.startswith("decode") else 1
         return dataclasses.replace(

@@ -94,17 +94,20 @@ def _too_little_disk(disk_bytes: int, least: int, beside: str, other: str) -> In
     )
 
 
-def refuse_parts(target: nn.Module, options: Options) -> None:
-    """Raises InfeasibleBudget for a plan in parts whose weights do not all fit the host's memory, where parts have them."""
+def refuse_spilling(target: nn.Module, options: Options, why: str, hosted_bytes: int = 0) -> None:
+    """Raises InfeasibleBudget where not all weights fit the host's memory, of plans that have them all there.
+
+    `why`: what such a plan is. `hosted_bytes`: what values take there besides.
+    """
     host = options.budget.host_bytes
     if host is None:
         return
-    least = align(sum(align(tensor.nbytes, _MOST_ALIGNMENT) for tensor in module_tensors(target, options)), PAGE_BYTES)
+    weights = align(sum(align(tensor.nbytes, _MOST_ALIGNMENT) for tensor in module_tensors(target, options)), PAGE_BYTES)
+    least = weights + align(hosted_bytes, PAGE_BYTES)
     if least > host:
         raise InfeasibleBudget(
-            f"host budget {format_bytes(host)} ({host} B); {type(target).__name__} cannot be captured whole, and what is "
-            f"planned in parts has all weights in the host's memory: {format_bytes(least)} ({least} B). Write "
-            f"budget={{..., 'cpu': {least}}}, or device='cpu', where weights are read from disk",
+            f"host budget {format_bytes(host)} ({host} B); {why} has all weights in the host's memory: {format_bytes(least)} "
+            f"({least} B). Write budget={{..., 'cpu': {least}}}, or device='cpu', where weights are read from disk",
             budget_bytes=host,
             minimum_bytes=least,
             node="",

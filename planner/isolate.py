@@ -102,8 +102,8 @@ _HOOK_TABLES = ("_forward_hooks", "_forward_pre_hooks")
 def refuse_hooks(module: nn.Module, method: str) -> None:
     """Raises CaptureError for hooks on submodules: what they do besides computing cannot be seen, so they must run as Python.
 
-    Those that PyTorch itself registers (`torch.nn.utils.weight_norm` and others) only compute, and those with which transformers
-    collects hidden states only add to the result; they are captured.
+    Those that PyTorch itself registers (`torch.nn.utils.weight_norm` and others) only compute, and those with which
+    transformers collects hidden states only add to the result; they are captured.
     """
     for path, child in module.named_modules():
         if child is module:

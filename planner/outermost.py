@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
-import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+from runtime.components import methods_of
 
 # Where `nn.Module.__call__` looks for something to run in place of `forward` and its hooks.
 _CALL = "_compiled_call_impl"
@@ -58,7 +59,7 @@ def outermost_calls(components: Mapping[str, nn.Module], handle: Callable[[Outer
     try:
         for name, component in components.items():
             place(component, _CALL, gate.shim(name, component, "forward", component._call_impl))
-            for method in _methods(type(component)):
+            for method in methods_of(type(component)):
                 place(component, method, gate.shim(name, component, method, getattr(component, method)))
         for name, component in components.items():
             for path, inner in component.named_modules():
@@ -93,16 +94,6 @@ class _Gate:
                 self._within = False
 
         return shim
-
-
-def _methods(kind: type) -> list[str]:
-    """Names of the methods of a module's class that are not those of every module."""
-    found = dict.fromkeys(["forward"])
-    for base in kind.__mro__:  # also behind `nn.Module`, where mixins such as that of `generate` come
-        for name, value in vars(base).items():
-            if isinstance(value, types.FunctionType) and not name.startswith("__"):
-                found[name] = None
-    return [name for name in found if name == "forward" or not hasattr(nn.Module, name)]
 
 
 def _has_weights(module: nn.Module) -> bool:

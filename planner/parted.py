@@ -17,7 +17,7 @@ from planner.budget import Budget
 from planner.capture import capture, refuse_leftovers
 from planner.cast_fit import fitted
 from planner.gap import PartedGap
-from planner.host_budget import refuse_parts
+from planner.host_budget import refuse_spilling
 from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.names import Names
@@ -61,7 +61,8 @@ class PartedPlan(Plan):
         # Each part is planned for one call, for Python runs in between: nothing is fetched over that seam.
         self._target, self._options, self._parted = target, dataclasses.replace(options, repeats=1), problem
         self._runner, self.validation = None, None
-        refuse_parts(target, options)
+        kind = type(target).__name__
+        refuse_spilling(target, options, f"{kind} cannot be captured whole, and what is planned in parts")
         self.exploration = problem.exploration
         budget = options.budget.device_bytes
         if budget < problem.shared.minimum_bytes:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import nn
 
 from planner.budget import Budget
 from planner.pipeline_problem import member_options
 from planner.plan import Plan
 from planner.progress import transferring
 from planner.sizes import format_bytes
-from planner.weights import Lookup, open_weights
+from planner.solve.phases import arenas_of
+from planner.weights import Lookup
 from runtime.devices import open_device
 from runtime.errors import InfeasibleBudget, PlannerError
 from runtime.origins import has_no_bytes, named_tensors
@@ -59,7 +57,7 @@ def _plan_one(plan: PipelinePlan, path: str, method: str, args: tuple[Any, ...],
     analyses, shared = plan._analyses, plan._problem.budget
     made = analyses.captures.of(path, method, args, kwargs)
     tilings = analyses.tilings(made, plan.options, 1)
-    kept = sum(share.arena_bytes for share in plan._shares.values() if share.stay == "always")
+    kept = arenas_of(share for share in plan._shares.values() if share.stay == "always")
     held = max([shared.python_bytes, *(member.outside_bytes for member in shared.members.values())])
     room = plan.budget_bytes - kept - held - shared.state_bytes
     least = tilings.least_bytes(room)
@@ -110,32 +108,3 @@ def _plan_anew(
             f"with a larger budget:\n{lines}"
         ) from error
     return pipe(*args, **kwargs)
-
-
-def open_pipeline_weights(weights: Any, root: nn.Module) -> Lookup:
-    """A look-up by the root's names.
-
-    Raises:
-        PlannerError: a component's weights are not there.
-    """
-    from planner.frontends import pipelines
-
-    given: Mapping[str, Any]
-    if isinstance(weights, str | Path):
-        given = {name: Path(weights) / name for name, _ in root.named_children() if (Path(weights) / name).is_dir()}
-    elif pipelines.is_pipeline(weights):
-        given = {name.replace(".", "_"): component for name, component in pipelines.components_of(weights).items()}
-    elif isinstance(weights, Mapping):
-        given = weights
-    else:
-        raise PlannerError(
-            f"weights={weights!r}: pass a pipeline, the folder of one, or a mapping by component, such as "
-            "build(weights={'unet': 'folder/unet', 'vae': vae.state_dict()})"
-        )
-    lookups = {name: open_weights(given[name], component) for name, component in root.named_children() if name in given}
-
-    def lookup(name: str) -> torch.Tensor | None:
-        component, _, inner = name.partition(".")
-        return lookups[component](inner) if component in lookups else None
-
-    return lookup

@@ -113,7 +113,7 @@ class Captures:
             raise CaptureError(f"{path}.{method} draws random numbers from a generator that it is given, which no program does")
         signature = replace(LooseSignature.of(args, kwargs, floats), draws=draws)
         refuse_shared_state(module, program)
-        made = ProgramOfCall(path, method, signature, self._renamed(program, path, method), args, kwargs)
+        made = ProgramOfCall(path, method, signature, self._renamed(program, path, method), args, dict(kwargs))
         self._known.append(made)
         return made
 
@@ -140,8 +140,8 @@ class Captures:
             )
         if call.autocast is not None:
             raise PlannerError(
-                f"{call.name} is called within torch.autocast, and a plan keeps the dtypes it was made with: call outside of it, "
-                f"or cast the component: pipe.{name}.to(torch.bfloat16)"
+                f"{call.name} is called within torch.autocast, and a plan keeps the dtypes it was made with: call outside of "
+                f"it, or cast the component: pipe.{name}.to(torch.bfloat16)"
             )
         own = {p.dtype for p in self.root.get_submodule(name.replace(".", "_")).parameters()}
         if set(call.dtypes) - own:
@@ -176,7 +176,7 @@ def _with_floats(call: ComponentCall, floats: tuple[float, ...]) -> tuple[tuple[
     """The arguments on meta, with the given floats."""
     leaves, spec = tree_flatten(call.inputs())
     given = iter(floats)
-    return tree_unflatten([next(given) if isinstance(leaf, float) else leaf for leaf in leaves], spec)  # type: ignore[return-value]
+    return tree_unflatten([next(given) if isinstance(leaf, float) else leaf for leaf in leaves], spec)
 
 
 def argument_bytes(program: ProgramOfCall) -> int:

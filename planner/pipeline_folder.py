@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from planner.checkpoint import ModelFolder, open_folder
+from planner.checkpoint import ModelFolder, is_pipeline, open_folder
 from planner.checkpoint_weights import Checkpoint
 
 
@@ -19,11 +20,14 @@ class PipelineFolder:
 
     Attributes:
         pipe: the pipeline, whose models are on the meta device. models: their folders, by component.
+        dtype, variant: as they were asked for.
     """
 
     path: Path
     pipe: Any
     models: Mapping[str, ModelFolder]
+    dtype: str | None = None
+    variant: str | None = None
 
     def require_weights(self) -> dict[str, Checkpoint]:
         """The weights of all models.
@@ -34,9 +38,7 @@ class PipelineFolder:
         return {name: model.require_weights() for name, model in self.models.items()}
 
 
-def open_pipeline_folder(
-    folder: Path, dtype: str | torch.dtype | None = None, variant: str | None = None
-) -> PipelineFolder:
+def open_pipeline_folder(folder: Path, dtype: str | torch.dtype | None = None, variant: str | None = None) -> PipelineFolder:
     """The pipeline in a folder; configs and the headers of its files are read, and what has no weights.
 
     Args:
@@ -53,4 +55,16 @@ def open_pipeline_folder(
         own = variant if variant is not None and any((folder / name).glob(f"*.{variant}*")) else None
         models[name] = open_folder(folder / name, dtype, own)
     modules = {name: model.module for name, model in models.items()}
-    return PipelineFolder(folder, diffusers_folder.assemble(folder, modules, variant), models)
+    asked = None if dtype is None else str(dtype).removeprefix("torch.")
+    return PipelineFolder(folder, diffusers_folder.assemble(folder, modules, variant), models, asked, variant)
+
+
+def open_pipeline_target(target: Any, dtype: str | torch.dtype | None, variant: str | None) -> PipelineFolder | None:
+    """What `plan()` was given, opened, where it is the folder of a whole pipeline; else None.
+
+    Raises:
+        PlannerError, CheckpointError: as `open_pipeline_folder`.
+    """
+    if not isinstance(target, (str, os.PathLike)) or not is_pipeline(Path(target)):
+        return None
+    return open_pipeline_folder(Path(target), dtype, variant)

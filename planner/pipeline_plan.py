@@ -15,12 +15,15 @@ from planner.bounds import Bound
 from planner.budget import Budget
 from planner.dry_run_calls import DryRun
 from planner.frontends import pipelines
+from planner.host_budget import refuse_spilling
 from planner.machine import Machine
 from planner.options import Options
 from planner.pipeline import placements_of
-from planner.pipeline_build import build_runner, open_pipeline_weights
+from planner.pipeline_build import build_runner
 from planner.pipeline_calls import Components
+from planner.pipeline_folder import PipelineFolder
 from planner.pipeline_problem import Analyses, PipelineProblem, infeasible_pipeline, member_options, problem_of
+from planner.pipeline_weights import open_pipeline_weights
 from planner.plan import Plan
 from planner.sizes import format_bytes
 from planner.solve.decisions import Decisions
@@ -39,20 +42,27 @@ class PipelinePlan:
         run: the dry run: which calls the pipeline makes on its components, and what its own Python holds meanwhile.
         parts: a plan for every distinct call of a component, in the order of the run, by its name ("unet.forward").
         stays: for each of them whether its arenas stay on the device "always", for a "phase", or for a "call".
-        budget, machine, device: what was declared.
+        budget, machine, device: what was declared. folder: where the pipeline was opened, if it was.
     """
 
     def __init__(
-        self, pipe: Any, options: Options, analyses: Analyses, run: DryRun, shares: Mapping[str, Any] | None = None
+        self,
+        pipe: Any,
+        options: Options,
+        analyses: Analyses,
+        run: DryRun,
+        shares: Mapping[str, Any] | None = None,
+        folder: PipelineFolder | None = None,
     ) -> None:
-        self._pipe, self._options, self._analyses, self.run = pipe, options, analyses, run
+        self._pipe, self._options, self._analyses, self.run, self.folder = pipe, options, analyses, run, folder
         self._runner: PipelineRunner | None = None
-        self._weights: Any = None
         self._problem = problem = problem_of(run, options, analyses)
         budget = options.budget.device_bytes
-        if budget < problem.budget.minimum_bytes:
+        if budget < problem.budget.least_bytes(budget):
             raise infeasible_pipeline(problem, budget)
         self._shares: MemberShares = problem.budget.solve(budget) if shares is None else given_shares(problem, shares)
+        hosted = max((share.solver.problem.hosted[1] for share in self._shares.values()), default=0)
+        refuse_spilling(analyses.root, options, f"the plan of a {type(pipe).__name__}", hosted)
         self.stays = {key: self._shares[key].stay for key in problem.programs}
         self.parts = {key: self._part(key, self._shares[key]) for key in problem.programs}
         if self.reserved_bytes > budget:
@@ -62,14 +72,14 @@ class PipelinePlan:
             )
 
     @classmethod
-    def of(cls, pipe: Any, options: Options) -> PipelinePlan:
-        """Dry run, captures, analyses, decisions.
+    def of(cls, pipe: Any, options: Options, folder: PipelineFolder | None = None) -> PipelinePlan:
+        """Dry run, captures, analyses, decisions. `folder`: where the pipeline was opened, if it was.
 
         Raises:
             PlannerError: as `plan()`.
         """
         analyses = Analyses.of(Components(pipelines.components_of(pipe)))
-        return cls(pipe, options, analyses, pipelines.record(pipe, options.kwargs))
+        return cls(pipe, options, analyses, pipelines.record(pipe, options.kwargs), folder=folder)
 
     def _part(self, key: str, share: MemberShare) -> Plan:
         made = self._problem.programs[key]
@@ -125,7 +135,8 @@ class PipelinePlan:
     @cached_property
     def reserved_bytes(self) -> int:
         """Predicted: the most that the device's allocator holds to serve them, which is what the budget bounds."""
-        return max(self._problem.budget.peaks(self._shares, {k: part.reserved_bytes for k, part in self.parts.items()}).values())
+        reserved = {key: part.reserved_bytes for key, part in self.parts.items()}
+        return max(self._problem.budget.peaks(self._shares, reserved).values())
 
     @property
     def peak_at(self) -> str:
@@ -160,10 +171,16 @@ class PipelinePlan:
     def step_seconds(self) -> float:
         return self.time.step_seconds
 
+    @property
+    def phases(self) -> tuple[tuple[str, ...], ...]:
+        """The names of the parts in each phase of the run."""
+        return tuple(self._problem.budget.phases)
+
     def seconds_of(self, key: str) -> float:
         """Of all calls of one part, the copies before them included."""
-        budget, share = self._problem.budget, self._shares[key]
-        return budget.members[key].calls * share.schedule.time.step_seconds + budget.load_seconds(key, share)
+        budget = self._problem.budget
+        load = budget.load_seconds(self._shares)[key]
+        return budget.members[key].calls * self._shares[key].schedule.time.step_seconds + load
 
     def calls_of(self, key: str) -> int:
         """How often it is called in one run."""
@@ -223,7 +240,7 @@ class PipelinePlan:
             BudgetError, InfeasibleBudget: as `plan()`.
         """
         options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
-        return PipelinePlan(self._pipe, options, self._analyses, self.run)
+        return PipelinePlan(self._pipe, options, self._analyses, self.run, folder=self.folder)
 
     def save(self, path: str | Path) -> None:
         """Writes decisions and fingerprint as JSON, atomically. No weights."""
@@ -251,7 +268,7 @@ class PipelinePlan:
 
         Args:
             weights: for components on the meta device: another pipeline, a mapping of what `Plan.build` takes by the names of
-                components, or the folder of a pipeline.
+                components, or the folder of a pipeline; by default the folder that was planned, if it was one.
             concurrent: what a call does while another thread is inside: wait or raise.
 
         Raises:
@@ -264,7 +281,8 @@ class PipelinePlan:
                 f"this plan is for {self.device}, and there is no CUDA device here; build it where there is one, "
                 "or plan with device='accounting'"
             )
-        self._weights = weights
+        if weights is None and self.folder is not None:
+            weights = self.folder.require_weights()
         lookup = None if weights is None else open_pipeline_weights(weights, self._analyses.root)
         with torch.inference_mode(False):
             self._runner = build_runner(self, lookup, concurrent)
@@ -349,4 +367,3 @@ def given_shares(problem: PipelineProblem, given: Mapping[str, Any]) -> MemberSh
         schedule = solver.evaluate(placements_of(solver.problem, own), own.staging)
         shares[key] = MemberShare(solver, schedule, saved["stay"], int(saved["budget_bytes"]))
     return shares
-

@@ -83,7 +83,8 @@ def problem_of(run: DryRun, options: Options, analyses: Analyses) -> PipelinePro
     names = [name for each in made for w in each.program.weights.values() for name in (w.name, *w.aliases)]
     check_patterns(options.keep, names)
     phase_of = [number for number, phase in enumerate(run.phases) for _ in range(phase.times * len(phase.cycle))]
-    phases = [tuple(dict.fromkeys(keys[m] for m, p in zip(order, phase_of, strict=True) if p == n)) for n in range(len(run.phases))]
+    called = [(keys[number], phase) for number, phase in zip(order, phase_of, strict=True)]
+    phases = [tuple(dict.fromkeys(key for key, phase in called if phase == n)) for n in range(len(run.phases))]
     memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
     sizes = _Sizes(run, memory)
     members = {}
@@ -96,12 +97,8 @@ def problem_of(run: DryRun, options: Options, analyses: Analyses) -> PipelinePro
         outside = max(sizes.beside(i, own) for i in steps)
         members[key] = Member(key, tilings, outside, len(steps), within)
     between, python = sizes.between(phase_of, len(phases))
-    budget = PhasedBudget(
-        options.machine, members, phases, between, python, options.budget.host_bytes, keep_all=not options.offload
-    )
-    return PipelineProblem(
-        run, dict(zip(keys, made, strict=True)), tuple((keys[m], p) for m, p in zip(order, phase_of, strict=True)), budget
-    )
+    budget = PhasedBudget(options.machine, members, phases, between, python, keep_all=not options.offload)
+    return PipelineProblem(run, dict(zip(keys, made, strict=True)), tuple(called), budget)
 
 
 def _keys(made: list[ProgramOfCall]) -> list[str]:
@@ -161,4 +158,3 @@ def infeasible_pipeline(problem: PipelineProblem, asked: int) -> InfeasibleBudge
         minimum_bytes=least,
         node=place,
     )
-

@@ -54,7 +54,7 @@ class Bands:
         """Makes the arena of a program; requires that none is loaded."""
         self._layout = layout
         if layout.host_bytes:
-            with _disable_current_modes():  # programs of a generation are loaded while a call is measured
+            with _disable_current_modes():  # within a larger call somebody counts the device's bytes
                 self._arena = torch.empty(layout.host_bytes, dtype=torch.uint8)
             self._device.pin(self._arena)
 

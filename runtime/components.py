@@ -107,8 +107,8 @@ def _refuse_to_move(handler: Handler) -> Callable[..., Any]:
             moved = fn(probe)
             if moved.device != probe.device or moved.dtype != probe.dtype:
                 raise ModuleUnusable(
-                    f"{type(self).__name__} is planned: it stays on {handler.torch_device} and in its dtypes (.to, .cuda, .half). "
-                    "Move or cast it first: pipe = p.restore(); pipe.to(...); plan(pipe, ...).build()"
+                    f"{type(self).__name__} is planned: it stays on {handler.torch_device} and in its dtypes (.to, .cuda, "
+                    ".half). Move or cast it first: pipe = p.restore(); pipe.to(...); plan(pipe, ...).build()"
                 )
         return self
 

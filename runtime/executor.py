@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,11 +28,21 @@ from runtime.weight_file import Source
 class Executor:
     """Runs executables on a device. `state` maps module names to the device tensors that programs write (I6).
 
-    `alone`: a call of the module is a call of its program; not so where several executors serve one call.
+    `alone`: a call of the module is a call of its program; not so where several executors serve one call. `shared` has their
+    resident arenas by what is in them: a program whose weights lie there as another's do takes that arena too.
     """
 
-    def __init__(self, device: Device, store: HostStore, state: Mapping[str, torch.Tensor], *, alone: bool = True) -> None:
+    def __init__(
+        self,
+        device: Device,
+        store: HostStore,
+        state: Mapping[str, torch.Tensor],
+        *,
+        alone: bool = True,
+        shared: MutableMapping[Any, torch.Tensor] | None = None,
+    ) -> None:
         self.device, self.store, self._alone = device, store, alone
+        self._shared = shared
         self._state = state
         self._program: Executable | None = None
         self._run: Any = None
@@ -78,9 +88,7 @@ class Executor:
         """`kept`: the arena of resident weights, where they are in it already."""
         layout = program.layout
         self._run = compile_source(program.source, program.name)
-        self._resident = kept
-        if kept is None and layout.resident_bytes:
-            self._resident = self.device.allocate(layout.resident_bytes)
+        known = self._make_resident(program, kept)
         self._staging = self.device.allocate(layout.staging_bytes) if layout.staging_bytes else None
         attributes = attribute_names([s.weight for s in (*layout.resident, *layout.state)])
         for slot in layout.resident:
@@ -106,8 +114,22 @@ class Executor:
         if self._alone:
             self.device.reserve(*layout.pools)
             self.device.loaded(program)
-        if kept is None:
+        if not known:
             self.refresh()
+
+    def _make_resident(self, program: Executable, kept: torch.Tensor | None) -> bool:
+        """Makes the resident arena; whether it is there already, with all that is in it: the last program's, or another's."""
+        layout = program.layout
+        if not layout.resident_bytes:
+            return False
+        lies = _residents(program)
+        self._resident = kept if kept is not None or self._shared is None else self._shared.get(lies)
+        if self._resident is not None:
+            return True
+        self._resident = self.device.allocate(layout.resident_bytes)
+        if self._shared is not None:
+            self._shared[lies] = self._resident
+        return False
 
     def _load_ring(self, host: HostLayout | None) -> None:
         """Makes the ring of a program whose weights are on disk in part, and what fills it."""
@@ -290,9 +312,9 @@ class Executor:
         self._copies.pop(index, None)
 
 
-def _residents(program: Executable) -> list[tuple[WeightView, int]]:
+def _residents(program: Executable) -> tuple[tuple[WeightView, int], ...]:
     """The weights that are resident, and where in the arena."""
-    return [(program.weights[slot.weight], slot.offset) for slot in program.layout.resident]
+    return tuple((program.weights[slot.weight], slot.offset) for slot in program.layout.resident)
 
 
 def _onto(buffer: torch.Tensor, runs: Sequence[tuple[int, Copied]]) -> list[tuple[torch.Tensor, Copied]]:

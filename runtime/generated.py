@@ -233,5 +233,5 @@ def _sizes(leaves: list[Any]) -> str:
     return f"tensors of {', '.join(map(str, shapes))}"
 
 
-def _never(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
+def _never(args: tuple[Any, ...], kwargs: dict[str, Any], budget_bytes: int) -> Executable:
     raise AssertionError("whole generations are planned anew")

@@ -78,7 +78,7 @@ def as_inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any], floats: frozense
     flat, spec = tree_flatten((args, dict(kwargs)))
     flat = [None if isinstance(leaf, torch.Generator) else leaf for leaf in flat]
     flat = [torch.tensor(leaf, dtype=torch.float64) if i in floats else leaf for i, leaf in enumerate(flat)]
-    return tree_unflatten(flat, spec)  # type: ignore[no-any-return]
+    return tree_unflatten(flat, spec)
 
 
 def _leaves(flat: list[Any], floats: frozenset[int]) -> list[Any]:
@@ -93,9 +93,9 @@ def _leaves(flat: list[Any], floats: frozenset[int]) -> list[Any]:
     for index, leaf in enumerate(flat):
         if isinstance(leaf, torch.Tensor):
             storage = _storage(leaf)
-            start = int(leaf.storage_offset()) * leaf.dtype.itemsize - first[storage] if shared[storage] > 1 else None
+            start = int(leaf.storage_offset()) * leaf.dtype.itemsize - first[storage]
             group = groups.setdefault(storage, len(groups))
-            keys.append(Place(tuple(leaf.shape), leaf.stride(), leaf.dtype, group, start))
+            keys.append(Place(tuple(leaf.shape), leaf.stride(), leaf.dtype, group, start if shared[storage] > 1 else None))
         elif index in floats:
             keys.append(_ANY)
         elif isinstance(leaf, torch.Generator):

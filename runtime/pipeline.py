@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -97,6 +98,8 @@ class PipelineRunner(Runner):
         self._at = 0  # in the steps of what is active
         self._within = False
         self._spent: dict[str, tuple[int, float]] = {}
+        # Resident arenas of programs that are loaded.
+        self._shared: WeakValueDictionary[Any, torch.Tensor] = WeakValueDictionary()
 
     def attach_pipeline(self, call: Mapping[str, Any], programs: PipelinePrograms, lookup: Lookup | None = None) -> None:
         """Moves the weights of all components into the host arena, and takes the pipeline's calls over.
@@ -146,7 +149,7 @@ class PipelineRunner(Runner):
 
     def _new_executor(self) -> Executor:
         assert self.store is not None
-        return Executor(self.device, self.store, self.state, alone=False)
+        return Executor(self.device, self.store, self.state, alone=False, shared=self._shared)
 
     def _executors(self) -> list[Executor]:
         return [executor for _, _, executor in self._members if executor.program is not None]
@@ -317,5 +320,5 @@ class PipelineRunner(Runner):
         super().close()
 
 
-def _never(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Executable:
+def _never(args: tuple[Any, ...], kwargs: dict[str, Any], budget_bytes: int) -> Executable:
     raise AssertionError("a pipeline has no program of its own")

@@ -29,8 +29,8 @@ def recording_hooks(module: nn.Module) -> Iterator[None]:
     empty = [owner for owner in owners if not owner._forward_hooks]
     marked = {id(owner) for owner in owners if _MARK in owner.__dict__}
     try:
-        for owner in owners:
-            if isinstance(owner, models.PreTrainedModel):
+        for owner in owners:  # outermost first: it installs those of models within it too, also where these have theirs
+            if isinstance(owner, models.PreTrainedModel) and not any(_MARK in inner.__dict__ for inner in owner.modules()):
                 library.maybe_install_capturing_hooks(owner)
         yield
     finally:

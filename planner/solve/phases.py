@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from passes.program import Weight
 from planner.machine import Machine
 from planner.solve.decide import Schedule, Solver
 from planner.solve.share import arena_bytes, state_bytes_of
@@ -64,12 +65,34 @@ class MemberShare:
     @property
     def loaded_bytes(self) -> int:
         """What is copied before its first operator can run."""
+        return sum(nbytes for _, nbytes in self.resident)
+
+    @cached_property
+    def resident(self) -> tuple[tuple[Weight, int], ...]:
+        """The weights in its resident arena, in their order; members that have the same share one."""
         streamed = {w for placed in self.schedule.placements for w in placed.span.weights}
         problem = self.solver.problem
-        return problem.total_weight_bytes - problem.arena_bytes(streamed) - state_bytes_of(self.solver)
+        order = dict.fromkeys((*(visit.weight for visit in problem.visits), *problem.weight_bytes))
+        weights = [(problem.program.weights[key], problem.weight_bytes[key]) for key in order if key not in streamed]
+        return tuple((weight, nbytes) for weight, nbytes in weights if not weight.state)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Of that arena, as the device's allocator rounds it."""
+        return self.solver.problem.memory.reserved_alone(self.loaded_bytes)
 
 
 MemberShares = Mapping[str, MemberShare]
+
+
+def arenas_of(shares: Iterable[MemberShare]) -> int:
+    """What members that stay have on the device together."""
+    own, shared = 0, dict[object, int]()
+    for share in shares:
+        if share.stay != "call":
+            shared[share.resident] = share.resident_bytes
+            own += share.arena_bytes - share.resident_bytes
+    return own + sum(shared.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +108,6 @@ class PhasedBudget:
     phases: Sequence[tuple[str, ...]]
     between_bytes: Sequence[int]
     python_bytes: int
-    host_bytes: int | None = None
     keep_all: bool = False
     _solved: dict[tuple[str, int, bool], tuple[Solver, Schedule] | None] = field(default_factory=dict)
 
@@ -97,6 +119,16 @@ class PhasedBudget:
         if self.keep_all:
             return max(self.peaks(self._resident_shares(self.members, "always")).values())
         return max([self.python_bytes + self.state_bytes, *self.between_bytes, *map(self._least, self.members)])
+
+    def least_bytes(self, budget_bytes: int) -> int:
+        """The least feasible budget where it is above `budget_bytes`; else some feasible one, without looking further."""
+        if self.keep_all:
+            return self.minimum_bytes
+        least = [self.python_bytes + self.state_bytes, *self.between_bytes]
+        for key, member in self.members.items():
+            around = self._least_around(key)
+            least.append(around + member.tilings.least_bytes(budget_bytes - around))
+        return max(least) if max(least) <= budget_bytes else self.minimum_bytes
 
     @cached_property
     def unplanned_bytes(self) -> int:
@@ -124,14 +156,15 @@ class PhasedBudget:
         return key if key is not None and least[key] == self.minimum_bytes else None
 
     def peaks(self, shares: MemberShares, peaks: Mapping[str, int] | None = None) -> dict[str | None, int]:
-        """The most bytes at the calls of each member, and outside of all calls (None).
+        """The most bytes at the calls of each member that has a share, and outside of all calls (None).
 
         `peaks`: what each member takes itself, with its arenas and state; by default what was solved for.
         """
-        found: dict[str | None, int] = {None: self.python_bytes + self.state_bytes + self._always(shares)}
+        found: dict[str | None, int] = {
+            None: self.python_bytes + self.state_bytes + arenas_of(self._there((), shares).values())
+        }
         for phase, between in zip(self.phases, self.between_bytes, strict=True):
-            inside = sum(shares[key].arena_bytes for key in phase if shares[key].stay == "phase")
-            found[None] = max(found[None], between + self.state_bytes + self._always(shares) + inside)
+            found[None] = max(found[None], between + self.state_bytes + arenas_of(self._there(phase, shares).values()))
         for key, share in shares.items():
             own = share.schedule.peak_bytes if peaks is None else peaks[key]
             found[key] = own + self._around(key, shares)
@@ -139,41 +172,51 @@ class PhasedBudget:
 
     def _around(self, key: str, shares: MemberShares) -> int:
         """What is on the device at the calls of a member besides itself."""
-        near = {other for phase in self.phases if key in phase for other in phase} - {key}
-        others = sum(s.arena_bytes for k, s in shares.items() if k != key and (s.stay == "always" or k in near))
-        member = self.members[key]
-        return member.outside_bytes + others + self.state_bytes - state_bytes_of(member.solver)
+        near = {other for phase in self.phases if key in phase for other in phase}
+        there = self._there(near, shares)
+        return self._least_around(key) + arenas_of(there.values()) - shares[key].arena_bytes
 
-    def _always(self, shares: MemberShares) -> int:
-        return sum(share.arena_bytes for share in shares.values() if share.stay == "always")
+    def _there(self, phase: Iterable[str], shares: MemberShares) -> dict[str, MemberShare]:
+        """Those whose arenas are on the device in a phase, or, where it has no members, outside of all."""
+        near = frozenset(phase)
+        return {k: s for k, s in shares.items() if s.stay == "always" or (s.stay == "phase" and k in near)}
 
     def _least(self, key: str) -> int:
-        member = self.members[key]
-        return member.outside_bytes + member.tilings.minimum.minimum.peak_bytes + self.state_bytes - state_bytes_of(member.solver)
+        return self._least_around(key) + self.members[key].tilings.minimum.minimum.peak_bytes
+
+    def _least_around(self, key: str) -> int:
+        """What is on the device at the calls of a member where nothing else stays there."""
+        return self._outside(key) + self.state_bytes
 
     # Seconds.
 
     def time(self, shares: MemberShares) -> StepTime:
         """Of one run: its calls, simulated, and the copies before them; what Python itself takes is not known."""
         step = stall = copying = 0.0
+        loads = self.load_seconds(shares)
         for key, share in shares.items():
-            calls, own, load = self.members[key].calls, share.schedule.time, self.load_seconds(key, share)
+            calls, own, load = self.members[key].calls, share.schedule.time, loads[key]
             step += calls * own.step_seconds + load
             stall += calls * own.stall_seconds + load
             copying += calls * own.copy_seconds + load
         return StepTime(step, stall, copying)
 
-    def load_seconds(self, key: str, share: MemberShare) -> float:
-        """Of the copies before calls, in one run."""
-        member = self.members[key]
-        times = {"always": 0, "phase": len(member.phases), "call": member.calls}[share.stay]
-        return times * self.machine.copy_seconds(share.loaded_bytes) if share.loaded_bytes else 0.0
+    def load_seconds(self, shares: MemberShares) -> dict[str, float]:
+        """Of the copies before calls of each member, in one run; what it shares with another one before it is there."""
+        found, known = {}, set[object]()
+        for key, share in shares.items():
+            member = self.members[key]
+            times = {"always": 0, "phase": len(member.phases), "call": member.calls}[share.stay]
+            if share.stay == "phase" and (share.resident, member.phases) in known:
+                times = 0
+            known.add((share.resident, member.phases))
+            found[key] = times * self.machine.copy_seconds(share.loaded_bytes) if share.loaded_bytes else 0.0
+        return found
 
     # Choosing.
 
     def solve(self, budget_bytes: int) -> MemberShares:
         """The fastest of the choices; requires `budget_bytes >= minimum_bytes`."""
-        assert budget_bytes >= self.minimum_bytes
         best: MemberShares | None = None
         for always in self._kept_for_good():
             shares = self._shares(always, budget_bytes, best)
@@ -197,14 +240,14 @@ class PhasedBudget:
     def _shares(self, always: tuple[str, ...], budget_bytes: int, best: MemberShares | None) -> MemberShares | None:
         """Schedules with these kept for good; None where they do not fit, or cannot be worth it."""
         shares = self._resident_shares(always, "always")
-        taken = sum(share.arena_bytes for share in shares.values())
+        taken = arenas_of(shares.values())
         if best is not None:
-            saved = sum(self.load_seconds(key, best[key]) + self._waits(key, best[key]) for key in always)
+            loads = self.load_seconds(best)
+            saved = sum(loads[key] + self._waits(key, best[key]) for key in always)
             if saved <= _WORTH * self.time(best).step_seconds:
                 return None
-        for key in always:
-            if shares[key].schedule.peak_bytes + taken - shares[key].arena_bytes + self.members[key].outside_bytes > budget_bytes:
-                return None
+        if max(self.peaks(shares).values()) > budget_bytes:
+            return None
         rest = [tuple(key for key in phase if key not in always) for phase in self.phases]
         for phase, between in zip(rest, self.between_bytes, strict=True):
             fresh = tuple(key for key in phase if key not in shares)
@@ -236,7 +279,7 @@ class PhasedBudget:
         With -1 all are there for a call.
         """
         whole = self._resident_shares(order[: max(count, 0)], "phase")
-        taken = sum(share.arena_bytes for share in whole.values())
+        taken = arenas_of(whole.values())
         shares = dict(whole)
         for key in order[count + 1 :] if count >= 0 else order:
             share = self._for_a_call(key, budget_bytes - taken - self._outside(key))
@@ -245,12 +288,12 @@ class PhasedBudget:
             shares[key] = share
         if 0 <= count < len(order):
             key = order[count]
-            others = max([between_bytes, *(self._outside(k) + _beside(s) for k, s in shares.items())])
+            others = max([between_bytes, *(self._outside(k) + s.schedule.peak_bytes for k, s in shares.items())])
             share = self._for_a_phase(key, budget_bytes - taken, others)
             if share is None:
                 return None
             shares[key] = share
-        arenas = sum(share.arena_bytes for share in shares.values())
+        arenas = arenas_of(shares.values())
         inside = [self._outside(k) + arenas - s.arena_bytes + s.schedule.peak_bytes for k, s in shares.items()]
         return shares if max([between_bytes + arenas, *inside]) <= budget_bytes else None
 
@@ -287,7 +330,7 @@ class PhasedBudget:
     def _search(self, member: Member, room: int, pass_through: bool) -> tuple[Solver, Schedule] | None:
         if room < member.tilings.least_bytes(room):
             return None
-        solver, schedule = member.tilings.solve(room, self.host_bytes)
+        solver, schedule = member.tilings.solve(room)
         if not pass_through:
             return solver, schedule
         options = [solver.pass_through(room)] if solver.minimum.peak_bytes <= room else []
@@ -303,7 +346,7 @@ class PhasedBudget:
         return schedule.time.step_seconds + (self.machine.copy_seconds(load) if load else 0.0)
 
     def _seconds(self, shares: Mapping[str, MemberShare]) -> float:
-        return sum(self.members[k].calls * s.schedule.time.step_seconds + self.load_seconds(k, s) for k, s in shares.items())
+        return self.time(shares).step_seconds
 
     def _waiting(self, shares: Mapping[str, MemberShare]) -> float:
         return sum(share.schedule.time.stall_seconds for share in shares.values())
@@ -315,9 +358,3 @@ class PhasedBudget:
             solver = self.members[key].solver
             found[key] = MemberShare(solver, solver.resident, stay, solver.resident.peak_bytes)
         return found
-
-
-def _beside(share: MemberShare) -> int:
-    """What a member needs while it runs."""
-    return share.schedule.peak_bytes
-

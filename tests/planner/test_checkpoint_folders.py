@@ -13,7 +13,7 @@ from torch import nn
 from transformers import BertForMaskedLM, BertModel, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from planner import CheckpointError, Plan, PlanFileError, PlannerError, plan
-from planner.checkpoint import open_folder
+from planner.checkpoint import open_folder, open_target
 from tests.planner.checkpoints import (
     MODELS,
     SIZES,
@@ -264,8 +264,10 @@ class TestRefusals:
     def test_what_is_no_model(self, tmp_path: Path) -> None:
         saved(vae, tmp_path / "pipe" / "vae")
         (tmp_path / "pipe" / "model_index.json").write_text("{}")
-        with pytest.raises(PlannerError, match=r"is a whole pipeline.*\n  plan\('.*pipe/vae', budget='6GB'\)"):
+        with pytest.raises(PlannerError, match=r"model_index\.json' names no class of a pipeline"):
             plan(tmp_path / "pipe", "1GB")
+        with pytest.raises(PlannerError, match=r"is a whole pipeline.*\n  plan\('.*pipe/vae', budget='6GB'\)"):
+            open_target(tmp_path / "pipe", None, None)
         with pytest.raises(PlannerError, match="there is no folder"):
             plan(tmp_path / "nowhere", "1GB")
         with pytest.raises(PlannerError, match=r"dtype= and variant= are for a folder"):
