@@ -22,8 +22,8 @@ from runtime.layout import align
 from runtime.origins import Lookup, has_no_bytes, in_files, in_memory, named_tensors, source_of, stored_sources
 from runtime.package_files import header_hash
 from runtime.package_format import encode_tensor
-from runtime.runner import first_use
 from runtime.weight_file import FileRange, OpenFile, safetensors_header
+from runtime.weight_keeper import first_use
 
 INDEX_FILE = "weights.safetensors.index.json"
 

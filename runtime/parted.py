@@ -26,8 +26,9 @@ from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
 from runtime.layout import align, pack
 from runtime.origins import Lookup, named_tensors, view_of
-from runtime.runner import ALIGNMENT, Runner
+from runtime.runner import Runner
 from runtime.signature import CallSignature, bind_call
+from runtime.weight_keeper import ALIGNMENT
 
 log = logging.getLogger("vramplan")
 
