@@ -21,6 +21,7 @@ from planner.pipeline import emit_program
 from planner.prepare import prepare
 from planner.solve.bundles import BundleSpan, make_bundles, spread_evenly, spread_fractions
 from planner.solve.decide import Solver
+from planner.solve.homes import HostMemory
 from planner.solve.problem import Problem
 from planner.solve.simulate import EngineProgram, step_time
 from tests.zoo import ZOO
@@ -197,16 +198,21 @@ def test_going_over_the_seam_is_never_slower(name: str) -> None:
         assert cyclic.solve(budget).time.step_seconds <= alone.solve(budget).time.step_seconds * (1 + 1e-9)
 
 
-def test_page_locked_memory_bounds_what_is_streamed() -> None:
+def test_what_does_not_fit_the_hosts_memory_is_read_and_takes_longer() -> None:
     solved = solver("bert")
     budget = (solved.minimum.peak_bytes + solved.resident.peak_bytes) // 2
     free = solved.solve(budget)
-    streamed = {w for placed in free.placements for w in placed.span.weights}
-    nbytes = solved.problem.arena_bytes(streamed)
-    assert solved.problem.arena_bytes({w for p in solved.solve(budget, nbytes).placements for w in p.span.weights}) <= nbytes
-    relaxation, tight = solved.relaxed(budget), solved.relaxed(budget, nbytes // 100)
-    assert relaxation is not None
-    assert tight is None  # so little cannot be streamed within the budget
+    assert free.host is None
+    streamed = solved.problem.arena_bytes({w for placed in free.placements for w in placed.span.weights})
+    seconds = []
+    for nbytes in (100_000, streamed // 2, 10**9):
+        found = solved.solve(budget, HostMemory(nbytes))
+        assert found.host is not None
+        held = solved.problem.arena_bytes(set(found.host.homes.held))
+        assert held + found.host.homes.slot_bytes * found.host.homes.slots <= nbytes
+        seconds.append(found.time.step_seconds)
+    assert seconds == sorted(seconds, reverse=True)
+    assert seconds[-1] == free.time.step_seconds < seconds[0]
 
 
 def test_memory_models_round_as_they_say() -> None:
