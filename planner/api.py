@@ -222,9 +222,7 @@ def _call_of(pipe: Any, call: Any, inputs: Any, kwargs: Any) -> dict[str, Any]:
     try:
         inspect.signature(type(pipe).__call__).bind(pipe, **call)
     except TypeError as error:
-        raise InputError(
-            f"call=... does not fit {kind}.__call__: {error}; help({kind}.__call__) lists what it takes"
-        ) from error
+        raise InputError(f"call=... does not fit {kind}.__call__: {error}; help(pipe.__call__) lists what it takes") from error
     return dict(call)
 
 

@@ -129,7 +129,7 @@ class _Recorder:
     def finish(self) -> DryRun:
         calls = tuple(self._calls[key] for key in self._order)
         last = self.device.take_peak()
-        return DryRun(self.name, calls, tuple(self._steps), last, tuple(self.device.asked))
+        return DryRun(self.name, calls, tuple(self._steps), last, tuple(self.device.asked), self.device.read_bytes)
 
     def _result(self, call: Outermost, key: CallKey, given: tuple[Any, Any]) -> tuple[Any, Any, int | None]:
         if self._open_ended is not None:

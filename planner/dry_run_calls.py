@@ -14,6 +14,7 @@ from passes.spec import TensorSpec
 from planner.call_key import CallKey, call_specs, frozen
 from planner.pretend_device import Held
 from planner.show_dry_run import brief, describe
+from runtime.layout import align
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +78,10 @@ class ComponentCall:
         for spec in specs:
             stop = spec.offset * spec.dtype.itemsize + spec.span_bytes
             ends[spec.storage] = max(ends.get(spec.storage, 0), stop)
+        widest = {storage: max(s.dtype.itemsize for s in specs if s.storage == storage) for storage in ends}
         homes = {
-            storage: torch.empty(-nbytes // -16 * 16, dtype=torch.uint8, device="meta") for storage, nbytes in ends.items()
+            storage: torch.empty(align(nbytes, widest[storage]), dtype=torch.uint8, device="meta")
+            for storage, nbytes in ends.items()
         }
 
         def meta(spec: TensorSpec) -> torch.Tensor:
@@ -134,6 +137,7 @@ class DryRun:
         calls: the distinct ones, in the order of their first time.
         steps: every call of the run. last: the most that the pipeline held after the last of them.
         asked: lines of Python that asked for a value which only a real run knows: there it may go another way.
+        read_bytes: of the weights that the pipeline's own Python computes with (buffers with means and deviations, say).
     """
 
     name: str
@@ -141,6 +145,7 @@ class DryRun:
     steps: tuple[Step, ...]
     last: Held = field(default_factory=Held)
     asked: tuple[str, ...] = ()
+    read_bytes: int = 0
 
     @property
     def sequence(self) -> tuple[int, ...]:

@@ -12,8 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
-from passes.program import Program
-from passes.spec import TensorSpec
+from passes.program import Program, storage_id
 from planner.capture import capture
 from planner.dry_run_calls import ComponentCall, DryRun
 from planner.names import Names
@@ -180,15 +179,10 @@ def _with_floats(call: ComponentCall, floats: tuple[float, ...]) -> tuple[tuple[
 
 
 def argument_bytes(program: ProgramOfCall) -> int:
-    """Of the storages behind a call's arguments, as far as it reaches into them."""
-    leaves = [leaf for leaf in tree_flatten((program.args, program.kwargs))[0] if isinstance(leaf, torch.Tensor)]
-    given = [leaf for leaf in leaves if not (leaf.ndim == 0 and leaf.dtype == torch.float64 and not leaf.is_meta)]
-    ends: dict[int, int] = {}
-    for leaf in given:
-        spec = TensorSpec.of(leaf)
-        key = leaf.untyped_storage()._cdata
-        ends[key] = max(ends.get(key, 0), spec.offset * spec.dtype.itemsize + spec.span_bytes)
-    return sum(ends.values())
+    """Of the storages behind a call's arguments as its program counts them, floats that are inputs of it aside."""
+    leaves = tree_flatten((program.args, program.kwargs))[0]
+    given = [x for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and i not in program.signature.floats]
+    return sum({storage_id(x): int(x.untyped_storage().nbytes()) for x in given}.values())
 
 
 def _draws(node: fx.Node) -> bool:

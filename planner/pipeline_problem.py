@@ -121,7 +121,10 @@ class _Sizes:
     def beside(self, step: int, own_bytes: int) -> int:
         """While that call runs, beside its arguments as the program counts them: `own_bytes`."""
         found = self.run.steps[step]
-        return self._bytes(found.held) + max(0, self._bytes(found.arguments) - own_bytes)
+        more = self._bytes(found.arguments) - own_bytes
+        if self.memory.device == "cuda":
+            more = max(0, more)  # arguments may be on the host until the component moves them
+        return max(0, self._bytes(found.held) + more) + self._weights
 
     def between(self, phase_of: list[int], count: int) -> tuple[list[int], int]:
         """At most between two calls of each phase, and outside of all of them."""
@@ -132,7 +135,13 @@ class _Sizes:
                 inside[phase_of[i]] = max(inside[phase_of[i]], nbytes)
             else:
                 outside = max(outside, nbytes)
-        return [n + self.memory.fixed_bytes for n in inside], outside + self.memory.fixed_bytes
+        around = self.memory.fixed_bytes + self._weights
+        return [n + around for n in inside], outside + around
+
+    @property
+    def _weights(self) -> int:
+        """Those that Python itself reads, which it has on the device from then on."""
+        return self.memory.reserved_alone(self.run.read_bytes)
 
     def _bytes(self, held: Held) -> int:
         """Where the memory is the host's, so are all tensors."""

@@ -58,6 +58,7 @@ class PretendDevice:
         self._live = {True: LiveStorages(self._gone), False: LiveStorages(self._gone)}  # by whether it is on the device
         self._weights: dict[int, torch.Tensor] = {}
         self._answers: set[int] = set()
+        self._read: dict[int, int] = {}  # bytes of weights that Python itself computes with
         self._peak = Held()
         self.asked: dict[str, None] = {}
         self.paused = False
@@ -98,6 +99,17 @@ class PretendDevice:
         for tensor in weights:
             if not tensor.is_meta:
                 self._weights[storage_id(tensor)] = tensor
+
+    @property
+    def read_bytes(self) -> int:
+        """Of the weights that Python itself has computed with: a real device needs copies of those."""
+        return sum(self._read.values())
+
+    def reads(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Takes note of the weights among these."""
+        for tensor in tensors:
+            if not tensor.is_meta and storage_id(tensor) in self._weights:
+                self._read[storage_id(tensor)] = tensor.untyped_storage().nbytes()
 
     def is_on_device(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is on the device; weights that have no bytes here (on meta) are."""
@@ -149,6 +161,7 @@ class _Storages(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         device = self._device
         tensors = _tensors((args, kwargs))
+        device.reads(tensors)
         metas = [tensor.is_meta for tensor in tensors]
         asks = not _ASKS.isdisjoint(func.tags)
         if any(metas) and (asks or not all(metas)):

@@ -109,7 +109,7 @@ class PhasedBudget:
     between_bytes: Sequence[int]
     python_bytes: int
     keep_all: bool = False
-    _solved: dict[tuple[str, int, bool], tuple[Solver, Schedule] | None] = field(default_factory=dict)
+    _solved: dict[tuple[str, int], tuple[Solver, Schedule] | None] = field(default_factory=dict)
 
     # Bytes.
 
@@ -306,7 +306,7 @@ class PhasedBudget:
         member = self.members[key]
         room = budget_bytes - self._outside(key)
         for _ in range(_TRIES):
-            found = self._solved_within(key, room, pass_through=False)
+            found = self._solved_within(key, room)
             if found is None:
                 return None
             share = MemberShare(*found, "phase", room)
@@ -319,20 +319,23 @@ class PhasedBudget:
         return None
 
     def _for_a_call(self, key: str, room: int) -> MemberShare | None:
-        found = self._solved_within(key, room, pass_through=True)
+        found = self._passing(key, room)
         return None if found is None else MemberShare(*found, "call", room)
 
-    def _solved_within(self, key: str, room: int, *, pass_through: bool) -> tuple[Solver, Schedule] | None:
-        if (key, room, pass_through) not in self._solved:
-            self._solved[key, room, pass_through] = self._search(self.members[key], room, pass_through)
-        return self._solved[key, room, pass_through]
+    def _solved_within(self, key: str, room: int) -> tuple[Solver, Schedule] | None:
+        """The fastest schedule in some room, whose residents are there when a call begins."""
+        if (key, room) not in self._solved:
+            tilings = self.members[key].tilings
+            fits = room >= tilings.least_bytes(room)
+            self._solved[key, room] = tilings.solve(room) if fits else None
+        return self._solved[key, room]
 
-    def _search(self, member: Member, room: int, pass_through: bool) -> tuple[Solver, Schedule] | None:
-        if room < member.tilings.least_bytes(room):
+    def _passing(self, key: str, room: int) -> tuple[Solver, Schedule] | None:
+        """The fastest schedule of a call that finds nothing on the device."""
+        member, found = self.members[key], self._solved_within(key, room)
+        if found is None:
             return None
-        solver, schedule = member.tilings.solve(room)
-        if not pass_through:
-            return solver, schedule
+        solver, schedule = found
         options = [solver.pass_through(room)] if solver.minimum.peak_bytes <= room else []
         options += [schedule] if not any(p.carried for p in schedule.placements) else []
         if not options:
