@@ -96,7 +96,7 @@ def _gap(plan: Plan) -> list[tuple[str, str]]:
 
 def _weights(plan: Plan) -> str:
     total, streamed = format_bytes(plan.weight_bytes), plan.layout.streamed_bytes
-    looked_up = sum(_looked_up(plan.problem.program).values())
+    looked_up = sum(looked_up_bytes(plan.problem.program).values())
     shares = []
     if streamed or looked_up:
         shares.append(f"{format_bytes(plan.resident_bytes)} resident")
@@ -132,7 +132,7 @@ def _decisions(plan: Plan) -> list[str]:
     return lines
 
 
-def _looked_up(program: Program) -> dict[str, int]:
+def looked_up_bytes(program: Program) -> dict[str, int]:
     """Bytes of the tables that are on the host alone: of which nothing but rows is read."""
     kept = {weight.name for weight in program.weights.values()}
     return {name: table.nbytes for name, table in program.tables.items() if name not in kept}
@@ -157,7 +157,7 @@ def _groups(plan: Plan, depth: int) -> dict[str, _Group]:
         group.names.add(weight.name)
         group.shares[how] += nbytes
 
-    only = _looked_up(program)
+    only = looked_up_bytes(program)
     for name, table in program.tables.items():
         add(table, "looked up", only.get(name, 0))
     for node, weight in program.weights.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from planner.show import measured_times, ratio, wrap
+from planner.show import looked_up_bytes, measured_times, ratio, wrap
 from planner.show_tiles import cast_rows, tile_rows
 from planner.sizes import format_bytes, format_seconds
 
@@ -62,8 +62,10 @@ def _phase(plan: GenerationPlan, name: str, phase: Plan) -> list[str]:
 
 
 def _weights(phase: Plan) -> str:
-    layout = phase.layout
+    layout, on_host = phase.layout, sum(looked_up_bytes(phase.problem.program).values())
     kept = f"{format_bytes(layout.resident_bytes)} resident"
+    if on_host:
+        kept += f", {format_bytes(on_host)} on the host, where rows are looked up"
     if not layout.bundles:
         return f"{kept}, nothing streamed"
     over = sum(bundle.carried for bundle in layout.bundles)

@@ -46,6 +46,10 @@ def on_meta():
     with torch.device("meta"):
         return Mlp().eval(), (torch.empty(2, 8),)
 def bare(): return Mlp().eval()
+def language():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    config = LlamaConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=99)
+    return LlamaForCausalLM(config).eval(), (torch.full((1, 8), 7),), {"max_new_tokens": 4, "min_new_tokens": 4}
 def training(): return Mlp(), (torch.ones(2, 8),)
 def branches(): return Branches().eval(), (torch.ones(2),)
 def raises(): raise ValueError("no weights here")
@@ -197,6 +201,16 @@ def test_run_measures_what_was_predicted(capsys: pytest.CaptureFixture[str], her
     assert 0 <= padding < 64 * 200  # up to an alignment per weight
     assert data["plan"]["streamed_bytes"] > 0
     assert data["measured"]["calls"] == len(data["call_seconds"]) == 3
+
+
+def test_generations_are_planned_and_run(capsys: pytest.CaptureFixture[str], here: Path) -> None:
+    ask = ("cli_factories:language", "--method", "generate", "--budget", "1MB", "--device", "accounting")
+    data = answer(capsys, "plan", *ask, "-o", str(here / "language.json"))
+    assert data["program"] == "LlamaForCausalLM.generate"
+    assert sum(data["peak_parts"].values()) == data["peak_bytes"]
+    assert answer(capsys, "run", *ask, "--calls", "1")["measured"]["peak_bytes"] == data["peak_bytes"]
+    assert main(["show", str(here / "language.json")]) == 0
+    assert "  phase     decode" in capsys.readouterr().out.splitlines()
 
 
 def test_run_prints_a_table(capsys: pytest.CaptureFixture[str], here: Path) -> None:
