@@ -167,7 +167,9 @@ def plan(
     target, folder = (target, None) if whole else open_target(target, dtype, variant)
     kwargs = _call_of(target, call, inputs, kwargs) if whole else kwargs
     if call is not None and not whole:
-        raise PlannerError(f"call={call!r} is for pipelines; a module's call is inputs=(...,) and kwargs={{...}}")
+        raise PlannerError(
+            f"call={call!r} is of pipelines; for a module leave it at None, and pass inputs=(...,) and kwargs={{...}}"
+        )
     casts = check_casts(allow_cast)
     if "cast" in check_allow(allow) and not casts:
         raise PlannerError("allow has 'cast', and no type is named: write allow_cast='float8_e4m3fn'")

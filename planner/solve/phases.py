@@ -19,8 +19,6 @@ from planner.solve.simulate import StepTime
 from planner.solve.tilings import Tilings
 
 Stay = Literal["always", "phase", "call"]
-# How often a schedule is looked for in less room, because arenas and what Python holds took more than was left for them.
-_TRIES = 4
 # Keeping a member for good is looked at where the copies it saves are more than this share of the time.
 _WORTH = 0.005
 
@@ -302,21 +300,14 @@ class PhasedBudget:
         return self.members[key].outside_bytes - state_bytes_of(self.members[key].solver)
 
     def _for_a_phase(self, key: str, budget_bytes: int, others_bytes: int) -> MemberShare | None:
-        """A schedule whose arenas leave room for what happens between its calls."""
-        member = self.members[key]
-        room = budget_bytes - self._outside(key)
-        for _ in range(_TRIES):
-            found = self._solved_within(key, room)
-            if found is None:
-                return None
-            share = MemberShare(*found, "phase", room)
-            over = share.arena_bytes + others_bytes - budget_bytes
-            if over <= 0:
-                return share
-            room = min(room, found[1].peak_bytes) - over
-            if room < member.tilings.least_bytes(room):
-                return None
-        return None
+        """A schedule whose arenas leave room for what happens between its calls.
+
+        They are smaller than the room of a schedule by at least the least that its operators hold besides.
+        """
+        least = int(self.members[key].solver.problem.activation_bytes.min())
+        room = min(budget_bytes - self._outside(key), budget_bytes - others_bytes + least)
+        found = self._solved_within(key, room)
+        return None if found is None else MemberShare(*found, "phase", room)
 
     def _for_a_call(self, key: str, room: int) -> MemberShare | None:
         found = self._passing(key, room)

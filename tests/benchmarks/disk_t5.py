@@ -272,7 +272,6 @@ def table(results: dict[str, Any], size: int) -> str:
         cells = [f"{r[key] / 1e9:.2f} GB" for key in ("peak_rss_bytes", "load_peak_bytes")]
         cells += [f"{r[key]:.2f} s" for key in ("cold_seconds", "warm_seconds", "warm_cpu_seconds")]
         lines.append(f"| {LABELS[name]} | {' | '.join(cells)} | {'yes' if r['equal'] else 'no'} |")
-    lines += ["", "Where bits differ, weights were read to addresses at which MKL takes other kernels."]
     return "\n".join([*lines, "", "The plan:", "", "```text", results["ours"]["plan"], "```", ""])
 
 

@@ -20,7 +20,7 @@ from runtime.call_key import call_key, named_call
         ({"image": Image.new("RGB", (8, 8))}, {"image": Image.new("RGB", (8, 8), "red")}),
         ({"x": torch.zeros(2)}, {"x": torch.ones(2)}),
     ],
-    ids=str,
+    ids=["words", "as many words", "what makes no difference", "a picture's values", "a tensor's values"],
 )
 def test_the_same_plan(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert call_key(one) == call_key(other)
@@ -38,7 +38,7 @@ def test_the_same_plan(one: dict[str, Any], other: dict[str, Any]) -> None:
         ({"x": torch.zeros(2)}, {"x": torch.zeros(2, dtype=torch.float64)}),
         ({"kw": {"scale": 0.5}}, {"kw": {"scale": 0.25}}),
     ],
-    ids=str,
+    ids=["another number of words", "a size", "a scale", "a mode", "a picture's size", "a dtype", "within a mapping"],
 )
 def test_other_plans(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert call_key(one) != call_key(other)

@@ -188,8 +188,8 @@ def test_what_is_not_ours_is_left_alone(scratch: Path) -> None:
 
 
 def test_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match=r"take \d+ bytes on disk and the budget allows 4096; write budget=.*\"disk\""):
-        store(limit_bytes=4096)
+    with pytest.raises(BudgetError, match=r"take \d+ bytes on disk and the budget allows 100; write budget=.*\"disk\""):
+        store(limit_bytes=100)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
     with pytest.raises(StoreError, match="100 free; set VRAMPLAN_SCRATCH to a folder on a larger disk"):
         store()
