@@ -5,6 +5,7 @@ from __future__ import annotations
 from planner.api import plan
 from planner.budget import Budget
 from planner.machine import Machine
+from planner.pipeline_plan import PipelinePlan
 from planner.plan import Plan
 from runtime.errors import (
     BudgetError,
@@ -31,6 +32,7 @@ __all__ = [
     "Machine",
     "ModuleUnusable",
     "PackageError",
+    "PipelinePlan",
     "Plan",
     "PlanFileError",
     "PlannerError",

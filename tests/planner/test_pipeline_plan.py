@@ -75,8 +75,10 @@ class Planned:
     plan: PipelinePlan
 
 
-def _planned(name: str, **more: Any) -> Planned:
+def _planned(name: str, dtype: torch.dtype = torch.float32, **more: Any) -> Planned:
     pipe, call = PIPELINES[name]()
+    for component in components_of(pipe).values():
+        component.to(dtype)
     call = {**call, **more}
     own = _run(pipe, call)
     return Planned(pipe, call, own, plan(pipe, "1GB", call=call, device="accounting", machine="rtx-4090", allow=("offload",)))
@@ -110,12 +112,14 @@ def test_streaming_gives_the_same_bits_within_the_budget(name: str, share: str) 
 @pytest.mark.parametrize("share", ["half", "minimum"])
 @pytest.mark.parametrize("name", PIPELINES)
 def test_all_rewrites_give_the_same_pictures(name: str, share: str) -> None:
-    case = planned(name)
+    """Kandinsky in double precision: its decoder makes 4e-5 of what single precision rounds otherwise (8e-14 of double)."""
+    double = name == "Kandinsky"
+    case = _planned(name, dtype=torch.float64) if double else planned(name)
     p = plan(case.pipe, "1GB", call=case.call, device="accounting", machine="rtx-4090")
     p = p.replan(p.minimum_bytes if share == "minimum" else max(p.minimum_bytes, p.unplanned_bytes // 2))
     got, peak = _measured(p, case.call)
     for a, b in zip(got, case.own, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a, b, rtol=1e-12 if double else 1e-5, atol=1e-12 if double else 1e-5)
     assert peak <= p.peak_bytes <= p.budget_bytes
 
 
@@ -313,7 +317,7 @@ def test_settings_of_components_are_followed() -> None:
 
 def test_a_plan_is_saved_and_loaded(tmp_path: Path) -> None:
     case = _planned("KandinskyPrior", latents=torch.zeros(1, 16))
-    p = case.plan.replan(case.plan.unplanned_bytes // 2)
+    p = case.plan.replan(case.plan.minimum_bytes)
     p.save(tmp_path / "plan.json")
     again = PipelinePlan.load(tmp_path / "plan.json", case.pipe, call=case.call)
     assert again == p
