@@ -37,16 +37,8 @@ def plan_a_large_one(layers: int) -> None:
     """Prefill and decode for an RTX 4090, as printed plans."""
     prompt = torch.empty(1, 512, dtype=torch.int64, device="meta")
     call = {"max_new_tokens": TOKENS}
-    print(
-        plan(
-            seven_billion(layers),
-            "6GB" if layers > 8 else "1GB",
-            method="generate",
-            inputs=(prompt,),
-            kwargs=call,
-            machine="rtx-4090",
-        )
-    )
+    budget = "6GB" if layers > 8 else "1GB"
+    print(plan(seven_billion(layers), budget, method="generate", inputs=(prompt,), kwargs=call, machine="rtx-4090"))
 
 
 def run_a_small_one() -> None:

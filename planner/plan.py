@@ -333,7 +333,7 @@ class Plan(PlanFacts):
             concurrent: what a call does while another thread is inside: wait or raise.
             on_oom: what happens where the device refuses memory in a call because something else took it. "replan": the call
                 runs once more, with a warning, by a plan for what is free then, if it has not written an input or a buffer yet;
-                that budget stays in force. "raise": torch.OutOfMemoryError. A model in parts always raises.
+                that budget stays in force. "raise": torch.OutOfMemoryError. Models in parts and generations always raise.
 
         Raises:
             PlannerError: no such device here, on_oom is neither, or weights are missing.
