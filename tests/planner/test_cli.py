@@ -189,8 +189,8 @@ def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("target", "weights"),
-    [("bert", "checkpoint"), ("pipe/unet", "checkpoint"), ("pipe/vae", "checkpoint"), ("cli_factories:made", "factory"),
-     ("cli_factories:on_meta", "random")],
+    [("bert", "checkpoint"), ("pipe/unet", "checkpoint"), ("cli_factories:made", "factory"),
+     ("cli_factories:on_meta", "random"), pytest.param("pipe/vae", "checkpoint", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_run_measures_what_was_predicted(capsys: pytest.CaptureFixture[str], here: Path, target: str, weights: str) -> None:
     least = answer(capsys, "plan", target, "--budget", "1GB", "--device", "accounting")["minimum_bytes"]
