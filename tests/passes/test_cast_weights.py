@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from passes.cast_weights import Cast, CastWeights
+from passes.base import Pass
+from passes.cast_weights import STORAGE_TYPES, Cast, CastWeights
+from passes.functionalise import Functionalise
 from passes.program import Program
 from passes.slice_weights import SliceWeights, WeightSlices
+from passes.split_norms import SplitNorms
+from passes.tile_regions import TileRegions
 from runtime.errors import PlanFileError
+from runtime.stored import Stored
+from tests.passes.in_parts import check_runs, plan_with
 from tests.passes.programs import canonical
-from tests.passes.tiled import lines
+from tests.passes.tiled import ROWS, Block, lines
 
 
 def program(dtype: torch.dtype = torch.bfloat16) -> Program:
@@ -92,6 +101,32 @@ def test_weights_of_no_larger_type_are_refused() -> None:
     (table,) = ids.weights
     with pytest.raises(PlanFileError, match=re.escape("it is torch.int64")):
         CastWeights((Cast(table, "int8", 0),)).apply(ids)
+
+
+# Streams come last: what is streamed is what the others left. Tiles of an image, and the casts of what their loops read.
+UNITS: dict[str, Callable[[tuple[Cast, ...]], tuple[Pass, ...]]] = {
+    "cast": lambda casts: (CastWeights(casts),),
+    "tile": lambda _: (Functionalise(), SplitNorms(("group_norm",)), TileRegions(ROWS)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("order", list(itertools.permutations(UNITS)), ids="-".join)
+def test_casts_before_and_after_tiles_streamed_and_resident(order: tuple[str, ...], dtype: str) -> None:
+    """The module's result with the stored values, in the predicted bytes, at the least budget and with everything resident."""
+    module, x = Block().double().eval(), torch.randn(1, 2, 16, 8, dtype=torch.float64)
+    known = canonical(module, x)
+    casts = tuple(Cast(key_of(known, name), dtype, 0) for name in ("a.weight", "b.weight"))
+    own = copy.deepcopy(module)
+    with torch.no_grad():
+        for name in ("a.weight", "b.weight"):
+            weight = own.get_parameter(name)
+            values, scales = (Stored("", part, STORAGE_TYPES[dtype], 0).make(weight) for part in ("values", "scales"))
+            weight.copy_(torch.ops.vramplan.upcast(values, scales, weight.dtype))
+        expected = own(x)
+    p = plan_with(tuple(each for unit in order for each in UNITS[unit](casts)), module, x)
+    assert p.minimum_bytes < p.unplanned_bytes
+    check_runs(p, expected, x, close=1e-12)
 
 
 class IntTable(nn.Module):
