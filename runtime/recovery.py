@@ -7,7 +7,6 @@ right where nothing of it can be seen yet: no input and no buffer was written, a
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from runtime.devices.base import Device
 from runtime.errors import InfeasibleBudget
 from runtime.executable import Executable
 
-log = logging.getLogger("vramplan")
 OnOom = Literal["replan", "raise"]
 # Plans the call for so many bytes of the device and loads that program.
 Shrink = Callable[[int], Executable]
