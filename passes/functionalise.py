@@ -38,7 +38,7 @@ class Functionalise:
     name: str = "functionalise"
 
     def apply(self, program: Program) -> Program:
-        if any(is_symbolic(node) for node in program.graph.nodes):
+        if not any(map(written_nodes, program.ops())) or any(is_symbolic(node) for node in program.graph.nodes):
             return program
         graph = program.copy_graph()
         sweep = _Sweep(graph)

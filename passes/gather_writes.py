@@ -34,7 +34,7 @@ class GatherWrites:
     name: str = "gather_writes"
 
     def apply(self, program: Program) -> Program:
-        if any(is_symbolic(node) for node in program.graph.nodes):
+        if all(node.target not in _FRESH for node in program.ops()) or any(is_symbolic(node) for node in program.graph.nodes):
             return program
         graph = program.copy_graph()
         position = {node: i for i, node in enumerate(graph.nodes)}

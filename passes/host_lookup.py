@@ -36,6 +36,8 @@ class HostLookup:
     name: str = "host_lookup"
 
     def apply(self, program: Program) -> Program:
+        if not self.weights:
+            return program
         graph = program.copy_graph()
         nodes = {node.name: node for node in graph.nodes}
         weights, tables = dict(program.weights), dict(program.tables)

@@ -32,6 +32,8 @@ class Recompute:
     name: str = "recompute"
 
     def apply(self, program: Program) -> Program:
+        if not self.norms:
+            return program
         graph = program.copy_graph()
         nodes = {node.name: node for node in graph.nodes}
         chains = {name: _chain(nodes[name]) if name in nodes else [] for name in self.norms}

@@ -45,34 +45,23 @@ class Calls:
 
     def __init__(self) -> None:
         self._calls: dict[fx.Node, TileCall] = {}
+        self._numbers: dict[fx.Node, int] = {}
+        self._keys: dict[object, int] = {}
         self._arguments: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self._maps: dict[tuple[fx.Node, int], tuple[int | None, ...] | Untileable] = {}
-        self._holders: dict[int, list[fx.Node]] = {}
-        self._written: dict[int, fx.Node] = {}
-
-    def sharing(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes of its graph whose values are in the same memory, itself among them."""
-        self._look_at(node.graph)
-        return self._holders[storage_id(node.meta["val"])]
-
-    def writer(self, node: fx.Node) -> fx.Node | None:
-        """The last operator of its graph that writes to the memory of a value; None where none does."""
-        self._look_at(node.graph)
-        return self._written.get(storage_id(node.meta["val"]))
-
-    def _look_at(self, graph: fx.Graph) -> None:
-        if self._holders:
-            return
-        for node in graph.nodes:
-            for tensor in tensors_of(node):
-                self._holders.setdefault(storage_id(tensor), []).append(node)
-            self._written |= {storage_id(tensor): node for target in written_nodes(node) for tensor in tensors_of(target)}
 
     def call(self, node: fx.Node) -> TileCall:
         if node not in self._calls:
             call = call_of(node)
             self._calls[node] = TileCall(node.target, call.args, call.kwargs, call.outputs)
         return self._calls[node]
+
+    def number(self, node: fx.Node) -> int:
+        """The same for nodes that are one call on one geometry."""
+        if node not in self._numbers:
+            key = call_of(node).key if isinstance(node.target, torch._ops.OpOverload) else (node.target, node.args[1:])
+            self._numbers[node] = self._keys.setdefault(key, len(self._keys))
+        return self._numbers[node]
 
     def arguments(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The nodes of `TileCall.tensors`, in their order."""
@@ -123,6 +112,25 @@ class Calls:
             raise Untileable("has nothing to cut along this dimension")
         reduced = reduce_parts(call, Part(dim, 0, size // 2))
         return tuple(None if need is None else need.dim for need in reduced.needs)
+
+
+def sharing(node: fx.Node) -> list[fx.Node]:
+    """The operators and inputs whose values are in the memory of a tensor, itself first: views of it, and what it is a view of."""
+    storage = storage_id(node.meta["val"])
+    found, queue = {node: None}, [node]
+    while queue:
+        near = queue.pop()
+        inputs = near.graph.find_nodes(op="placeholder") if near.op == "placeholder" else ()  # two may be one tensor
+        for other in (*near.all_input_nodes, *near.users, *inputs):
+            if other not in found and any(storage_id(t) == storage for t in tensors_of(other)):
+                found[other] = None
+                queue.append(other)
+    return list(found)
+
+
+def writer_of(node: fx.Node) -> fx.Node | None:
+    """The last operator that writes to the memory of a tensor; None where none does."""
+    return max((user for n in sharing(node) for user in n.users if n in written_nodes(user)), default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,7 +285,7 @@ def find_region(stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Call
         raise Untileable("the region ends between an operator and the members of its result")
     if not results and not merged:
         raise Untileable("nothing can be cut along this dimension")
-    _refuse_two_names(results, calls)
+    _refuse_two_names(results)
     whole = tuple(n for n in stretch if n not in tiled and n not in merged)
     if any(n in hosted for node in whole for n in node.all_input_nodes):
         raise Untileable("something reads a value that lives on the host as a whole")
@@ -400,12 +408,12 @@ def is_view(node: fx.Node) -> bool:
     return all(storage_id(t) in before for t in tensors_of(node))
 
 
-def _refuse_two_names(results: Sequence[fx.Node], calls: Calls) -> None:
+def _refuse_two_names(results: Sequence[fx.Node]) -> None:
     """Results have each a memory of their own, so what is written to one of them later would not be in the others."""
     names: dict[int, fx.Node] = {}
     for node in results:
-        other, writer = names.setdefault(storage_id(node.meta["val"]), node), calls.writer(node)
-        if other is not node and writer is not None:
+        other = names.setdefault(storage_id(node.meta["val"]), node)
+        if other is not node and (writer := writer_of(node)) is not None:
             raise Untileable(f"{writer.name} writes to {other.name}, of which {node.name} is another name")
 
 

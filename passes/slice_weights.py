@@ -52,6 +52,8 @@ class SliceWeights:
     name: str = "slice_weights"
 
     def apply(self, program: Program) -> Program:
+        if not self.slices:
+            return program
         graph = program.copy_graph()
         nodes = {node.name: node for node in graph.nodes}
         for cut in self.slices:

@@ -31,6 +31,8 @@ class SplitNorms:
     name: str = "split_norms"
 
     def apply(self, program: Program) -> Program:
+        if not self.norms:
+            return program
         graph = program.copy_graph()
         nodes = {node.name: node for node in graph.nodes}
         changed: dict[fx.Node, Any] = {}

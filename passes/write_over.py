@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from passes.regions import Region, TileNeeds, is_view
+from passes.regions import Region, TileNeeds, is_view, sharing
 from passes.tile_rules import Part
 
 aten = torch.ops.aten
@@ -28,7 +28,7 @@ def written_over(region: Region, tiles: Sequence[TileNeeds], node: fx.Node, larg
     for value in region.operands:
         if not fits_over(value, node, larger):
             continue
-        mine = region.calls.sharing(value)
+        mine = sharing(value)
         readers = [user for n in mine for user in n.users]
         inside = [user for user in readers if user in region.dims or user in region.merged]
         if any(n.op != "call_function" for n in mine) or any(user > stop for user in readers):
@@ -71,7 +71,7 @@ def fits_over(value: fx.Node, result: fx.Node, larger: bool = False) -> bool:
 
 def _is_given(region: Region, result: fx.Node) -> bool:
     """Whether the program gives a result, or a view of it: whoever has that would keep all of the memory."""
-    return any(user.op == "output" for n in region.calls.sharing(result) for user in n.users)
+    return any(user.op == "output" for n in sharing(result) for user in n.users)
 
 
 def _reads_just(region: Region, tile: TileNeeds, user: fx.Node, value: fx.Node, part: Part) -> bool:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import fx
 
-from passes.probe import call_of
 from passes.program import storage_id, tensors_of
 from passes.regions import Calls, Region, TileNeeds, find_region
 from passes.tile_rules import Part, Untileable
@@ -23,6 +22,7 @@ from passes.tile_rules.base import Tiled
 from passes.write_over import fits_over, written_over
 from planner.solve.attention_tiles import attention_tile_bytes
 from planner.solve.problem import Problem
+from planner.solve.stretches import Stretches
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _CONVOLUTIONS = {
@@ -251,49 +251,33 @@ class TileCosts:
         inner = self._inner[key]
         assert region is not None
         assert inner is not None
-        try:
-            region.tiles(count, inner.grain)
-        except Untileable:
-            self._inner[key] = None
+        if key not in self._holding:
+            try:
+                region.tiles(count, inner.grain)
+                self._holding.add(key)
+            except Untileable:
+                self._inner[key] = None
         return self._inner[key] is not None
 
+    @cached_property
+    def _holding(self) -> set[object]:
+        return set()
+
+    def surroundings(self, start: int, stop: int) -> object:
+        """All that estimates for what lies in [start, stop) depend on besides the region itself: equal ones have equal estimates."""
+        begun, spanning = self._visited
+        live, within = self.live_before[max(0, start - 1) : stop + 2], slice(start, stop + 1)
+        rows = (live, self.total[within], self.touching[within], begun[within] - begun[start], spanning[within])
+        return (self.stretches.number(start, stop), start == 0, *(row.tobytes() for row in rows))
+
     def _key(self, start: int, stop: int, seed: fx.Node, dim: int) -> object:
-        """What makes two stretches equal: the same calls on each other's results, with the same ones read afterwards."""
-        if (start, stop) not in self._stretches:
-            outside: dict[fx.Node, int] = {}
-            rows: list[object] = []
-            for i in range(start, stop):
-                node = self.nodes[i]
-                links = []
-                for n in node.all_input_nodes:
-                    at = self.position.get(n, -1)
-                    links.append(i - at if start <= at else -1 - outside.setdefault(n, len(outside)))
-                    lasts = start > at and any(self.position.get(user, stop) >= stop for user in n.users)
-                    links.append(int(lasts))
-                leaves = any(self.position.get(user, stop) >= stop for user in node.users)
-                flags = node in self.hosted, tuple(n in self.hosted for n in node.all_input_nodes)
-                rows.append((self._call_ids[i], tuple(links), leaves, flags))
-            self._stretches[start, stop] = self._numbers.setdefault(tuple(rows), len(self._numbers)), outside
-        number, known = self._stretches[start, stop]
-        return number, known.get(seed, -1), dim
+        """What makes two stretches equal, cut along a dimension of what comes into them."""
+        return self.stretches.number(start, stop), self.stretches.place(seed, start, stop), dim
 
     @cached_property
-    def _stretches(self) -> dict[tuple[int, int], tuple[int, dict[fx.Node, int]]]:
-        return {}
-
-    @cached_property
-    def _numbers(self) -> dict[object, int]:
-        """Different stretches, numbered."""
-        return {}
-
-    @cached_property
-    def _call_ids(self) -> list[int]:
-        ids: dict[object, int] = {}
-        found = []
-        for node in self.nodes:
-            key = call_of(node).key if isinstance(node.target, torch._ops.OpOverload) else (node.target, node.args[1:])
-            found.append(ids.setdefault(key, len(ids)))
-        return found
+    def stretches(self) -> Stretches:
+        """What of the program is equal."""
+        return Stretches(self.nodes, self.position, self.calls, self.problem.program.weights, self.hosted)
 
     def _weights(self, start: int, stop: int) -> int:
         """Bytes of the weights that operators [start, stop) read."""

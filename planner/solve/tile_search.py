@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -45,6 +45,12 @@ class _Choice:
     tile: Tile
     estimate: Estimate
     missed: int = 0
+
+    def moved(self, by: int, seed: fx.Node, nodes: Sequence[fx.Node]) -> _Choice:
+        """The same for an equal stretch, `by` operators further on."""
+        start, stop = self.start + by, self.stop + by
+        tile = replace(self.tile, first=nodes[start].name, last=nodes[stop - 1].name, seed=seed.name)
+        return replace(self, start=start, stop=stop, seed=seed, tile=tile)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,10 @@ class TileSearch:
 
     def _hold(self, chosen: Sequence[_Choice]) -> bool:
         """Whether every tile can be computed; where not, the choice is not made again."""
-        return all(self.costs.holds(c.start, c.stop, c.seed, c.tile.dim, c.tile.count) for c in chosen)
+        hold = all(self.costs.holds(c.start, c.stop, c.seed, c.tile.dim, c.tile.count) for c in chosen)
+        if not hold:
+            self._covered.clear()
+        return hold
 
     def _covers(self, cap_bytes: int) -> Iterator[tuple[list[_Choice], list[int]]]:
         """Regions for every run of operators above the cap, and those of them that none of these brings below it."""
@@ -107,7 +116,7 @@ class TileSearch:
             found: list[_Choice] = []
             if last >= free:
                 begin, end = max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(needed))
-                found = self._cover(max(first, free), last + 1, begin, end, cap_bytes)
+                found = self._equal_cover(max(first, free), last + 1, begin, end, cap_bytes)
             for choice in found:
                 needed[choice.start : choice.stop] = False
             free = max([free, *(choice.stop for choice in found)])
@@ -123,6 +132,28 @@ class TileSearch:
             else:
                 runs.append([i, i])
         return [(a, b) for a, b in runs]
+
+    def _equal_cover(self, first: int, stop: int, begin: int, end: int, cap_bytes: int) -> list[_Choice]:
+        """As `_cover`, which is asked once for all that are equal, as those of a model's blocks are."""
+        ends = [i - begin for i in range(begin, end + 1) if i in self._merged_ends]
+        limits = tuple(self.constraints[begin:end]) if self._limited else ()
+        around = self.costs.surroundings(begin, end), self._separable(end), tuple(ends), limits
+        key = cap_bytes, first - begin, stop - begin, around
+        stretches = self.costs.stretches
+        if key not in self._covered:
+            found = self._cover(first, stop, begin, end, cap_bytes)
+            self._covered[key] = begin, [(choice, stretches.place(choice.seed, begin, end)) for choice in found]
+        other, placed = self._covered[key]
+        return [choice.moved(begin - other, stretches.node(place, begin, end), self.costs.nodes) for choice, place in placed]
+
+    @cached_property
+    def _covered(self) -> dict[object, tuple[int, list[tuple[_Choice, tuple[bool, int]]]]]:
+        """Regions that were found, by what they depend on: where it begins, and their seeds by place."""
+        return {}
+
+    @cached_property
+    def _limited(self) -> bool:
+        return any(constraint != FREE for constraint in self.constraints)
 
     def _cover(self, first: int, stop: int, begin: int, end: int, cap_bytes: int) -> list[_Choice]:
         """The regions that cover the operators [first, stop) best: those left above the cap, by how much, then seconds.
