@@ -39,12 +39,12 @@ class RefreshValues:
     def apply(self, program: Program) -> Program:
         graph = program.copy_graph()
         agrees: dict[Any, bool] = {}
-        stale: set[fx.Node] = set()
+        stale: set[fx.Node] = set()  # what it is recorded to give is not what it gives
         traced = {node: node.meta.get("val") for node in graph.nodes}
         for node in graph.nodes:
             if node.op != "call_function":
                 continue
-            touched = any(n in stale for n in node.all_input_nodes)
+            touched = any(_depends_on(node, n, traced[n]) for n in node.all_input_nodes if n in stale)
             if not isinstance(node.target, torch._ops.OpOverload):
                 if touched:
                     node.meta["val"] = node.args[0].meta["val"][node.args[1]]
@@ -64,6 +64,12 @@ class RefreshValues:
                 node.meta["val"] = fresh
                 stale.add(node)
         return program.with_graph(graph)
+
+
+def _depends_on(node: fx.Node, argument: fx.Node, before: Any) -> bool:
+    """Whether what an argument really gives, other than `before`, changes what the node gives: its geometry, or where it is."""
+    storages = {storage_id(t) for t in _tensors(before)}
+    return any(storage_id(t) in storages for t in tensors_of(node)) or not _same_geometry(argument.meta["val"], before)
 
 
 def _refresh_symbolic(node: fx.Node, traced: dict[fx.Node, Any]) -> bool:
