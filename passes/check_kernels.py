@@ -10,18 +10,26 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from passes.fakes import FaithfulFakes
+from passes.fakes import FaithfulFakes, fake_on_cpu
 from passes.spec import TensorSpec
 
 # Geometry and storage key of one tensor; an operator's value is a list of them, None where it gives no tensor.
 Value = tuple[TensorSpec, int]
 
 
+# What was found, by call and by which kernels attention may choose from: it is the same for every program.
+_found: dict[Any, tuple[list[Any], list[int]]] = {}
+_MOST_FOUND = 100_000
+
+
 class Kernels:
     """Geometry and aliasing of operators, by running each distinct call once on fakes."""
 
     def __init__(self) -> None:
-        self._cache: dict[Any, tuple[list[Any], list[int]]] = {}
+        chosen = torch.backends.cuda
+        self._settings = chosen.flash_sdp_enabled(), chosen.mem_efficient_sdp_enabled(), chosen.math_sdp_enabled()
+        if len(_found) > _MOST_FOUND:
+            _found.clear()
         # Numbers that a loop's table gives, by the name of their placeholder.
         self.numbers: dict[str, int] = {}
 
@@ -43,10 +51,10 @@ class Kernels:
         args, kwargs = fx.map_arg((node.args, node.kwargs), local)
         if node.target is torch.ops.aten.slice.Tensor and all(isinstance(n, int) for n in args[1:]):
             return [self._slice(*cast(Any, args), back=list(keys), shift=next(iter(shifts.values())))], []
-        signature = (node.target, _hashable(args), _hashable(kwargs))
-        if signature not in self._cache:
-            self._cache[signature] = self._execute(node, args, kwargs)
-        outputs, written = self._cache[signature]
+        signature = (self._settings, node.target, _hashable(args), _hashable(kwargs))
+        if signature not in _found:
+            _found[signature] = self._execute(node, args, kwargs)
+        outputs, written = _found[signature]
         back = list(keys)
 
         def outer(output: Any) -> Any:
@@ -83,24 +91,21 @@ class Kernels:
     @staticmethod
     def _execute(node: fx.Node, args: Any, kwargs: Any) -> tuple[list[Any], list[int]]:
         target: Any = node.target
-        roots: dict[int, torch.Tensor] = {}
-        with FakeTensorMode(), torch.no_grad():
+        sizes: dict[int, int] = {}
+        for spec in _specs_in((args, kwargs)):
+            need = spec.offset * spec.dtype.itemsize + spec.span_bytes
+            sizes[spec.storage] = max(need, sizes.get(spec.storage, 0))
+        roots = {storage: torch.empty(size, dtype=torch.uint8, device="meta") for storage, size in sizes.items()}
+        mode = FakeTensorMode()
 
-            def make(spec: TensorSpec) -> torch.Tensor:
-                need = spec.offset * spec.dtype.itemsize + spec.span_bytes
-                if spec.storage not in roots:
-                    roots[spec.storage] = torch.empty(0, dtype=torch.uint8)
-                root = roots[spec.storage]
-                if root.untyped_storage().nbytes() < need:
-                    root.untyped_storage().resize_(need)
-                tensor = torch.empty(0, dtype=spec.dtype).set_(root.untyped_storage(), spec.offset, spec.shape, spec.stride)
-                return tensor.requires_grad_(spec.grad)
+        def make(spec: TensorSpec) -> torch.Tensor:
+            tensor = torch.empty(0, dtype=spec.dtype, device="meta")
+            tensor.set_(roots[spec.storage].untyped_storage(), spec.offset, spec.shape, spec.stride)
+            return fake_on_cpu(tensor.requires_grad_(spec.grad), mode)
 
-            for spec in _specs_in((args, kwargs)):
-                make(spec)
-            fakes, fake_kwargs = tree_map_only(TensorSpec, make, (args, kwargs))
-            with FaithfulFakes():
-                result = target(*fakes, **fake_kwargs)
+        fakes, fake_kwargs = tree_map_only(TensorSpec, make, (args, kwargs))
+        with mode, torch.no_grad(), FaithfulFakes():
+            result = target(*fakes, **fake_kwargs)
         origin = {root.untyped_storage()._cdata: where for where, root in roots.items()}
         outputs: list[Any] = []
         for tensor in result if isinstance(result, (list, tuple)) else [result]:

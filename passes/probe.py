@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from passes.calibrate import Calibrator, base_sizes, environment
-from passes.fakes import FaithfulFakes
+from passes.fakes import FaithfulFakes, fake_on_cpu
 from passes.live_storages import LiveStorages
 from passes.program import operator_name, storage_id, tensors_of
 from passes.spec import TensorSpec
@@ -137,16 +137,15 @@ class Prober:
         args, kwargs, outputs, fresh = call.args, call.kwargs, call.outputs, call.fresh_bytes
         watch = _Watch()
         sizes = base_sizes(args, kwargs)
-        with FakeTensorMode(), torch.no_grad():
-            bases = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+        bases, mode = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes], FakeTensorMode()
 
-            def fake(spec: TensorSpec) -> torch.Tensor:
-                whole = bases[spec.storage][: sizes[spec.storage] // spec.dtype.itemsize * spec.dtype.itemsize]
-                return (
-                    whole.view(spec.dtype).as_strided(spec.shape, spec.stride, spec.offset).detach().requires_grad_(spec.grad)
-                )
+        def fake(spec: TensorSpec) -> torch.Tensor:
+            whole = torch.empty(0, dtype=spec.dtype, device="meta")
+            whole.set_(bases[spec.storage].untyped_storage(), spec.offset, spec.shape, spec.stride)
+            return fake_on_cpu(whole.requires_grad_(spec.grad), mode)
 
-            fake_args, fake_kwargs = tree_map_only(TensorSpec, fake, (args, kwargs))
+        fake_args, fake_kwargs = tree_map_only(TensorSpec, fake, (args, kwargs))
+        with mode, torch.no_grad():
             watch.ignore(bases)
             try:
                 with watch:

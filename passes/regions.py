@@ -115,7 +115,7 @@ class Calls:
 
 
 def sharing(node: fx.Node) -> list[fx.Node]:
-    """The operators and inputs whose values are in the memory of a tensor, itself first: views of it, and what it is a view of."""
+    """The nodes whose values are in the memory of a tensor, itself first: views of it, and what it is a view of."""
     storage = storage_id(node.meta["val"])
     found, queue = {node: None}, [node]
     while queue:

@@ -69,4 +69,3 @@ class Stretches:
     @cached_property
     def _numbers(self) -> dict[object, int]:
         return {}
-

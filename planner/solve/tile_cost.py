@@ -264,7 +264,7 @@ class TileCosts:
         return set()
 
     def surroundings(self, start: int, stop: int) -> object:
-        """All that estimates for what lies in [start, stop) depend on besides the region itself: equal ones have equal estimates."""
+        """All that estimates for what lies in [start, stop) depend on besides the region itself."""
         begun, spanning = self._visited
         live, within = self.live_before[max(0, start - 1) : stop + 2], slice(start, stop + 1)
         rows = (live, self.total[within], self.touching[within], begun[within] - begun[start], spanning[within])
