@@ -36,7 +36,7 @@ class Bound:
 
 def physical_bound(problem: Problem, budget_bytes: int, host: HostMemory | None = None) -> Bound:
     """The bound of one call within `budget_bytes` of the device and what `host` says of the host's memory."""
-    room = max(0, budget_bytes - int(problem.activation_bytes.max()) - problem.memory.fixed_bytes)
+    room = max(0, budget_bytes - problem.most_activation_bytes - problem.memory.fixed_bytes)
     streamed = max(0, problem.total_weight_bytes - room)
     read = 0 if host is None else host.of(problem).least_read_of(streamed)
     link, disk = streamed / problem.machine.link_peak_bandwidth, read / problem.machine.disk_bandwidth

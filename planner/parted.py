@@ -197,7 +197,7 @@ class PartedPlan(Plan):
         for solver in solvers.values():
             weights |= solver.problem.program.bytes_by_name()
         outside = {key: max(moments.values()) for key, moments in self.exploration.outside.items()}
-        needs = [outside[key] + int(solver.problem.activation_bytes.max()) for key, solver in solvers.items()]
+        needs = [outside[key] + solver.problem.most_activation_bytes for key, solver in solvers.items()]
         streamed = max(0, sum(weights.values()) - max(0, budget_bytes - max(needs, default=0)))
         return Bound(compute, streamed / self.machine.link_peak_bandwidth, streamed)
 

@@ -76,7 +76,7 @@ def spread_evenly(
     program has fewer bytes than are due they are all chosen and the debt is carried on. A weight with several visits is
     streamed in all of them or in none.
     """
-    elapsed = np.concatenate([[0.0], np.cumsum(problem.seconds)])
+    elapsed = problem.elapsed
     due = target_bytes * elapsed / max(elapsed[-1], 1e-30)
     chosen: list[BundleSpan] = []
     sent = 0.0

@@ -115,7 +115,13 @@ class Solver:
 
     def relaxed(self, budget_bytes: int) -> Relaxation | None:
         """The linear program's bound and solution within a budget; None where not even fractions of weights fit."""
-        return relax(self.problem, self.segments, budget_bytes, seam=self.repeats > 1)
+        if budget_bytes not in self._relaxed:
+            self._relaxed[budget_bytes] = relax(self.problem, self.segments, budget_bytes, seam=self.repeats > 1)
+        return self._relaxed[budget_bytes]
+
+    @cached_property
+    def _relaxed(self) -> dict[int, Relaxation | None]:
+        return {}
 
     def solve(self, budget_bytes: int, host: HostMemory | None = None) -> Schedule:
         """The fastest schedule within the budget; requires `budget_bytes >= minimum.peak_bytes`.
@@ -125,7 +131,15 @@ class Solver:
         assert budget_bytes >= self.minimum.peak_bytes
         if self.resident.peak_bytes <= budget_bytes:
             return self.resident if host is None else replace(self.resident, host=host.of(self.problem).plan(()))
-        return Search(self, budget_bytes, None if host is None else host.of(self.problem), self.minimum).run()
+        if host is not None:
+            return Search(self, budget_bytes, host.of(self.problem), self.minimum).run()
+        if budget_bytes not in self._solved:
+            self._solved[budget_bytes] = Search(self, budget_bytes, None, self.minimum).run()
+        return self._solved[budget_bytes]
+
+    @cached_property
+    def _solved(self) -> dict[int, Schedule]:
+        return {}
 
     def pass_through(self, budget_bytes: int) -> Schedule:
         """The fastest schedule that keeps nothing between calls: all that is worth a copy is streamed in every one.
@@ -198,7 +212,7 @@ class Solver:
     def _besides(self, resident_bytes: int) -> int:
         """What is taken besides a static arena, at least."""
         memory = self.problem.memory
-        most = int(self.problem.activation_bytes.max())
+        most = self.problem.most_activation_bytes
         activations = self.reserved_activations.reserved_bytes if memory.device == "cuda" else most
         return memory.fixed_bytes + memory.reserved_alone(resident_bytes) + activations
 

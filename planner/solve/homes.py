@@ -219,7 +219,7 @@ class HostProblem:
 
     def _spilled(self, spans: Sequence[BundleSpan], room: int) -> set[str]:
         """The streamed weights that go to disk so that the others fit `room`, evenly by compute time (error diffusion)."""
-        elapsed = np.concatenate([[0.0], np.cumsum(self.problem.seconds)])
+        elapsed = self.problem.elapsed
         at: dict[str, float] = {}
         for span in spans:
             for weight in span.weights:

@@ -135,7 +135,7 @@ class PhasedBudget:
         for member in self.members.values():
             problem = member.solver.problem
             weights |= problem.program.bytes_by_name(problem.weight_bytes)
-        needs = [m.outside_bytes + int(m.solver.problem.activation_bytes.max()) for m in self.members.values()]
+        needs = [m.outside_bytes + m.solver.problem.most_activation_bytes for m in self.members.values()]
         return sum(weights.values()) + max([self.python_bytes, *self.between_bytes, *needs])
 
     @cached_property

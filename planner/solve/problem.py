@@ -54,6 +54,15 @@ class Problem:
         return np.asarray(self.liveness.bytes_at, dtype=np.int64)
 
     @cached_property
+    def most_activation_bytes(self) -> int:
+        return int(self.activation_bytes.max())
+
+    @cached_property
+    def elapsed(self) -> np.ndarray:
+        """Seconds of arithmetic before each operator, and before the end; float64[n + 1]."""
+        return np.concatenate([[0.0], np.cumsum(self.seconds)])
+
+    @cached_property
     def revisited(self) -> frozenset[str]:
         """Weights that are read in several places."""
         return frozenset(weight for weight, count in Counter(v.weight for v in self.visits).items() if count > 1)

@@ -11,6 +11,7 @@ then; w_k: seconds that compute waits before segment k. Minimise the sum of w_k,
 
 D only grows, so taking it at the beginning of a segment for all of its operators relaxes the memory rows, as do fractions,
 copies without latency and buffers that fill up byte by byte: the optimum is a lower bound for every schedule that is emitted.
+So it is where a long program's segments are joined: what is first read within one has to be there by the next one's beginning.
 Where the host's memory has a budget it is one too, for what is read from disk only comes later.
 """
 
@@ -30,6 +31,8 @@ _UNITS = 1000.0
 # small, for buffers are taken as a whole, but not so small that a copy is mostly latency.
 _TIE = 1e-6
 _MOST_TIE = 10.0
+# The time that the simplex takes grows with the square of the segments.
+_MOST_SEGMENTS = 2000
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,13 @@ class _Model:
     """Columns: x (bytes streamed) by weight, their sum, then D, w, N and E by segment."""
 
     def __init__(self, problem: Problem, segments: Segments) -> None:
-        self.problem, self.segments = problem, segments
+        self.problem, self.segments = problem, segments.joined(_MOST_SEGMENTS)
         self.visits = [v for v in problem.visits if v.weight not in problem.pinned]
         self.names = list(dict.fromkeys(v.weight for v in self.visits))
         self.byte_unit = max(problem.total_weight_bytes, 1) / _UNITS
         everything = problem.compute_seconds + problem.total_weight_bytes / problem.machine.link_peak_bandwidth
         self.second_unit = max(everything, 1e-30) / _UNITS
-        count, m = len(segments), len(self.names)
+        count, m = len(self.segments), len(self.names)
         self.total = m
         self.copied = m + 1
         self.waits = self.copied + count + 1
@@ -83,10 +86,11 @@ class _Model:
         index = {name: j for j, name in enumerate(self.names)}
         begins: list[list[int]] = [[] for _ in range(count)]
         ends: list[list[int]] = [[] for _ in range(count + 1)]
-        firsts, lasts = segments.index([v.first for v in self.visits]), segments.index([v.last for v in self.visits])
-        for visit, first, last in zip(self.visits, firsts, lasts, strict=True):
+        firsts = np.searchsorted(segments.starts, [v.first for v in self.visits], side="left")
+        lasts = np.searchsorted(segments.peaks, [v.last for v in self.visits], side="right")
+        for visit, first, last in zip(self.visits, firsts.tolist(), lasts.tolist(), strict=True):
             begins[first].append(index[visit.weight])
-            ends[last + 1].append(index[visit.weight])
+            ends[last].append(index[visit.weight])
         self.row([(self.total, 1.0), *((j, -1.0) for j in range(len(self.names)))], 0, 0)
         free = (budget_bytes - problem.memory.fixed_bytes - problem.total_weight_bytes) / self.byte_unit
         for k in range(count):

@@ -259,7 +259,7 @@ class Search:
         return self.budget_bytes - memory.fixed_bytes - memory.reserved_alone(self.solver.resident_bytes(selection))
 
     def _may_fit(self, selection: Selection) -> bool:
-        most = int(self.solver.problem.activation_bytes.max())
+        most = self.solver.problem.most_activation_bytes
         return self._room(selection) >= most
 
     @cached_property
@@ -303,7 +303,7 @@ class Search:
             return
         solver, count = self.solver, len(self.solver.problem.seconds)
         largest = max(s.nbytes for s in spans)
-        floor = solver.resident_bytes(spans) + int(solver.problem.activation_bytes.max()) + solver.problem.memory.fixed_bytes
+        floor = solver.resident_bytes(spans) + solver.problem.most_activation_bytes + solver.problem.memory.fixed_bytes
         for slots in ARENA_SLOTS:
             placed = self._place(spans, np.full(len(solver.segments), slots * largest, dtype=np.int64))
             if placed is None:
@@ -333,7 +333,7 @@ class Search:
 
 def _sizes(solver: Solver, ratio: float) -> list[int]:
     """From one unit to all that weights and activations take, rising."""
-    most = solver.problem.total_weight_bytes + int(solver.problem.activation_bytes.max())
+    most = solver.problem.total_weight_bytes + solver.problem.most_activation_bytes
     sizes, size = [], float(_UNIT)
     while size <= most + _UNIT:
         sizes.append(int(size) // _UNIT * _UNIT)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,22 +20,35 @@ _FINEST = 1 / 256
 class Segments:
     """`starts`: the first operator of each, int64[k + 1], the last entry being their number; seconds and bytes by segment.
 
-    `activation_bytes` are the most of a segment: whatever fits there fits at each of its operators.
+    `activation_bytes` are the most of a segment, which it has at operator `peaks`: whatever fits there fits at each of its
+    operators.
     """
 
     starts: np.ndarray
     seconds: np.ndarray
     activation_bytes: np.ndarray
+    peaks: np.ndarray
 
     @classmethod
     def of(cls, problem: Problem) -> Segments:
         """Cut wherever a weight's visit begins or ends, and where a segment would take long."""
         count = len(problem.seconds)
         cuts = {0, count, *(v.first for v in problem.visits), *(v.last + 1 for v in problem.visits)}
-        elapsed = np.concatenate([[0.0], np.cumsum(problem.seconds)])
+        elapsed = problem.elapsed
         ticks = np.searchsorted(elapsed, np.arange(0.0, elapsed[-1], max(elapsed[-1] * _FINEST, 1e-30)))
         starts = np.array(sorted(cuts | {int(t) for t in ticks if t < count}), dtype=np.int64)
-        return cls(starts, np.diff(elapsed[starts]), np.maximum.reduceat(problem.activation_bytes, starts[:-1]))
+        return cls(starts, np.diff(elapsed[starts]), np.maximum.reduceat(problem.activation_bytes, starts[:-1]), starts[:-1])
+
+    def joined(self, most: int) -> Segments:
+        """At most about so many: neighbours are joined, but for the last one. Visits begin and end within these."""
+        every = -(-len(self) // most)
+        if every == 1:
+            return self
+        first = np.arange(0, len(self) - 1, every)
+        runs = np.append(first, len(self) - 1)
+        own = [begin + int(np.argmax(self.activation_bytes[begin:end])) for begin, end in pairwise([*runs.tolist(), len(self)])]
+        starts = np.append(self.starts[runs], self.starts[-1])
+        return Segments(starts, np.add.reduceat(self.seconds, runs), self.activation_bytes[own], self.peaks[own])
 
     def __len__(self) -> int:
         return len(self.seconds)

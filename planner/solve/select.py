@@ -29,8 +29,9 @@ _PHASES = (0.5, 0.95)
 # Linear programs are solved for budgets in this ratio, and in so many steps between two of them interpolated.
 _BUDGET_RATIO = 1.2
 _BETWEEN = 40
-# With more visits than this, every other target and step and fewer granularities and sizes do: bundles are a small share there.
-_MANY_VISITS = 400
+# With more visits than these, every other target and step and fewer granularities and sizes do, or every fourth: bundles are a
+# small share there.
+_MANY_VISITS, _VERY_MANY_VISITS = 400, 2000
 
 Selection = tuple[BundleSpan, ...]
 
@@ -57,12 +58,12 @@ class Selections:
         """
         needed = physical_bound(self.problem, budget_bytes).streamed_bytes
         exponent = math.ceil(math.log(max(needed, 1)) / math.log(_TARGET_RATIO))
-        exponent += exponent % self._stride
+        exponent += -exponent % self._stride
         while (target := _TARGET_RATIO**exponent) <= _MOST_TARGET * self.problem.total_weight_bytes:
             if target / self.problem.machine.link_peak_bandwidth >= enough():
                 break
             yield from self._even_at(exponent)
-            exponent += self._stride if target < self.problem.total_weight_bytes else 10 - exponent % 10
+            exponent += self._stride if target < self.problem.total_weight_bytes else 20 - exponent % 20 if self._stride == 4 else 10 - exponent % 10
         yield from self._even_at(None)
 
     def _even_at(self, exponent: int | None) -> Sequence[Selection]:
@@ -73,7 +74,7 @@ class Selections:
             for spans in self._some_granularities:
                 sizes = sorted({span.nbytes for span in spans})
                 enough = [size for size in sizes if sum(s.nbytes for s in spans if s.nbytes <= size) >= target]
-                for largest in dict.fromkeys([*enough[: 3 - self._stride], math.inf]):
+                for largest in dict.fromkeys([*enough[: max(1, 3 - self._stride)], math.inf]):
                     for phase in _PHASES:
                         selection = spread_evenly(self.problem, spans, min(target, 1e30), largest, phase)
                         if selection:
@@ -156,7 +157,8 @@ class Selections:
 
     @cached_property
     def _stride(self) -> int:
-        return 1 if len(self.problem.visits) <= _MANY_VISITS else 2
+        count = len(self.problem.visits)
+        return 1 if count <= _MANY_VISITS else 2 if count <= _VERY_MANY_VISITS else 4
 
     @cached_property
     def _some_granularities(self) -> list[Selection]:

@@ -76,7 +76,7 @@ class SharedBudget:
             problem = part.solver.problem
             weights |= problem.program.bytes_by_name(problem.weight_bytes)
         everything = Keys(self.opaque_bytes)
-        needs = [_most(p.outside, {}) + int(p.solver.problem.activation_bytes.max()) for p in self.parts.values()]
+        needs = [_most(p.outside, {}) + p.solver.problem.most_activation_bytes for p in self.parts.values()]
         opaque = sum(self.opaque_bytes[path] for path in everything)
         return sum(weights.values()) + opaque + max([_most(self.python, {}), *needs])
 

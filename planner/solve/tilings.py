@@ -227,7 +227,7 @@ class Tilings:
         if not self.casting.casts or self.casts is not None:
             return
         problem = plain.base.problem
-        over = problem.total_weight_bytes + int(problem.activation_bytes.max()) - budget_bytes
+        over = problem.total_weight_bytes + problem.most_activation_bytes - budget_bytes
         late = over / problem.machine.link_peak_bandwidth - problem.compute_seconds
         if found:
             late = min(each.time.step_seconds for _, each in found) - problem.compute_seconds
