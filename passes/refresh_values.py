@@ -19,7 +19,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from passes.drop_noops import same_by_rule
-from passes.fakes import FaithfulFakes
+from passes.known_calls import run_on_fakes
 from passes.probe import call_of
 from passes.program import Program, geometry, is_symbolic, storage_id, tensors_of
 from runtime import ops
@@ -109,8 +109,7 @@ def value_of(node: fx.Node, target: Any = None) -> Any:
         return node.meta.get("val")
     function: Any = node.target if target is None else target
     try:
-        with modes[0], FaithfulFakes(), torch.no_grad():
-            return function(*args, **kwargs)
+        return run_on_fakes(function, args, kwargs, modes[0])
     except (TypeError, RuntimeError, ValueError) as error:  # a ValueError: a view that strides do not allow
         raise CaptureError(f"{node.name} ({node.target}) does not run on tensors without values: {error}") from error
 

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_map_only
 
-from passes.fakes import FaithfulFakes
+from passes.known_calls import run_on_fakes
 from passes.loop import Run
 from passes.program import tensors_of
 from passes.regions import Region, TileNeeds
@@ -281,8 +281,7 @@ def _body(sheet: _Sheet, operands: Sequence[fx.Node], taken: set[str]) -> fx.Gra
         node = graph.create_node("call_function", step.target, args, kwargs, name=name)
         node.name = name
         fakes, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with mode, FaithfulFakes(), torch.no_grad():
-            node.meta["val"] = step.target(*fakes, **named)
+        node.meta["val"] = run_on_fakes(step.target, fakes, named, mode)
         values[_Ref(index)] = node
     graph.output(())
     return graph

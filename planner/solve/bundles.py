@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from planner.solve.problem import Problem
 
 # Small copies reach a fraction of the link; what is this small costs more to move than to keep.

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from passes.program import Weight
 from planner.solve.decisions import Homes
 from runtime.layout import HostLayout, Read, align

@@ -63,7 +63,8 @@ class Selections:
             if target / self.problem.machine.link_peak_bandwidth >= enough():
                 break
             yield from self._even_at(exponent)
-            exponent += self._stride if target < self.problem.total_weight_bytes else 20 - exponent % 20 if self._stride == 4 else 10 - exponent % 10
+            coarse = 20 if self._stride == 4 else 10  # beyond all weights the bytes that are owed change little
+            exponent += self._stride if target < self.problem.total_weight_bytes else coarse - exponent % coarse
         yield from self._even_at(None)
 
     def _even_at(self, exponent: int | None) -> Sequence[Selection]:
