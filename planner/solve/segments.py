@@ -20,8 +20,8 @@ _FINEST = 1 / 256
 class Segments:
     """`starts`: the first operator of each, int64[k + 1], the last entry being their number; seconds and bytes by segment.
 
-    `activation_bytes` are the most of a segment, which it has at operator `peaks`: whatever fits there fits at each of its
-    operators.
+    `activation_bytes` are the most of a segment: whatever fits there fits at each of its operators. `peaks`: operators between
+    which and those that need them nothing happens to any weight.
     """
 
     starts: np.ndarray

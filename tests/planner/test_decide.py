@@ -19,11 +19,13 @@ from planner.memory import MemoryModel, Reserved
 from planner.options import Options
 from planner.pipeline import emit_program
 from planner.prepare import prepare
+from planner.solve import relax
 from planner.solve.bundles import BundleSpan, make_bundles, spread_evenly, spread_fractions
 from planner.solve.decide import Solver
 from planner.solve.homes import HostMemory
 from planner.solve.problem import Problem
 from planner.solve.simulate import EngineProgram, step_time
+from planner.solve.tilings import Tilings
 from tests.zoo import ZOO
 
 # A link so slow against compute that small models stream like large ones.
@@ -33,9 +35,13 @@ MACHINE = replace(
 
 
 @cache
-def solver(name: str, device: str = "accounting", repeats: int = 1) -> Solver:
+def tilings(name: str, device: str = "accounting", repeats: int = 1) -> Tilings:
     module, args, kwargs = ZOO[name]()
-    return prepare(module, Options(Budget.parse("1GB"), MACHINE, device, args=args, kwargs=kwargs, repeats=repeats)).base
+    return prepare(module, Options(Budget.parse("1GB"), MACHINE, device, args=args, kwargs=kwargs, repeats=repeats))
+
+
+def solver(name: str, device: str = "accounting", repeats: int = 1) -> Solver:
+    return tilings(name, device, repeats).base
 
 
 @pytest.mark.parametrize("name", ["bert", "t5_encoder", "vae_decoder", "lstm", "llama", "vit"])
@@ -177,6 +183,27 @@ def test_the_linear_program_is_a_bound(name: str, repeats: int) -> None:
         assert physical_bound(problem, budget).seconds <= relaxation.seconds * (1 + 1e-5)
         assert relaxation.seconds <= step * (1 + 1e-9)
         assert step <= relaxation.seconds + everything
+
+
+@pytest.mark.parametrize("name", ["t5_encoder", "flux", "vit"])
+@pytest.mark.parametrize("repeats", [1, 4])
+def test_the_linear_program_of_a_long_program_is_a_bound(name: str, repeats: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With segments joined it is a bound of the exact one."""
+    solved = solver(name, repeats=repeats)
+    coarse = solved.segments.joined(len(solved.segments) // 5)
+    assert len(coarse) <= len(solved.segments) // 4
+    assert coarse.starts[-2:].tolist() == solved.segments.starts[-2:].tolist()
+    assert coarse.seconds.sum() == pytest.approx(solved.problem.compute_seconds)
+    assert (solved.segments.activation_bytes[solved.segments.index(coarse.peaks)] == coarse.activation_bytes).all()
+    for share in (0.0, 0.3, 0.7):
+        budget = int(solved.minimum.peak_bytes + share * (solved.resident.peak_bytes - solved.minimum.peak_bytes))
+        exact = solved.relaxed(budget)
+        monkeypatch.setattr(relax, "_MOST_SEGMENTS", len(solved.segments) // 5)
+        joined = relax.relax(solved.problem, solved.segments, budget, seam=repeats > 1)
+        monkeypatch.undo()
+        assert exact is not None
+        assert joined is not None
+        assert solved.problem.compute_seconds <= joined.seconds <= exact.seconds * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("name", ["bert", "flux"])
