@@ -1,56 +1,75 @@
-"""Seconds that planning takes: the FLUX.1-dev transformer (23.8 GB) from the meta device, and a problem of 7,000 operators.
+"""What planning costs, by stage, for programs of 300 to 30,000 captured nodes, all from the meta device.
 
-    python -m tests.benchmarks.planning                # both
-    python -m tests.benchmarks.planning --synthetic    # only the problem, which needs no model
+    python -m tests.benchmarks.planning                      # all four
+    python -m tests.benchmarks.planning --cases vae t5       # some
+    python -m tests.benchmarks.planning --update             # writes results/planning.{json,md}
 
-`solve` is the solver's whole sweep for one budget: every selection, schedule and simulation. Cold, nothing is known of the
-problem; warm, other budgets were solved before; again, this one was. The goal is less than 3 s.
+Each case runs in a process of its own. A stage's memory is the most that is resident during it (`VmHWM`, reset before through
+`/proc/self/clear_refs`); its CPU seconds are what the process worked, which others on the machine change less than the wall's.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
-from types import SimpleNamespace
-from typing import Any, cast
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np
 import torch
 from torch import nn
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
-from passes.visits import Visit
 from planner.budget import Budget
 from planner.capture import capture
 from planner.machine import Machine
-from planner.memory import MemoryModel
 from planner.options import Options
+from planner.pipeline import emit_program
 from planner.plan import Plan
-from planner.sizes import format_bytes, parse_size
-from planner.solve.decide import Solver
-from planner.solve.problem import Problem, build_problem
+from planner.prepare import tilings_of
 
-BUDGETS = ("6GB", "8GB", "12GB", "20GB")
-REPEATS = (1, 28)
-GOAL_SECONDS = 3.0
 MACHINE = "rtx-4090"
-# The synthetic problem: blocks of equal operators, of which so many read a weight.
-BLOCKS, OPERATORS, WEIGHTS = 100, 70, 8
+RESULTS = Path(__file__).parent / "results"
+CASES = ("vae", "t5", "flux", "long_flux")
+# Of the untiled peak of each case: the budget that is planned for, and the ones it is replanned for.
+SHARE, OTHERS = 0.25, (0.35, 0.3)
+Example = tuple[nn.Module, dict[str, Any]]
 
 
-def flux() -> tuple[nn.Module, dict[str, object]]:
-    """FLUX.1-dev at 1024 by 1024: 4096 image tokens, 512 text tokens, bfloat16."""
-    from diffusers import FluxTransformer2DModel
+def vae() -> Example:
+    """The decoder of the SDXL VAE at 1024 by 1024, fp16."""
+    from diffusers.models.autoencoders.vae import Decoder
 
     with torch.device("meta"):
-        module = FluxTransformer2DModel(guidance_embeds=True).to(torch.bfloat16).eval()
-        half = torch.bfloat16
-        kwargs: dict[str, object] = {
+        module = Decoder(4, 3, ("UpDecoderBlock2D",) * 4, (128, 256, 512, 512), 2, 32).half().eval()
+        return module, {"sample": torch.empty(1, 4, 128, 128, dtype=torch.float16)}
+
+
+def t5() -> Example:
+    """T5-XXL's encoder, 512 tokens, bf16."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu")
+    with torch.device("meta"):
+        return T5EncoderModel(config).to(torch.bfloat16).eval(), {"input_ids": torch.zeros(1, 512, dtype=torch.long)}
+
+
+def flux(layers: int = 19) -> Example:
+    """FLUX.1-dev at 1024 by 1024: 4096 image tokens, 512 text tokens, bf16."""
+    from diffusers import FluxTransformer2DModel
+
+    half = torch.bfloat16
+    with torch.device("meta"):
+        module = FluxTransformer2DModel(guidance_embeds=True, num_layers=layers, num_single_layers=2 * layers)
+        kwargs: dict[str, Any] = {
             "hidden_states": torch.empty(1, 4096, 64, dtype=half),
             "encoder_hidden_states": torch.empty(1, 512, 4096, dtype=half),
             "pooled_projections": torch.empty(1, 768, dtype=half),
@@ -60,101 +79,130 @@ def flux() -> tuple[nn.Module, dict[str, object]]:
             "guidance": torch.empty(1),
             "return_dict": False,
         }
-    return module, kwargs
+        return module.to(half).eval(), kwargs
 
 
-def synthetic(irregular: bool) -> Problem:
-    """7,000 operators, 800 weights, 24 GB, a step of about a second; irregular: sizes and times drawn over a factor of 50."""
-    rng = np.random.default_rng(0)
-    count = BLOCKS * OPERATORS
-    seconds = np.full(count, 1e-5)
-    activations = np.full(count, 300 * 10**6, dtype=np.int64)
-    names, visits, sizes = {}, [], {}
-    for block in range(BLOCKS):
-        for index in range(WEIGHTS):
-            weight, at = f"w_{block}_{index}", block * OPERATORS + index * (OPERATORS // WEIGHTS)
-            nbytes = rng.integers(2, 100) * 10**6 if irregular else (15 + 10 * (index % 4)) * 10**6
-            names[weight] = SimpleNamespace(name=f"blocks.{block}.linears.{index}.weight")
-            sizes[weight] = int(nbytes) // 64 * 64
-            seconds[at] = nbytes * (rng.uniform(2e-12, 1e-10) if irregular else 4e-11)
-            visits.append(Visit(at, at + int(rng.integers(0, 2)) if irregular else at, weight))
-    if irregular:
-        activations = rng.integers(50, 900, count) * 10**6
-    stub: dict[str, Any] = {
-        "program": SimpleNamespace(weights=names, origin=None),
-        "liveness": SimpleNamespace(nodes=[SimpleNamespace(name=f"op_{i}") for i in range(count)], bytes_at=activations),
-    }
-    return Problem(
-        machine=Machine.preset(MACHINE), memory=MemoryModel.of("accounting"), seconds=seconds, weight_bytes=sizes,
-        pinned=frozenset(), visits=tuple(visits), **cast(Any, stub),
-    )  # fmt: skip
+def long_flux() -> Example:
+    """The same with four times as many blocks: 95 GB of weights."""
+    return flux(76)
 
 
-def time_solver(title: str, problem: Problem, budgets: Sequence[str]) -> None:
-    """Prints how long each budget takes, cold, warm and again."""
-    for repeats in REPEATS:
-        shared = Solver(problem, repeats)
-        for size in budgets:
-            budget = parse_size(size)
-            if budget < shared.minimum.peak_bytes:
-                print(
-                    f"{title}, {repeats:>2} calls, {size:>5}: the least possible is {format_bytes(shared.minimum.peak_bytes)}"
-                )
-                continue
-            fresh = Solver(problem, repeats)
-            cold, warm, again = (seconds_of(solver, budget) for solver in (fresh, shared, shared))
-            step = shared.solve(budget).time.step_seconds
-            said = "under" if cold < GOAL_SECONDS else "NOT under"
-            print(
-                f"{title}, {repeats:>2} calls, {size:>5}: solve {cold:5.2f} s cold, {warm:5.2f} s warm, {again:5.2f} s again; "
-                f"{said} {GOAL_SECONDS:.0f} s; step {step:.3f} s",
-                flush=True,
-            )
+class Stages:
+    """Seconds and memory of one stage after the other."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, float]] = {}
+
+    def run(self, name: str, function: Callable[[], Any]) -> Any:
+        Path("/proc/self/clear_refs").write_text("5")
+        wall, worked = time.perf_counter(), time.process_time()
+        result = function()
+        self.rows[name] = {
+            "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - worked, "peak_rss_bytes": _high_water(),
+        }  # fmt: skip
+        return result
 
 
-def seconds_of(solver: Solver, budget_bytes: int) -> float:
-    started = time.perf_counter()
-    solver.solve(budget_bytes)
-    return time.perf_counter() - started
+def _high_water() -> int:
+    """The most resident bytes since they were last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
 
 
-def time_flux() -> None:
-    """Prints every step of planning FLUX.1-dev."""
-    module, kwargs = flux()
-    machine = Machine.preset(MACHINE)
-    started = time.perf_counter()
-    program = capture(module, (), kwargs)
-    captured = time.perf_counter()
-    program = run_passes(program, CANONICALISE)
-    canonical = time.perf_counter()
-    problem = build_problem(program, machine, MemoryModel.of("cuda", machine.capability))
-    analysed = time.perf_counter()
-    print(f"{len(problem.names)} operators, {format_bytes(problem.total_weight_bytes)} of weights")
-    print(f"capture      {captured - started:6.2f} s")
-    print(f"canonicalise {canonical - captured:6.2f} s")
-    print(f"analyse      {analysed - canonical:6.2f} s")
-    time_solver("FLUX.1-dev on cuda", problem, BUDGETS)
-    solver = Solver(problem)
-    for size in BUDGETS:
-        budget = Budget.parse(size, "cuda")
-        solver.solve(parse_size(size))
-        started = time.perf_counter()
-        p = Plan(module, Options(budget, machine, "cuda", kwargs=dict(kwargs)), solver)
-        seconds = time.perf_counter() - started
-        print(
-            f"{size:>5}: solve again, emit, check {seconds:6.2f} s; peak {format_bytes(p.peak_bytes)}, "
-            f"step {p.step_seconds:.3f} s, {p.step_seconds / p.bound_seconds:.3f} x the bound"
-        )
+def measure(case: str) -> dict[str, Any]:
+    """Every stage of planning one case."""
+    module, kwargs = globals()[case]()
+    machine, stages = Machine.preset(MACHINE), Stages()
+
+    def options(budget_bytes: int) -> Options:
+        return Options(Budget.parse(budget_bytes, "cuda"), machine, "cuda", kwargs=dict(kwargs))
+
+    captured = stages.run("capture", lambda: capture(module, (), kwargs))
+    nodes = len(captured.graph.nodes)
+    program = stages.run("canonicalise", lambda: run_passes(captured, CANONICALISE))
+    tilings = stages.run("analyse", lambda: tilings_of(program, options(1 << 40)))
+    budget = int(SHARE * tilings.of(tilings.base.problem.tiling).resident.peak_bytes)
+    solver, schedule = stages.run("decide", lambda: tilings.least_bytes(budget) and tilings.solve(budget))
+    decisions = schedule.decisions(solver.problem)
+    stages.run("rewrite, check", lambda: emit_program(solver.problem, decisions, budget, schedule.pools))
+    plan = Plan(module, options(budget), tilings)
+    least = stages.run("least budget", lambda: plan.minimum_bytes)
+    stages.run("print", lambda: str(plan))
+    for number, share in enumerate(OTHERS):
+        other = max(int(budget / SHARE * share), least)
+        stages.run("replan" if number == 0 else "replan again", lambda: plan.replan(other))  # noqa: B023
+    facts = {
+        "nodes": nodes, "operators": len(tilings.base.problem.names), "weight_bytes": tilings.base.problem.total_weight_bytes,
+        "budget_bytes": budget, "times_bound": plan.step_seconds / plan.bound_seconds,
+    }  # fmt: skip
+    return {**facts, "stages": stages.rows}
+
+
+COLD = ("capture", "canonicalise", "analyse", "decide", "rewrite, check")
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The results as they are committed: CPU seconds and peak memory by stage, and how the totals grow."""
+    stages = list(next(iter(results.values()))["stages"])
+    lines = [
+        "# What planning costs",
+        "",
+        f"Written by `python -m tests.benchmarks.planning --update`: CPU seconds and the most resident memory, for {MACHINE},",
+        f"a budget of {SHARE:.0%} of what the model takes resident. Load {os.getloadavg()[0]:.0f} on {os.cpu_count()} cores;",
+        "cores that are shared work up to half as fast.",
+        "",
+        f"| | {' | '.join(results)} |",
+        "|---|" + "---|" * len(results),
+    ]
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("captured nodes", lambda r: f"{r['nodes']:,}"),
+        ("weights", lambda r: f"{r['weight_bytes'] / 1e9:.1f} GB"),
+    ]
+    for stage in stages:
+        rows.append((stage, lambda r, s=stage: _cell(r["stages"][s])))  # type: ignore[misc]
+        if stage == COLD[-1]:
+            rows.append(("**cold plan**", lambda r: f"**{cold(r):.1f} s**"))
+    for title, cell in rows:
+        lines.append(f"| {title} | {' | '.join(cell(r) for r in results.values())} |")
+    if len(results) > 1:
+        first, *_, last = results.values()
+        n, m = first["nodes"], last["nodes"]
+        allowed = m * math.log(m) / (n * math.log(n))
+        lines += ["", f"From {n:,} to {m:,} nodes a cold plan takes {cold(last) / cold(first):.0f} times as long; "
+                  f"n log n would be {allowed:.0f} times."]  # fmt: skip
+    return "\n".join([*lines, ""])
+
+
+def cold(result: dict[str, Any]) -> float:
+    """CPU seconds of all that a first plan takes."""
+    return sum(float(result["stages"][stage]["cpu_seconds"]) for stage in COLD)
+
+
+def _cell(row: dict[str, float]) -> str:
+    return f"{row['cpu_seconds']:.1f} s, {row['peak_rss_bytes'] / 1e9:.2f} GB"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Seconds that planning takes.")
-    parser.add_argument("--synthetic", action="store_true", help="only the problem without a model")
-    for_all = not parser.parse_args().synthetic
-    for title, irregular in (("equal blocks", False), ("irregular", True)):
-        time_solver(f"7,000 operators, {title}", synthetic(irregular), BUDGETS)
-    if for_all:
-        time_flux()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--update", action="store_true", help="write results/planning.{json,md}")
+    parser.add_argument("--measure", choices=CASES)
+    chosen = parser.parse_args()
+    if chosen.measure:
+        print(json.dumps(measure(chosen.measure)))
+        return
+    results: dict[str, dict[str, Any]] = {}
+    for case in chosen.cases:
+        command = [sys.executable, "-m", "tests.benchmarks.planning", "--measure", case]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        results[case] = json.loads(done.stdout.splitlines()[-1])
+        print(case, f"{cold(results[case]):.1f} s of CPU for a cold plan", file=sys.stderr, flush=True)
+    text = table(results)
+    print(text)
+    if chosen.update:
+        machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "load": os.getloadavg()}
+        (RESULTS / "planning.json").write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+        (RESULTS / "planning.md").write_text(text)
 
 
 if __name__ == "__main__":
