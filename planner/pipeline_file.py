@@ -16,6 +16,7 @@ from planner.pipeline_calls import Components
 from planner.pipeline_folder import open_pipeline_target
 from planner.pipeline_problem import Analyses
 from planner.plan_file import check_fingerprint, fingerprint
+from planner.solve.early import Early
 from runtime.errors import PlanFileError
 from runtime.write_file import replacing
 
@@ -45,6 +46,7 @@ def save_pipeline(plan: PipelinePlan, path: str | Path) -> None:
         "casts": list(options.casts),
         **{name: getattr(options, name) for name in _DECLARED},
         "parts": parts,
+        "early": [each.to_json() for each in plan.early],
     }
     if plan.folder is not None:  # not where it is: how it is opened
         data["folder"] = {"dtype": plan.folder.dtype, "variant": plan.folder.variant}
@@ -78,6 +80,7 @@ def load_pipeline(path: str | Path, pipe: Any, call: Mapping[str, Any] | None) -
         )
         Budget.parse(options.budget, options.device)
         parts = dict(data["parts"])
+        early = tuple(Early.from_json(each) for each in data.get("early", ()))
         saved = {key: [str(entry) for entry in part["fingerprint"]] for key, part in parts.items()}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise PlanFileError(f"{str(path)!r} is damaged ({error!r}); save it again with p.save(...)") from error
@@ -87,7 +90,7 @@ def load_pipeline(path: str | Path, pipe: Any, call: Mapping[str, Any] | None) -
     for key, program in zip(parts, made, strict=False):
         check_fingerprint(saved[key], fingerprint(program.program))
     try:
-        return PipelinePlan(pipe, options, analyses, run, parts, opened)
+        return PipelinePlan(pipe, options, analyses, run, parts, early, opened)
     except (ValueError, KeyError) as error:
         raise PlanFileError(f"the decisions in {str(path)!r} do not fit the pipeline ({error}); plan it again") from error
 
