@@ -73,7 +73,7 @@ def plan(
 
 @overload
 def plan(
-    target: Pipeline,
+    target: Pipeline | str | os.PathLike[str],
     budget: BudgetLike | None,
     *,
     call: Mapping[str, Any],
@@ -81,8 +81,11 @@ def plan(
     machine: str | os.PathLike[str] | Machine | None = None,
     allow: tuple[str, ...] = ...,
     allow_cast: str | torch.dtype | Sequence[str | torch.dtype] | None = None,
+    max_error: float | None = None,
     keep: Mapping[str, Mapping[str, Any]] | None = None,
     profile: bool = False,
+    dtype: str | torch.dtype | None = None,
+    variant: str | None = None,
 ) -> PipelinePlan: ...
 
 

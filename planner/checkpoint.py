@@ -153,9 +153,9 @@ def open_saved(target: nn.Module | str | os.PathLike[str], data: Mapping[str, An
 
 
 def pipeline_refusal(folder: Path) -> PlannerError:
-    """For a whole pipeline: one call for each of its models."""
-    calls = "".join(f"\n  plan({str(part)!r}, budget='6GB')" for part in components_of(folder))
-    return PlannerError(f"{str(folder)!r} is a whole pipeline, and a plan is for one model; plan its components:{calls}")
+    """For a whole pipeline where one model is wanted: `Plan.load` has the plan of one."""
+    calls = "".join(f"\n  Plan.load(path, {str(part)!r})" for part in components_of(folder))
+    return PlannerError(f"{str(folder)!r} is a whole pipeline, and the plan is for one model; give its folder:{calls}")
 
 
 def is_pipeline(folder: Path) -> bool:

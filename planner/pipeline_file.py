@@ -15,14 +15,15 @@ from planner.options import Options, check_keep
 from planner.pipeline_calls import Components
 from planner.pipeline_folder import open_pipeline_target
 from planner.pipeline_problem import Analyses
-from planner.plan_file import check_fingerprint, fingerprint
+from planner.plan_file import FORMAT, PIPELINE_FORMAT, check_fingerprint, fingerprint
+from planner.solve.early import Early
 from runtime.errors import PlanFileError
 from runtime.write_file import replacing
 
 if TYPE_CHECKING:
     from planner.pipeline_plan import PipelinePlan
 
-FORMAT, VERSION = "vramplan pipeline plan", 1
+VERSION = 1
 _DECLARED = ("offload", "tile", "layout", "attention", "profile", "max_error")
 
 
@@ -34,7 +35,7 @@ def save_pipeline(plan: PipelinePlan, path: str | Path) -> None:
         own = {"stay": plan.stays[key], "budget_bytes": part.budget_bytes, "fingerprint": fingerprint(part.program)}
         parts[key] = {**own, **part.decisions.to_json()}
     data = {
-        "format": FORMAT,
+        "format": PIPELINE_FORMAT,
         "version": VERSION,
         "pipeline": plan.title,
         "device": plan.device,
@@ -45,6 +46,7 @@ def save_pipeline(plan: PipelinePlan, path: str | Path) -> None:
         "casts": list(options.casts),
         **{name: getattr(options, name) for name in _DECLARED},
         "parts": parts,
+        "early": [each.to_json() for each in plan.early],
     }
     if plan.folder is not None:  # not where it is: how it is opened
         data["folder"] = {"dtype": plan.folder.dtype, "variant": plan.folder.variant}
@@ -56,7 +58,7 @@ def load_pipeline(path: str | Path, pipe: Any, call: Mapping[str, Any] | None) -
     """As `PipelinePlan.load`."""
     from planner.pipeline_plan import PipelinePlan
 
-    data = _read(path)
+    data = read_pipeline_plan(path)
     how = data.get("folder", {})
     opened = open_pipeline_target(pipe, how.get("dtype"), how.get("variant"))
     pipe = pipe if opened is None else opened.pipe
@@ -78,6 +80,7 @@ def load_pipeline(path: str | Path, pipe: Any, call: Mapping[str, Any] | None) -
         )
         Budget.parse(options.budget, options.device)
         parts = dict(data["parts"])
+        early = tuple(Early.from_json(each) for each in data.get("early", ()))
         saved = {key: [str(entry) for entry in part["fingerprint"]] for key, part in parts.items()}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise PlanFileError(f"{str(path)!r} is damaged ({error!r}); save it again with p.save(...)") from error
@@ -87,19 +90,35 @@ def load_pipeline(path: str | Path, pipe: Any, call: Mapping[str, Any] | None) -
     for key, program in zip(parts, made, strict=False):
         check_fingerprint(saved[key], fingerprint(program.program))
     try:
-        return PipelinePlan(pipe, options, analyses, run, parts, opened)
+        return PipelinePlan(pipe, options, analyses, run, parts, early, opened)
     except (ValueError, KeyError) as error:
         raise PlanFileError(f"the decisions in {str(path)!r} do not fit the pipeline ({error}); plan it again") from error
 
 
-def _read(path: str | Path) -> dict[str, Any]:
+def is_pipeline_plan(path: str | Path) -> bool:
+    """Whether a file is, or was, the plan of a pipeline."""
+    try:
+        data = json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(data, dict) and data.get("format") == PIPELINE_FORMAT
+
+
+def read_pipeline_plan(path: str | Path) -> dict[str, Any]:
+    """The content of a plan's file.
+
+    Raises:
+        PlanFileError: it cannot be read, is damaged, of another version, or no plan of a pipeline.
+    """
     try:
         data = json.loads(Path(path).read_text())
     except OSError as error:
         raise PlanFileError(f"cannot read the plan {str(path)!r}: {error.strerror}; check the path given to load") from error
     except ValueError as error:
         raise PlanFileError(f"{str(path)!r} is damaged or no plan file ({error}); save it again with p.save(...)") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
+    if isinstance(data, dict) and data.get("format") == FORMAT:
+        raise PlanFileError(f"{str(path)!r} is the plan of one model, not of a whole pipeline: Plan.load(path, model)")
+    if not isinstance(data, dict) or data.get("format") != PIPELINE_FORMAT:
         raise PlanFileError(f"{str(path)!r} is no plan of a pipeline; PipelinePlan.load takes what its p.save(...) wrote")
     if data.get("version") != VERSION:
         raise PlanFileError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +58,19 @@ def open_pipeline_folder(folder: Path, dtype: str | torch.dtype | None = None, v
     modules = {name: model.module for name, model in models.items()}
     asked = None if dtype is None else str(dtype).removeprefix("torch.")
     return PipelineFolder(folder, diffusers_folder.assemble(folder, modules, variant), models, asked, variant)
+
+
+def call_parameters(folder: Path) -> dict[str, inspect.Parameter]:
+    """What the pipeline in a folder is called with, by name.
+
+    Raises:
+        PlannerError: model_index.json is damaged, or its class is unknown.
+    """
+    from planner.frontends import diffusers_folder
+
+    parameters = inspect.signature(diffusers_folder.class_of(folder).__call__).parameters
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {name: each for name, each in parameters.items() if name != "self" and each.kind in named}
 
 
 def open_pipeline_target(target: Any, dtype: str | torch.dtype | None, variant: str | None) -> PipelineFolder | None:

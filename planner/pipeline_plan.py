@@ -23,14 +23,18 @@ from planner.pipeline_build import build_runner
 from planner.pipeline_calls import Components
 from planner.pipeline_folder import PipelineFolder
 from planner.pipeline_problem import Analyses, PipelineProblem, infeasible_pipeline, member_options, problem_of
+from planner.pipeline_run import PipelineRun
 from planner.pipeline_weights import open_pipeline_weights
 from planner.plan import Plan
 from planner.sizes import format_bytes
 from planner.solve.decisions import Decisions
+from planner.solve.early import Early
 from planner.solve.phases import MemberShare, MemberShares
+from planner.solve.run import RunTime
 from planner.solve.simulate import StepTime
 from runtime.call_key import named_call
 from runtime.errors import PlanFileError, PlannerError
+from runtime.executable import RunPace
 from runtime.pipeline import PipelineProgram, PipelinePrograms, PipelineRunner
 from runtime.pipeline_report import PipelineReport
 
@@ -42,6 +46,7 @@ class PipelinePlan:
         run: the dry run: which calls the pipeline makes on its components, and what its own Python holds meanwhile.
         parts: a plan for every distinct call of a component, in the order of the run, by its name ("unet.forward").
         stays: for each of them whether its arenas stay on the device "always", for a "phase", or for a "call".
+        early: which weights of a part come while the call before it still runs.
         budget, machine, device: what was declared. folder: where the pipeline was opened, if it was.
     """
 
@@ -52,6 +57,7 @@ class PipelinePlan:
         analyses: Analyses,
         run: DryRun,
         shares: Mapping[str, Any] | None = None,
+        early: tuple[Early, ...] | None = None,
         folder: PipelineFolder | None = None,
     ) -> None:
         self._pipe, self._options, self._analyses, self.run, self.folder = pipe, options, analyses, run, folder
@@ -65,9 +71,12 @@ class PipelinePlan:
         refuse_spilling(analyses.root, options, f"the plan of a {type(pipe).__name__}", hosted)
         self.stays = {key: self._shares[key].stay for key in problem.programs}
         self.parts = {key: self._part(key, self._shares[key]) for key in problem.programs}
+        self._calls = PipelineRun.of(problem, self._shares, self.parts, budget)
+        self.early = self._calls.decide(budget) if early is None else early
+        self._calls.check(self.early)
         if self.reserved_bytes > budget:
             raise PlanFileError(
-                f"the decisions need {format_bytes(self.reserved_bytes)} here, more than their budget of "
+                f"I1: the decisions need {format_bytes(self.reserved_bytes)} here, more than their budget of "
                 f"{format_bytes(budget)}; plan the pipeline again"
             )
 
@@ -130,18 +139,24 @@ class PipelinePlan:
 
     @cached_property
     def _peaks(self) -> dict[str | None, int]:
-        return self._problem.budget.peaks(self._shares, {key: part.peak_bytes for key, part in self.parts.items()})
+        return self._calls.peaks(self._own_peaks, self.early)
+
+    @property
+    def _own_peaks(self) -> dict[str, int]:
+        return {key: part.peak_bytes for key, part in self.parts.items()}
 
     @cached_property
     def reserved_bytes(self) -> int:
         """Predicted: the most that the device's allocator holds to serve them, which is what the budget bounds."""
         reserved = {key: part.reserved_bytes for key, part in self.parts.items()}
-        return max(self._problem.budget.peaks(self._shares, reserved).values())
+        return max(self._calls.peaks(reserved, self.early, reserved=True).values())
 
     @property
     def peak_at(self) -> str:
         """The call at which the peak is, with its operator; or the pipeline's own Python."""
         at = max(self._peaks, key=self._peaks.__getitem__)
+        if self._peaks[at] > self._calls.peaks(self._own_peaks, ())[at]:
+            return "weights that come early" if at is None else f"the last call of {at}, with weights that come early"
         return f"the Python of {self.title}" if at is None else f"{self.parts[at].peak_at} of {at}"
 
     @property
@@ -162,10 +177,19 @@ class PipelinePlan:
             weights |= part.program.bytes_by_name()
         return sum(weights.values())
 
-    @cached_property
+    @property
     def time(self) -> StepTime:
         """Of all calls, simulated, and of the copies before them; what the pipeline's own Python takes is not known."""
-        return self._problem.budget.time(self._shares)
+        return self._time.time
+
+    @cached_property
+    def _time(self) -> RunTime:
+        return self._calls.run.time(self.early)
+
+    @property
+    def saved_seconds(self) -> float:
+        """How much longer the same plan would take if nothing came early."""
+        return self._calls.run.time(()).time.step_seconds - self.step_seconds
 
     @property
     def step_seconds(self) -> float:
@@ -176,11 +200,13 @@ class PipelinePlan:
         """The names of the parts in each phase of the run."""
         return tuple(self._problem.budget.phases)
 
+    def early_bytes(self, early: Early) -> int:
+        """Of the weights that come early, as they lie in memory."""
+        return self._calls.run.members[early.of].span_bytes(early.weights)
+
     def seconds_of(self, key: str) -> float:
         """Of all calls of one part, the copies before them included."""
-        budget = self._problem.budget
-        load = budget.load_seconds(self._shares)[key]
-        return budget.members[key].calls * self._shares[key].schedule.time.step_seconds + load
+        return self._time.seconds[key]
 
     def calls_of(self, key: str) -> int:
         """How often it is called in one run."""
@@ -226,8 +252,8 @@ class PipelinePlan:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PipelinePlan):
             return NotImplemented
-        mine = (self.parts, self.stays, self.budget, self.machine, self.device)
-        return mine == (other.parts, other.stays, other.budget, other.machine, other.device)
+        mine = (self.parts, self.stays, self.early, self.budget, self.machine, self.device)
+        return mine == (other.parts, other.stays, other.early, other.budget, other.machine, other.device)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -302,7 +328,9 @@ class PipelinePlan:
             "reserved_bytes": float(self.reserved_bytes),
             "step_seconds": self.step_seconds,
         }
-        return PipelinePrograms(tuple(made), tuple((order[key], phase) for key, phase in self._problem.order), predicted)
+        steps = tuple((order[key], phase) for key, phase in self._problem.order)
+        early = {(order[each.during], order[each.of]): each.pieces for each in self.early}
+        return PipelinePrograms(tuple(made), steps, predicted, RunPace(self.machine.copy_seconds), early)
 
     def of_call(self, call: Mapping[str, Any]) -> PipelinePlan:
         """The plan of another call of the same pipeline within the same budget; calls that are known are not captured again.

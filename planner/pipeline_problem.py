@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,12 +57,18 @@ class Analyses:
 
 @dataclass(frozen=True, eq=False)
 class PipelineProblem:
-    """`programs` by member; `order`: for each step of `run` its member and phase."""
+    """`programs` by member; `order`: for each step of `run` its member and phase.
+
+    `outside_bytes`, `between_bytes`: for each step what Python holds beside the program, and from the step before until then.
+    """
 
     run: DryRun
     programs: Mapping[str, ProgramOfCall]
     order: tuple[tuple[str, int], ...]
     budget: PhasedBudget
+    outside_bytes: tuple[int, ...]
+    between_bytes: tuple[int, ...]
+    memory: MemoryModel
 
 
 def member_options(options: Options, made: ProgramOfCall, repeats: int = 1) -> MemberOptions:
@@ -87,18 +93,19 @@ def problem_of(run: DryRun, options: Options, analyses: Analyses) -> PipelinePro
     phases = [tuple(dict.fromkeys(key for key, phase in called if phase == n)) for n in range(len(run.phases))]
     memory = MemoryModel.of(options.device.partition(":")[0], options.machine.capability)
     sizes = _Sizes(run, memory)
+    own = [memory.round_activation(argument_bytes(each)) for each in made]
+    outside = tuple(sizes.beside(i, own[number]) for i, number in enumerate(order))
     members = {}
     for number, key in enumerate(keys):
         steps = [i for i, m in enumerate(order) if m == number]
         within = tuple(dict.fromkeys(phase_of[i] for i in steps))
         alone = len(within) == 1 and len(phases[within[0]]) == 1
         tilings = analyses.tilings(made[number], options, len(steps) if alone else 1)
-        own = memory.round_activation(argument_bytes(made[number]))
-        outside = max(sizes.beside(i, own) for i in steps)
-        members[key] = Member(key, tilings, outside, len(steps), within)
-    between, python = sizes.between(phase_of, len(phases))
+        members[key] = Member(key, tilings, max(outside[i] for i in steps), len(steps), within)
+    before = tuple(sizes.before(i) for i in range(len(order)))
+    between, python = sizes.between(before, phase_of, len(phases))
     budget = PhasedBudget(options.machine, members, phases, between, python, keep_all=not options.offload)
-    return PipelineProblem(run, dict(zip(keys, made, strict=True)), tuple(called), budget)
+    return PipelineProblem(run, dict(zip(keys, made, strict=True)), tuple(called), budget, outside, before, memory)
 
 
 def _keys(made: list[ProgramOfCall]) -> list[str]:
@@ -126,17 +133,23 @@ class _Sizes:
             more = max(0, more)  # arguments may be on the host until the component moves them
         return max(0, self._bytes(found.held) + more) + self._weights
 
-    def between(self, phase_of: list[int], count: int) -> tuple[list[int], int]:
+    def before(self, step: int) -> int:
+        """From the call before to that one."""
+        return self._bytes(self.run.steps[step].between) + self._around
+
+    def between(self, before: Sequence[int], phase_of: Sequence[int], count: int) -> tuple[list[int], int]:
         """At most between two calls of each phase, and outside of all of them."""
-        inside, outside = [0] * count, self._bytes(self.run.last)
-        for i, step in enumerate(self.run.steps):
-            nbytes = self._bytes(step.between)
+        inside, outside = [self._around] * count, self._bytes(self.run.last) + self._around
+        for i, nbytes in enumerate(before):
             if i and phase_of[i] == phase_of[i - 1]:
                 inside[phase_of[i]] = max(inside[phase_of[i]], nbytes)
             else:
                 outside = max(outside, nbytes)
-        around = self.memory.fixed_bytes + self._weights
-        return [n + around for n in inside], outside + around
+        return inside, outside
+
+    @property
+    def _around(self) -> int:
+        return self.memory.fixed_bytes + self._weights
 
     @property
     def _weights(self) -> int:

@@ -21,6 +21,7 @@ from planner.machine import Machine
 from runtime.errors import PlanFileError
 
 FORMAT, VERSION = "vramplan plan", 2
+PIPELINE_FORMAT = "vramplan pipeline plan"  # of `planner.pipeline_file`
 _SCALARS = (bool, int, float, str, type(None))
 
 
@@ -129,6 +130,10 @@ def read_plan(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise PlanFileError(f"{str(path)!r} is damaged or no plan file ({error}); save it again with p.save(...)") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
+        if isinstance(data, dict) and data.get("format") == PIPELINE_FORMAT:
+            raise PlanFileError(
+                f"{str(path)!r} is the plan of a whole pipeline: PipelinePlan.load(path, pipe), where pipe may be its folder"
+            )
         raise PlanFileError(f"{str(path)!r} is no plan file; Plan.load takes what p.save(...) wrote")
     if data.get("version") != VERSION:
         raise PlanFileError(

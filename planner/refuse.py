@@ -34,8 +34,9 @@ def refuse_unplannable(module: nn.Module, method: str) -> None:
             )
         if getattr(getattr(child, "_diffusers_hook", None), "hooks", None):
             raise PlannerError(
-                f"{label} carries diffusers hooks (group offload or layerwise casting); load the model again without them, "
-                "the plan takes their place"
+                f"{label} carries diffusers hooks: of a cache, whose Python keeps tensors from call to call (disable_cache() "
+                "takes it off), or of group offload or layerwise casting; load the model again without those, the plan takes "
+                "their place"
             )
         for key, tensor in (*child._parameters.items(), *child._buffers.items()):
             if tensor is not None:

@@ -29,6 +29,8 @@ def describe_pipeline(plan: PipelinePlan) -> str:
         ("weights", f"{format_bytes(plan.weight_bytes)} in {len(_components(plan))} components"),
         ("Python", f"holds at most {format_bytes(held)} of tensors beside a call"),
     ]
+    if plan.early:
+        rows.append(("early", _early(plan)))
     lines = [f"{plan.title}: {len(plan.run.steps)} calls of components, {len(plan.parts)} programs"]
     for label, text in rows:
         lines += wrap(label, text)
@@ -47,6 +49,12 @@ def _row(plan: PipelinePlan, label: str, key: str) -> str:
     sizes = [format_bytes(plan.bytes_at(key)), *map(format_bytes, numbers)]
     seconds = format_seconds(plan.seconds_of(key))
     return _COLUMNS.format(label[:34], plan.calls_of(key), seconds, *sizes, _STAYS[plan.stays[key]])[:WIDTH].rstrip()
+
+
+def _early(plan: PipelinePlan) -> str:
+    """Which weights come before their call, and what that saves."""
+    each = [f"{format_bytes(plan.early_bytes(e))} of {e.of} come during {e.during}" for e in plan.early]
+    return f"{', '.join(each)}, which saves {format_seconds(plan.saved_seconds)}"
 
 
 def _peak(plan: PipelinePlan) -> str:

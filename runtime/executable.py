@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -106,6 +106,13 @@ class Pace:
     copies: tuple[tuple[float, int], ...]
     reads: tuple[ReadPace, ...] = ()
     ahead: bool = False
+
+
+@dataclass(frozen=True)
+class RunPace:
+    """As `Pace`, of a call that several programs serve: how long a copy of so many bytes takes besides those of bundles."""
+
+    copy_seconds: Callable[[int], float]
 
 
 @dataclass(frozen=True)

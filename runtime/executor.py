@@ -5,18 +5,21 @@ Inside an emitted program it is `rt`: `prefetch`, `onload` and `evict` are calle
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from runtime.arena import Arena
 from runtime.bands import Bands
 from runtime.devices.base import Copied, Device
 from runtime.devices.feeder import Feeder, parts_of
 from runtime.devices.ring import Ring
+from runtime.early import Arriving
 from runtime.emit import attribute_names, compile_source
 from runtime.executable import Executable, WeightView
 from runtime.layout import Bundle, HostLayout
@@ -39,14 +42,14 @@ class Executor:
         state: Mapping[str, torch.Tensor],
         *,
         alone: bool = True,
-        shared: MutableMapping[Any, torch.Tensor] | None = None,
+        shared: MutableMapping[Any, Arena] | None = None,
     ) -> None:
         self.device, self.store, self._alone = device, store, alone
         self._shared = shared
         self._state = state
         self._program: Executable | None = None
         self._run: Any = None
-        self._resident: torch.Tensor | None = None
+        self._resident: Arena | None = None
         self._staging: torch.Tensor | None = None
         self._w = SimpleNamespace()
         bands = self._bands = Bands(device)
@@ -64,41 +67,43 @@ class Executor:
         self._ring: Ring | None = None
         self._feeder: Feeder | None = None
         self._process = os.getpid()
+        # Of the call that runs: what comes early for another program, behind how many prefetches, and whether it is the last.
+        self._beside: Arriving | None = None
+        self._prefetched, self._last = 0, False
 
     @property
     def program(self) -> Executable | None:
         return self._program
 
-    def load(self, program: Executable) -> None:
+    def load(self, program: Executable, early: Arriving | None = None) -> None:
         """Makes `program` the one that runs: lays the arenas anew and copies in what has to be there when a call begins.
 
-        Where the program before has the same weights resident at the same places, they stay.
+        Where the program before has the same weights resident at the same places, they stay. What came `early` is taken.
         """
         if program is self._program:
             return
         kept = self._resident if self._program is not None and _residents(self._program) == _residents(program) else None
         self.unload()
         try:
-            self._load(program, kept)
+            self._load(program, kept, early)
         except BaseException:
+            if early is not None:
+                early.drop()
             self.unload()
             raise
 
-    def _load(self, program: Executable, kept: torch.Tensor | None) -> None:
+    def _load(self, program: Executable, kept: Arena | None, early: Arriving | None) -> None:
         """`kept`: the arena of resident weights, where they are in it already."""
         layout = program.layout
         self._run = compile_source(program.source, program.name)
-        known = self._make_resident(program, kept)
+        copied = self._make_resident(program, kept, early)
         self._staging = self.device.allocate(layout.staging_bytes) if layout.staging_bytes else None
+        nothing = torch.empty(0, dtype=torch.uint8, device=self.device.torch_device)
         attributes = attribute_names([s.weight for s in (*layout.resident, *layout.state)])
         for slot in layout.resident:
-            view = program.weights[slot.weight]
-            home = (
-                self._resident
-                if self._resident is not None
-                else torch.empty(0, dtype=torch.uint8, device=self.device.torch_device)
-            )
-            setattr(self._w, attributes[slot.weight], view.argument(home, slot.offset))
+            number, offset = self._resident.at(slot.offset) if self._resident is not None else (0, 0)
+            home = self._resident.buffers[number] if self._resident is not None else nothing
+            setattr(self._w, attributes[slot.weight], program.weights[slot.weight].argument(home, offset))
         for slot in layout.state:
             setattr(self._w, attributes[slot.weight], self._state[program.weights[slot.weight].name])
         self._program = program
@@ -114,22 +119,28 @@ class Executor:
         if self._alone:
             self.device.reserve(*layout.pools)
             self.device.loaded(program)
-        if not known:
-            self.refresh()
+        self._copy_resident(copied)
 
-    def _make_resident(self, program: Executable, kept: torch.Tensor | None) -> bool:
-        """Makes the resident arena; whether it is there already, with all that is in it: the last program's, or another's."""
-        layout = program.layout
-        if not layout.resident_bytes:
-            return False
+    def has_resident(self, program: Executable) -> bool:
+        """Whether another executor holds the program's resident weights."""
+        return self._shared is not None and _residents(program) in self._shared
+
+    def _make_resident(self, program: Executable, kept: Arena | None, early: Arriving | None) -> int:
+        """Makes the resident arena; in how many of its buffers the weights are already: the last program's, or another's."""
+        nbytes = program.layout.resident_bytes
         lies = _residents(program)
         self._resident = kept if kept is not None or self._shared is None else self._shared.get(lies)
-        if self._resident is not None:
-            return True
-        self._resident = self.device.allocate(layout.resident_bytes)
+        if self._resident is not None or not nbytes:
+            if early is not None:
+                early.drop()
+            return len(self._resident.buffers) if self._resident is not None else 0
+        came = early.claim() if early is not None else None
+        there = [] if came is None else [came]
+        nbytes -= sum(buffer.numel() for buffer in there)
+        self._resident = Arena(*there, *([self.device.allocate(nbytes)] if nbytes else []))
         if self._shared is not None:
             self._shared[lies] = self._resident
-        return False
+        return len(there)
 
     def _load_ring(self, host: HostLayout | None) -> None:
         """Makes the ring of a program whose weights are on disk in part, and what fills it."""
@@ -158,16 +169,21 @@ class Executor:
 
     def refresh(self) -> None:
         """Copies the resident weights from the host: at load, and when the module's weights were written since."""
-        assert self._program is not None
-        if self._resident is not None:
-            names = self._program.weights
-            runs = self.store.runs([(names[s.weight], s.offset) for s in self._program.layout.resident])
-            # Behind whatever still reads this memory: its last owner, or the call before.
-            self.device.wait(self.device.copy(_onto(self._resident, runs), [self.device.mark()]))
+        self._copy_resident(0)
         self._drop_carried()
 
+    def _copy_resident(self, first: int) -> None:
+        """Into the buffers of the arena from the given one on."""
+        assert self._program is not None
+        names, arena = self._program.weights, self._resident or Arena()
+        for number, buffer in enumerate(arena.buffers[first:], first):
+            places = arena.inside(number, self._program.layout.resident)
+            runs = self.store.runs([(names[slot.weight], offset) for slot, offset in places])
+            # Behind whatever still reads this memory: its last owner, or the call before.
+            self.device.wait(self.device.copy(_onto(buffer, runs), [self.device.mark()]))
+
     def _copy_carried(self) -> None:
-        """Copies the bundles that a call expects from the one before it, where there was none, and waits for them."""
+        """Copies the bundles that a call expects from the one before it, where there was none."""
         assert self._program is not None
         if self._process != os.getpid():
             self._drop_carried()  # a forked child has no threads that would end what its parent began
@@ -180,8 +196,7 @@ class Executor:
             own = _onto(
                 self._buffers[bundle.index], self._sources[bundle.index]
             )  # not from the feeder, which reads for prefetches
-            event = self._arrived[bundle.index] = self.device.copy(own, [self.device.mark()])
-            self.device.wait(event)
+            self._arrived[bundle.index] = self.device.copy(own, [self.device.mark()])
 
     def _drop_carried(self) -> None:
         """Forgets what the last call has prefetched for the next, which then copies it itself, and what it has read ahead."""
@@ -248,35 +263,61 @@ class Executor:
     def arenas(self) -> list[torch.Tensor]:
         """Device memory that the loaded program holds between calls, state aside."""
         between = [self._buffers[index] for index in self._buffers if self._is_loose(index)]
-        return [*(arena for arena in (self._resident, self._staging) if arena is not None), *between]
+        resident = self._resident.buffers if self._resident is not None else ()
+        return [*resident, *([self._staging] if self._staging is not None else []), *between]
 
     def _is_loose(self, index: int) -> bool:
         """Whether a bundle has memory of its own, outside of the staging arena."""
         assert self._program is not None
         return self._program.layout.bundles[index].offset is None
 
-    def run(self, inputs: Sequence[Any]) -> list[Any]:
-        """As `call`, within a call that is measured already."""
+    def run(self, inputs: Sequence[Any], *, last: bool = False, beside: Arriving | None = None) -> list[Any]:
+        """As `call`, within a call that is measured already.
+
+        In the `last` call nothing is fetched for the next one. What comes `beside` it is issued where it says.
+        """
         assert self._program is not None
+        self._last, self._beside, self._prefetched = last, beside, 0
         try:
             self._copy_carried()
             if self._feeder is not None:
                 self._feeder.begin()
-            return self._run(self, self._w, self.device.torch_device, *inputs)
+            with self._turn():
+                return self._run(self, self._w, self.device.torch_device, *inputs)
         except BaseException:
             self._bands.drain()
             self._drop_carried()
             raise
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The program runs: for the device, where it is one of several, and for what comes beside it."""
+        if not self._alone:
+            self.device.turn(self._program)
+        try:
+            if self._beside is not None:
+                self._beside.reach(0)
+            yield
+        finally:
+            self._last, self._beside = False, None
+            if not self._alone:
+                self.device.turn(None)
 
     # What emitted programs call.
 
     def prefetch(self, index: int) -> None:
         assert self._program is not None
         bundle = self._program.layout.bundles[index]
-        if bundle.offset is None:
-            self._place(bundle, self.device.allocate(bundle.nbytes))
-        # Behind everything issued so far: the readers of what it refills, and the last owner of an allocator's block (I4).
-        self._arrived[index] = self.device.copy(self._copies[index], [self.device.mark()], index)
+        if self._last and bundle.carried:
+            self.device.skip(index)
+        else:
+            if bundle.offset is None:
+                self._place(bundle, self.device.allocate(bundle.nbytes))
+            # Behind everything issued so far: the readers of what it refills, and the last owner of an allocator's block (I4).
+            self._arrived[index] = self.device.copy(self._copies[index], [self.device.mark()], index)
+        self._prefetched += 1
+        if self._beside is not None:
+            self._beside.reach(self._prefetched)
 
     def onload(self, index: int) -> tuple[torch.Tensor, ...]:
         self.device.wait(self._arrived.pop(index), index)

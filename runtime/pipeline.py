@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -20,10 +20,12 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from runtime.arena import Arena
 from runtime.call_key import call_key, named_call
 from runtime.components import Taken
 from runtime.devices.base import Device
-from runtime.executable import Executable
+from runtime.early import Arriving, Pieces
+from runtime.executable import Executable, RunPace
 from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
 from runtime.leftovers import KnownStates
@@ -53,11 +55,16 @@ class PipelineProgram:
 
 @dataclass(frozen=True)
 class PipelinePrograms:
-    """All that a pipeline runs. `steps`: for every component call of a run its program (an index) and its phase."""
+    """All that a pipeline runs. `steps`: for every component call of a run its program (an index) and its phase.
+
+    `early`: during the call of one program, followed by one of another whose weights are not there, which of them come already.
+    """
 
     programs: tuple[PipelineProgram, ...]
     steps: tuple[tuple[int, int], ...]
     predicted: Mapping[str, float]
+    pace: RunPace
+    early: Mapping[tuple[int, int], Pieces] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,9 @@ class PipelineRunner(Runner):
         self._at = 0  # in the steps of what is active
         self._within = False
         self._spent: dict[str, tuple[int, float]] = {}
-        # Resident arenas of programs that are loaded.
-        self._shared: WeakValueDictionary[Any, torch.Tensor] = WeakValueDictionary()
+        # Resident arenas of programs that are loaded, and weights of one that is to be called next.
+        self._shared: WeakValueDictionary[Any, Arena] = WeakValueDictionary()
+        self._arriving: Arriving | None = None
 
     def attach_pipeline(self, call: Mapping[str, Any], programs: PipelinePrograms, lookup: Lookup | None = None) -> None:
         """Moves the weights of all components into the host arena, and takes the pipeline's calls over.
@@ -131,6 +139,7 @@ class PipelineRunner(Runner):
 
     def _activate(self, programs: PipelinePrograms) -> None:
         """Makes `programs` what runs: arenas are laid anew, within the one budget."""
+        self._drop_early()
         for executor in self._executors():
             executor.unload()
         self._members, self._states, self._active = [], KnownStates(self.module), programs
@@ -204,6 +213,7 @@ class PipelineRunner(Runner):
                 try:
                     yield
                 finally:
+                    self._drop_early()
                     self._drop(None)
         finally:
             self._watched = {**named_tensors(self.module), **self._constants}
@@ -241,11 +251,14 @@ class PipelineRunner(Runner):
         leaves = tree_flatten(as_inputs(*bound, each.signature.floats))[0]
         self._guard([leaf for i, leaf in enumerate(leaves) if i not in each.signature.floats])
         now, following = self._advance(index)
+        early = self._came(program)
         self._drop(now, keep=index)
         self._within = True
         try:
-            executor.load(program)
-            outputs = executor.run(leaves)
+            executor.load(program, early)
+            last = now is not None and each.stay == "phase" and following not in each.phases
+            self._arriving = self._bring(index) if now is not None else None
+            outputs = executor.run(leaves, last=last, beside=self._arriving)
         finally:
             self._within = False
             if each.stay == "call":
@@ -256,6 +269,31 @@ class PipelineRunner(Runner):
         calls, seconds = self._spent.get(each.key, (0, 0.0))
         self._spent[each.key] = calls + 1, seconds + time.perf_counter() - began
         return tree_unflatten(outputs, program.out_spec)
+
+    def _bring(self, index: int) -> Arriving | None:
+        """What comes during this call for the one that is expected next, as far as that has to wait for it."""
+        assert self._active is not None
+        following = self._active.steps[self._at][0] if self._at < len(self._active.steps) else index
+        pieces = self._active.early.get((index, following))
+        _, program, executor = self._members[following]
+        if pieces is None or executor.program is not None or executor.has_resident(program):
+            return None
+        assert self.store is not None
+        return Arriving(self.device, self.store, program, pieces, self.versions)
+
+    def _came(self, program: Executable) -> Arriving | None:
+        """What has come early, if it is for this program, as its weights are now; else it is given up."""
+        early = self._arriving
+        if early is not None and early.program is program and early.versions == self.versions:
+            self._arriving = None
+            return early
+        self._drop_early()
+        return None
+
+    def _drop_early(self) -> None:
+        if self._arriving is not None:
+            self._arriving.drop()
+            self._arriving = None
 
     def _find(self, path: str, method: str, bound: Call) -> int:
         """The program of a call; planned now where no call of the plan was like it."""
@@ -317,6 +355,7 @@ class PipelineRunner(Runner):
     def close(self) -> None:
         """As of a module; the components and the pipeline have their own classes again."""
         self._taken.give_back()
+        self._drop_early()
         super().close()
 
 

@@ -18,8 +18,11 @@ def from_folder(folder: Path, sizes: Mapping[str, int | None], dtype: str | None
         PlannerError: a whole pipeline (lists its components), no config, or a model whose inputs cannot be known.
     """
     if is_pipeline(folder):
-        lines = "".join(f"\n  vramplan plan {path} --budget 6GB" for path in components_of(folder))
-        raise PlannerError(f"{str(folder)!r} is a whole pipeline, and a plan is for one model; plan its components:{lines}")
+        lines = "".join(f"\n  {path}" for path in components_of(folder))
+        raise PlannerError(
+            f"{str(folder)!r} is a whole pipeline: `vramplan plan {folder} --budget 6GB` plans it, and the other commands are "
+            f"for one model, such as its components:{lines}"
+        )
     opened = open_folder(folder, dtype)
     recipe, known = opened.recipe()
     check_method(str(folder), known, method)

@@ -17,8 +17,12 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from passes.spec import TensorSpec
 from planner.api import plan
+from planner.cli.pipeline import describe_file, make_pipeline_plan, names_pipeline, pipeline_data
 from planner.cli.targets import Target, resolve
+from planner.cli.values import budget_of
 from planner.machine import Machine
+from planner.pipeline_file import is_pipeline_plan, read_pipeline_plan
+from planner.pipeline_plan import PipelinePlan
 from planner.plan import Plan
 from planner.plan_file import read_plan
 from planner.presets import Preset
@@ -39,9 +43,8 @@ def plan_command(arguments: Namespace) -> Answer:
     """`vramplan plan`."""
     if arguments.output and not Path(arguments.output).absolute().parent.is_dir():
         raise PlannerError(f"cannot write the plan {arguments.output!r}: there is no such folder; make it first")
-    target = target_of(arguments)
-    p = make_plan(target, arguments)
-    data, parts = plan_data(target, p), [f"{p}\n{_inputs_text(target)}"]
+    p, data, text = _planned(arguments)
+    parts = [text]
     if arguments.output:
         _save(p, arguments.output)
         data["file"] = arguments.output
@@ -52,7 +55,20 @@ def plan_command(arguments: Namespace) -> Answer:
     return Answer("\n\n".join(parts), data)
 
 
-def _save(p: Plan, path: str) -> None:
+def _planned(arguments: Namespace) -> tuple[Plan | PipelinePlan, dict[str, Any], str]:
+    """The plan of a model, or of a whole pipeline."""
+    if names_pipeline(arguments):
+        with quiet(arguments.debug):
+            whole = make_pipeline_plan(arguments)
+        return whole, pipeline_data(arguments.target, whole), str(whole)
+    if arguments.call:
+        raise PlannerError(f"--call is for folders of whole pipelines, which {arguments.target!r} is not; sizes have flags")
+    target = target_of(arguments)
+    p = make_plan(target, arguments)
+    return p, plan_data(target, p), f"{p}\n{_inputs_text(target)}"
+
+
+def _save(p: Plan | PipelinePlan, path: str) -> None:
     try:
         p.save(path)
     except OSError as error:
@@ -96,6 +112,9 @@ def plot_command(arguments: Namespace) -> Answer:
 
 def show_command(arguments: Namespace) -> Answer:
     """`vramplan show`."""
+    if is_pipeline_plan(arguments.file):
+        data = read_pipeline_plan(arguments.file)
+        return Answer(describe_file(data), data)
     data = read_plan(arguments.file)
     lines = [
         f"{data['program']} on {data['device']}, planned for {data['machine']['name']}",
@@ -216,7 +235,7 @@ def make_plan(target: Target, arguments: Namespace) -> Plan:
     with quiet(arguments.debug):
         return plan(
             target.module,
-            _budget(arguments.budget),
+            budget_of(arguments.budget),
             inputs=target.args,
             kwargs=target.kwargs,
             method=target.method,
@@ -287,18 +306,6 @@ def _opaque_bytes(given: list[str]) -> dict[str, str] | str | None:
     """`SIZE` for every module, or `PATTERN=SIZE` once or more."""
     sizes = dict(text.rpartition("=")[::2] for text in given)
     return sizes[""] if set(sizes) == {""} else sizes or None
-
-
-def _budget(text: str) -> int | str | dict[str | int, int | str]:
-    """`6GB`, or by memory `cuda=6GB,cpu=8GB`. Digits alone are bytes, as integers are in Python: a shell has no integers."""
-    if "=" not in text:
-        return _size(text)
-    pairs = [part.partition("=") for part in text.split(",")]
-    return {name.strip(): _size(size.strip()) for name, _, size in pairs}
-
-
-def _size(text: str) -> int | str:
-    return int(text) if text.isascii() and text.isdigit() else text
 
 
 def _count(parameters: int) -> str:

@@ -24,7 +24,8 @@ TARGETS = """\
 TARGET is one of
   a preset        sdxl-unet (vramplan presets lists them): published models at full size, no weights
   a folder        ./flux/transformer: a checkpoint with a config.json, of transformers or diffusers;
-                  `plan` does not read its weights, `run` does
+                  `plan` does not read its weights, `run` does; ./flux, a whole pipeline with a
+                  model_index.json, for `plan` alone
   module:factory  my_models:make: called with those of --batch, --height, ... that are given; returns
                   a module, (module, args) or (module, args, kwargs), on the meta device or real;
                   the working directory can be imported
@@ -38,6 +39,14 @@ fields of --json (bytes and seconds, all but budget_bytes predicted):
   the linear program), resource (compute, link or memory), seconds_with_1gb_more, profiled (null,
   or how many of how many distinct operators were measured), casts (how many weights are stored in a
   smaller type), cast_error (of the result, relative, estimated); file with -o, code with --code
+"""
+
+PIPELINE_FIELDS = """\
+of a whole pipeline, with --height, --width, --frames and --call for what it is called with:
+  target, program, device, machine, call, budget_bytes, peak_bytes, reserved_bytes, minimum_bytes,
+  unplanned_bytes, peak_at, weight_bytes, step_seconds (of the whole call), bound_seconds, phases
+  (names of parts), parts (a list: name, calls, stay, seconds, bytes, weight_bytes, streamed_bytes),
+  early (a list: during, of, pieces), file with -o, code with --code
 """
 
 RUN_FIELDS = """\
@@ -58,7 +67,7 @@ fields of --json: those of `vramplan plan --json`, and file (the picture), files
 """
 
 SHOW_FIELDS = """\
---json prints the file itself: format, version, program, method, device, budget, machine, call,
+--json prints the file itself, of a module: format, version, program, method, device, budget, machine, call,
   keep, offload, opaque_bytes, repeats, decisions, fingerprint, dynamic (where sizes vary), profile
   (where true)
 """
@@ -108,9 +117,18 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vramplan {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    plan = _command(commands, "plan", "plan a model for a budget and say what was decided", f"{TARGETS}\n{PLAN_FIELDS}")
+    plan = _command(
+        commands, "plan", "plan a model for a budget and say what was decided", f"{TARGETS}\n{PLAN_FIELDS}{PIPELINE_FIELDS}"
+    )
     _add_target(plan)
     plan.add_argument("-o", "--output", metavar="FILE", help="save the plan there, for Plan.load and `vramplan show`")
+    plan.add_argument(
+        "--call",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of a whole pipeline's folder: what it is called with (num_inference_steps=28); JSON or text; may be repeated",
+    )
     plan.add_argument("--code", action="store_true", help="print the emitted program too")
 
     run = _command(commands, "run", "plan, build and call a model; measured beside predicted", f"{TARGETS}\n{RUN_FIELDS}")

@@ -48,6 +48,19 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def class_of(folder: Path) -> Any:
+    """The class of the pipeline in a folder.
+
+    Raises:
+        PlannerError: model_index.json cannot be read, or names a class that is not installed.
+    """
+    name = read_index(folder)["_class_name"]
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        raise PlannerError(f"{str(folder)!r} is a {name}, which diffusers {diffusers.__version__} does not have")
+    return kind
+
+
 def assemble(folder: Path, models: Mapping[str, nn.Module], variant: str | None) -> Any:
     """The pipeline with these models; tokenizers, schedulers and processors are read from the folder. Nothing is downloaded.
 

@@ -27,7 +27,7 @@ from planner.solve.relax import Relaxation, relax
 from planner.solve.search import Search
 from planner.solve.segments import Segments
 from planner.solve.select import GRANULARITIES, Selections
-from planner.solve.simulate import EngineProgram, StepTime, step_time
+from planner.solve.simulate import EngineProgram, StepTime, phase_seconds, step_time
 
 # How many bundles ahead of their use everything is fetched in the simplest schedules.
 DEPTHS = (1, 2)
@@ -161,6 +161,14 @@ class Solver:
         """What the simulator says."""
         program = EngineProgram.placed(self.problem.seconds, placements, self.problem.banded, host, self.repeats > 1)
         return step_time(program, self.problem.machine, self.repeats)
+
+    def phase_seconds(self, schedule: Schedule, calls: int) -> float:
+        """Of so many calls on end, with what the first and the last of them do otherwise."""
+        carried = [index for index, placed in enumerate(schedule.placements) if placed.carried]
+        if not carried:
+            return calls * schedule.time.step_seconds
+        program = EngineProgram.placed(self.problem.seconds, schedule.placements, self.problem.banded)
+        return phase_seconds(program, self.problem.machine, carried, calls)
 
     def resident_bytes(self, spans: Sequence[BundleSpan]) -> int:
         """Of the weights that these spans leave on the device."""

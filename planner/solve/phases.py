@@ -45,12 +45,16 @@ class Member:
 
 @dataclass(frozen=True)
 class MemberShare:
-    """What one member gets: the solver of its tiling, its schedule, how long it stays, within which budget it was scheduled."""
+    """What one member gets: the solver of its tiling, its schedule, how long it stays, within which budget it was scheduled.
+
+    `split_bytes`: how much more its resident weights take where some of them come early, into memory of their own.
+    """
 
     solver: Solver
     schedule: Schedule
     stay: Stay
     budget_bytes: int
+    split_bytes: int = 0
 
     @cached_property
     def arena_bytes(self) -> int:
@@ -58,7 +62,7 @@ class MemberShare:
         if self.stay == "call":
             return 0
         carried = sum(p.span.nbytes for p in self.schedule.placements if p.carried and self.schedule.staging == "allocator")
-        return arena_bytes(self.solver, self.schedule) + carried
+        return arena_bytes(self.solver, self.schedule) + carried + self.split_bytes
 
     @property
     def loaded_bytes(self) -> int:
@@ -108,6 +112,7 @@ class PhasedBudget:
     python_bytes: int
     keep_all: bool = False
     _solved: dict[tuple[str, int], tuple[Solver, Schedule] | None] = field(default_factory=dict)
+    _timed: dict[tuple[int, str], tuple[Schedule, float]] = field(default_factory=dict)
 
     # Bytes.
 
@@ -165,7 +170,7 @@ class PhasedBudget:
             found[None] = max(found[None], between + self.state_bytes + arenas_of(self._there(phase, shares).values()))
         for key, share in shares.items():
             own = share.schedule.peak_bytes if peaks is None else peaks[key]
-            found[key] = own + self._around(key, shares)
+            found[key] = own + share.split_bytes + self._around(key, shares)
         return found
 
     def _around(self, key: str, shares: MemberShares) -> int:
@@ -193,11 +198,18 @@ class PhasedBudget:
         step = stall = copying = 0.0
         loads = self.load_seconds(shares)
         for key, share in shares.items():
-            calls, own, load = self.members[key].calls, share.schedule.time, loads[key]
-            step += calls * own.step_seconds + load
-            stall += calls * own.stall_seconds + load
-            copying += calls * own.copy_seconds + load
+            calls, load, seconds = self.members[key].calls, loads[key], self._call_seconds(key, share)
+            step += seconds + load
+            stall += seconds - calls * share.solver.problem.compute_seconds + load
+            copying += calls * share.schedule.time.copy_seconds + load
         return StepTime(step, stall, copying)
+
+    def _call_seconds(self, key: str, share: MemberShare) -> float:
+        """Of all calls of a member, each as it is in a run."""
+        known = id(share.schedule), key  # which the entry keeps alive
+        if known not in self._timed:
+            self._timed[known] = share.schedule, share.solver.phase_seconds(share.schedule, self.members[key].calls)
+        return self._timed[known][1]
 
     def load_seconds(self, shares: MemberShares) -> dict[str, float]:
         """Of the copies before calls of each member, in one run; what it shares with another one before it is there."""
@@ -257,7 +269,7 @@ class PhasedBudget:
         return shares if max(self.peaks(shares).values()) <= budget_bytes else None
 
     def _waits(self, key: str, share: MemberShare) -> float:
-        return self.members[key].calls * (share.schedule.time.step_seconds - share.solver.problem.compute_seconds)
+        return self._call_seconds(key, share) - self.members[key].calls * share.solver.problem.compute_seconds
 
     def _phase(self, keys: tuple[str, ...], between_bytes: int, budget_bytes: int) -> dict[str, MemberShare] | None:
         """The fastest way to run the members of a phase within a budget, their state aside."""
@@ -267,7 +279,7 @@ class PhasedBudget:
             found = self._staying(order, count, between_bytes, budget_bytes)
             if found is not None and (best is None or self._seconds(found) < self._seconds(best)):
                 best = found
-            if found is not None and count >= len(order) and self._waiting(found) == 0:
+            if found is not None and count >= len(order) and self._waiting(found) <= _WORTH * self._seconds(found):
                 break  # everything stays
         return best
 
@@ -343,7 +355,7 @@ class PhasedBudget:
         return self.time(shares).step_seconds
 
     def _waiting(self, shares: Mapping[str, MemberShare]) -> float:
-        return sum(share.schedule.time.stall_seconds for share in shares.values())
+        return self.time(shares).stall_seconds
 
     def _resident_shares(self, keys: Iterable[str], stay: Stay) -> dict[str, MemberShare]:
         """Members with everything on the device."""

@@ -10,7 +10,7 @@ runtime does on every device.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -157,9 +157,44 @@ def step_time(program: EngineProgram, machine: Machine, calls: int = 1) -> StepT
     return StepTime(run.seconds, stalled, copying)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """What is different in a call that another program's follows.
+
+    `skipped`: bundles that nobody needs again, whose prefetch is left out. `seconds`: of copies for whoever follows, by the
+    number of prefetches behind which each is issued.
+    """
+
+    skipped: frozenset[int] = frozenset()
+    seconds: Mapping[int, float] = field(default_factory=dict)
+
+
+_NOTHING = Beside()
+
+
+def phase_seconds(program: EngineProgram, machine: Machine, carried: Sequence[int], calls: int) -> float:
+    """Of so many calls on end: the first copies what it expects from one before it, the last fetches nothing for another."""
+    pace, free, under_way = program.pace(machine), 0.0, dict[int, tuple[float, Cause]]()
+    for bundle in carried:
+        free += pace.copies[bundle][0]
+        under_way[bundle] = free, "link"
+    run, total, simulated = Run.start(free, under_way), 0.0, min(calls, _MAX_CALLS)
+    for number in range(simulated):
+        last = number == simulated - 1
+        if last:
+            total += (calls - simulated) * run.seconds
+        run = call_once(program.steps, pace, run, Beside(frozenset(carried)) if last else _NOTHING)
+        total += run.seconds
+    return total
+
+
 @dataclass
-class _Run:
-    """One call. `under_way`: bundles that no onload has waited for, with their arrival and what their copy had waited for."""
+class Run:
+    """One call. `under_way`: bundles that no onload has waited for, with their arrival and what their copy had waited for.
+
+    `links`: at its beginning and behind every prefetch the time, and until when the copy engine is busy with what came before.
+    `beside_done`: when the last of the copies for whoever follows is over.
+    """
 
     seconds: float
     engine_free: float
@@ -169,6 +204,13 @@ class _Run:
     evictions: list[Eviction]
     reads: list[tuple[float, float]]
     sent: list[float]  # when the copy of each read was over
+    links: list[tuple[float, float]]
+    beside_done: float = 0.0
+
+    @classmethod
+    def start(cls, engine_free: float, under_way: dict[int, tuple[float, Cause]]) -> Run:
+        """In place of a call before, which ends when the next one begins: what that one finds."""
+        return cls(0.0, engine_free, under_way, [], [], [], [], [], [])
 
     def state(self) -> list[float]:
         """What the next call finds, in seconds from its beginning."""
@@ -177,13 +219,13 @@ class _Run:
         return [max(0.0, x) for x in (self.engine_free - self.seconds, *late)] + disk
 
 
-def _steady(steps: Sequence[Step], pace: Pace, calls: int) -> _Run:
-    runs = [_call(steps, pace, None)]
+def _steady(steps: Sequence[Step], pace: Pace, calls: int) -> Run:
+    runs = [call_once(steps, pace, None)]
     for _ in range(min(calls, _MAX_CALLS) - 1):
         if not runs[-1].under_way and not (pace.reads and pace.ahead):
             break
         before = runs[-1].state()
-        runs.append(_call(steps, pace, runs[-1]))
+        runs.append(call_once(steps, pace, runs[-1]))
         if np.allclose(before, runs[-1].state(), rtol=0, atol=_STEADY * runs[-1].seconds):
             return runs[-1]
     if len(runs) < _MAX_CALLS:
@@ -191,7 +233,8 @@ def _steady(steps: Sequence[Step], pace: Pace, calls: int) -> _Run:
     return max(runs[len(runs) // 2 :], key=lambda run: run.seconds)  # a cycle: nothing is said to be faster than it may be
 
 
-def _call(steps: Sequence[Step], pace: Pace, before: _Run | None) -> _Run:
+def call_once(steps: Sequence[Step], pace: Pace, before: Run | None, beside: Beside = _NOTHING) -> Run:
+    """One call, which finds what the one `before` has left."""
     now = free = 0.0
     under_way: dict[int, tuple[float, Cause]] = {}
     disk = _Disk(pace, before)
@@ -201,10 +244,12 @@ def _call(steps: Sequence[Step], pace: Pace, before: _Run | None) -> _Run:
     copies: list[tuple[int, float, float, float]] = []
     stalls: list[tuple[int, float, float, Cause]] = []
     evictions: list[Eviction] = []
+    others = _Others(beside.seconds)
+    free = others.issue(now, free)
     for step, compute in zip(steps, pace.compute, strict=False):
         now += compute
         bundle = step.bundle
-        if step.kind is Kind.PREFETCH:
+        if step.kind is Kind.PREFETCH and bundle not in beside.skipped:
             start = free if free > now else now
             cause: Cause = "space" if now > 0 and now >= free else "link"
             free = start + pace.copies[bundle][0]
@@ -222,16 +267,37 @@ def _call(steps: Sequence[Step], pace: Pace, before: _Run | None) -> _Run:
             evictions.append(Eviction(bundle, now))
         elif step.kind is Kind.BANDS_END:
             free = max(free, now)
-        elif free > now:
+        elif step.kind is Kind.BANDS_BEGIN and free > now:
             stalls.append((BANDS, now, free, "link"))
             now = free
-    return _Run(now + pace.compute[-1], free, under_way, copies, stalls, evictions, disk.reads, disk.sent)
+        if step.kind is Kind.PREFETCH:
+            free = others.issue(now, free)
+    end = now + pace.compute[-1]
+    return Run(end, free, under_way, copies, stalls, evictions, disk.reads, disk.sent, others.links, others.done)
+
+
+class _Others:
+    """Copies for other programs in one call: `links` is as in `Run`, `done` when the last of them is over."""
+
+    def __init__(self, seconds: Mapping[int, float]) -> None:
+        self._seconds = seconds
+        self.links: list[tuple[float, float]] = []
+        self.done = 0.0
+
+    def issue(self, now: float, free: float) -> float:
+        """Behind so many prefetches as there were calls of this, less one; gives until when the copy engine is busy."""
+        self.links.append((now, free))
+        seconds = self._seconds.get(len(self.links) - 1)
+        if seconds is None:
+            return free
+        self.done = max(free, now) + seconds
+        return self.done
 
 
 class _Disk:
     """The disk in one call: reads follow each other, each as soon as the ring has room for it."""
 
-    def __init__(self, pace: Pace, before: _Run | None) -> None:
+    def __init__(self, pace: Pace, before: Run | None) -> None:
         self._pace = pace
         self.pieces = pieces_of(pace)
         self.reads: list[tuple[float, float]] = []

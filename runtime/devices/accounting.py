@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 from runtime.devices.base import Copied, Measurement
 from runtime.devices.feeder import Fed
+from runtime.devices.run_clock import RunClock
 from runtime.devices.virtual_clock import VirtualClock
-from runtime.executable import Executable
+from runtime.executable import Executable, Pace, RunPace
 from runtime.homes import Home, MemoryHome
 from runtime.host_memory import LockedBytes
 from runtime.tables import Table
@@ -45,6 +46,7 @@ class AccountingDevice:
         self._last: Measurement | None = None
         self._copied_bytes = self._read_bytes = 0
         self._clock: VirtualClock | None = None
+        self._run: RunClock | None = None
         self.limit_bytes: int | None = None
         self._locked = LockedBytes()
 
@@ -61,7 +63,7 @@ class AccountingDevice:
     def home(self) -> Home:
         return MemoryHome()
 
-    def copy(self, pairs: Sequence[tuple[torch.Tensor, Copied]], after: list[Any], bundle: int | None = None) -> None:
+    def copy(self, pairs: Sequence[tuple[torch.Tensor, Copied]], after: list[Any], bundle: int | None = None) -> Any:
         for target, source in pairs:
             if isinstance(source, Fed):
                 target.copy_(source.take())
@@ -72,8 +74,11 @@ class AccountingDevice:
             else:
                 target.copy_(source)
             self._copied_bytes += source.numel()
+        if bundle is None and self._run is not None:
+            return self._run.copy(sum(source.numel() for _, source in pairs))
         if self._clock is not None and bundle is not None:
             self._clock.copy(bundle)
+        return None
 
     def bounce(self, slots: list[torch.Tensor]) -> None:
         return None  # files are read straight to their places
@@ -99,7 +104,9 @@ class AccountingDevice:
             self._clock.evict(bundle)
 
     def wait(self, event: Any, bundle: int | None = None) -> None:
-        if self._clock is not None and bundle is not None:
+        if event is not None and self._run is not None:
+            self._run.wait(event, bundle)
+        elif self._clock is not None and bundle is not None:
             self._clock.wait(bundle)
 
     def settle(self, event: Any, bundle: int | None = None) -> None:
@@ -108,7 +115,17 @@ class AccountingDevice:
             self._clock.forget(bundle)
 
     def loaded(self, program: object) -> None:
-        self._clock = VirtualClock(program.pace) if isinstance(program, Executable) and program.pace is not None else None
+        pace = getattr(program, "pace", None)
+        self._clock = VirtualClock(pace) if isinstance(pace, Pace) else None
+        self._run = RunClock(pace) if isinstance(pace, RunPace) else None
+
+    def turn(self, program: Executable | None) -> None:
+        if self._run is not None:
+            self._clock = self._run.turn(program)
+
+    def skip(self, bundle: int) -> None:
+        if self._clock is not None:
+            self._clock.skip()
 
     def reserve(self, *sizes: int) -> None:
         return None
@@ -120,6 +137,8 @@ class AccountingDevice:
         started = time.perf_counter()
         if self._clock is not None:
             self._clock.begin()
+        if self._run is not None:
+            self._run.begin()
         try:
             counter.count_all([*inputs, *arenas])
             del arenas  # bundles that came over the seam go with their eviction
@@ -132,8 +151,9 @@ class AccountingDevice:
         finally:
             counter.detach()
         timeline = self._clock.end() if self._clock is not None else None
-        seconds = timeline.step_seconds if timeline is not None else time.perf_counter() - started
-        copying = timeline.copy_seconds if timeline is not None else None
+        ticked = timeline or self._run
+        seconds = ticked.step_seconds if ticked is not None else time.perf_counter() - started
+        copying = ticked.copy_seconds if ticked is not None else None
         self._last = Measurement(
             counter.peak_bytes, None, seconds, self._copied_bytes, copying, timeline, self._locked.peak_bytes, self._read_bytes
         )

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from runtime.devices.feeder import Fed
+from runtime.executable import Executable
 from runtime.homes import Home
 from runtime.tables import Table
 from runtime.timeline import Timeline
@@ -111,6 +112,14 @@ class Device(Protocol):
 
     def loaded(self, program: object) -> None:
         """The program that the next calls run. What is measured once per program is measured in its first call."""
+        ...
+
+    def turn(self, program: Executable | None) -> None:
+        """In a call that several programs serve this one runs from here on; None: what happens is between two of them."""
+        ...
+
+    def skip(self, bundle: int) -> None:
+        """The program came to the prefetch of a bundle that nobody needs, which is left out."""
         ...
 
     def reserve(self, *sizes: int) -> None:

@@ -21,6 +21,7 @@ from runtime.devices.base import Copied, Measurement
 from runtime.devices.call_log import CallLog
 from runtime.devices.feeder import Fed
 from runtime.devices.readers import Arrival, Readers
+from runtime.executable import Executable
 from runtime.homes import DiskHome, Home
 from runtime.tables import Table
 
@@ -104,6 +105,12 @@ class CpuDevice:
         self._program = program
         if _trim is not None:
             _trim(0)  # what planning and building freed, malloc still has
+
+    def turn(self, program: Executable | None) -> None:
+        return None
+
+    def skip(self, bundle: int) -> None:
+        return None
 
     def reserve(self, *sizes: int) -> None:
         return None

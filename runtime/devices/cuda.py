@@ -18,6 +18,7 @@ from runtime.devices.copy_thread import CopyThread, Issued
 from runtime.devices.cuda_pool import PoolSegments, TorchCache
 from runtime.devices.event_log import EventLog
 from runtime.devices.feeder import Fed
+from runtime.executable import Executable
 from runtime.homes import Home, MemoryHome
 from runtime.host_memory import LockedBytes
 from runtime.tables import Table
@@ -216,6 +217,12 @@ class CudaDevice:
             self.wait(event)
 
     def loaded(self, program: object) -> None:
+        return None
+
+    def turn(self, program: Executable | None) -> None:
+        return None
+
+    def skip(self, bundle: int) -> None:
         return None
 
     def reserve(self, *sizes: int) -> None:

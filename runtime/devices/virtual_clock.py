@@ -11,7 +11,10 @@ from runtime.timeline import BANDS, Cause, Copy, DiskRead, Eviction, Stall, Time
 
 
 class VirtualClock:
-    """`begin`, then every `copy`, `wait` and `evict` of a call in program order, then `end`."""
+    """`begin`, then every `copy`, `wait` and `evict` of a call in program order, then `end`.
+
+    `engine_free`: until when the copy engine is busy, in seconds from the beginning of the call.
+    """
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
@@ -22,7 +25,7 @@ class VirtualClock:
 
     def reset(self) -> None:
         """As new, after a call that was broken off: the next one finds no copy under way."""
-        self._now = self._engine_free = 0.0
+        self._now = self.engine_free = 0.0
         self._step = 0
         self._under_way: dict[int, tuple[float, Cause]] = {}  # arrival, and what its copy had waited for
         self._copies: list[Copy] = []
@@ -33,11 +36,11 @@ class VirtualClock:
         self._emptied_before: list[float] = []
         self._reads: list[DiskRead] = []
 
-    def begin(self) -> None:
-        """A call begins where the last one ended; what that prefetched for it may still be on its way."""
-        passed = self._now
+    def begin(self, idle: float = 0.0) -> None:
+        """A call begins, so many seconds behind the end of the last one; what that prefetched for it may be on its way."""
+        passed = self._now + idle
         self._now, self._step = 0.0, 0
-        self._engine_free -= passed
+        self.engine_free -= passed
         self._under_way = {bundle: (arrival - passed, cause) for bundle, (arrival, cause) in self._under_way.items()}
         self._copies, self._stalls, self._evictions = [], [], []
         self._disk_free = self._disk_free - passed if self._pace.ahead else 0.0
@@ -47,16 +50,16 @@ class VirtualClock:
         """The program came to a prefetch."""
         self._compute()
         seconds, nbytes = self._pace.copies[bundle]
-        cause: Cause = "space" if self._now > 0 and self._now >= self._engine_free else "link"
-        start = max(self._engine_free, self._now)
-        self._engine_free = start + seconds
+        cause: Cause = "space" if self._now > 0 and self._now >= self.engine_free else "link"
+        start = max(self.engine_free, self._now)
+        self.engine_free = start + seconds
         waits = [self._empty_slot(number) for number in self._pieces.get(bundle, ())]
         if any(waits):
             cause = "disk"
         if waits and not seconds:
             start += waits[0]
-        self._under_way[bundle] = self._engine_free, cause
-        self._copies.append(Copy(bundle, nbytes, self._now, start, self._engine_free))
+        self._under_way[bundle] = self.engine_free, cause
+        self._copies.append(Copy(bundle, nbytes, self._now, start, self.engine_free))
 
     def _empty_slot(self, number: int) -> float:
         """One piece is read and copied; gives how long the copy engine waited for it."""
@@ -65,15 +68,24 @@ class VirtualClock:
         begun = max(self._disk_free, before[read.after]) if before else self._disk_free
         self._disk_free = begun + read.disk_seconds
         self._reads.append(DiskRead(read.bundle, read.nbytes, begun, self._disk_free))
-        waited = max(0.0, self._disk_free - self._engine_free)
-        self._engine_free += waited + read.copy_seconds
-        self._emptied.append(self._engine_free)
+        waited = max(0.0, self._disk_free - self.engine_free)
+        self.engine_free += waited + read.copy_seconds
+        self._emptied.append(self.engine_free)
         return waited
 
-    def wait(self, bundle: int) -> None:
-        """The program came to an onload. What was copied before the first call is there."""
+    def take_link(self, seconds: float) -> float:
+        """A copy for somebody else is issued where the program is; gives when it is over."""
+        self.engine_free = max(self.engine_free, self._now) + seconds
+        return self.engine_free
+
+    def skip(self) -> None:
+        """The program came to a prefetch that is left out."""
         self._compute()
-        arrival, cause = self._under_way.pop(bundle, (self._now, "link"))
+
+    def wait(self, bundle: int, until: float = 0.0) -> None:
+        """The program came to an onload. What was copied before the first call is there, or will be at `until`."""
+        self._compute()
+        arrival, cause = self._under_way.pop(bundle, (until, "link"))
         if arrival > self._now:
             self._stalls.append(Stall(bundle, self._now, arrival, cause))
             self._now = arrival
@@ -81,14 +93,14 @@ class VirtualClock:
     def begin_bands(self) -> None:
         """The program came to a loop that has the link to itself: what is under way on it comes first."""
         self._compute()
-        if self._engine_free > self._now:
-            self._stalls.append(Stall(BANDS, self._now, self._engine_free, "link"))
-            self._now = self._engine_free
+        if self.engine_free > self._now:
+            self._stalls.append(Stall(BANDS, self._now, self.engine_free, "link"))
+            self._now = self.engine_free
 
     def end_bands(self) -> None:
         """Its last band has left."""
         self._compute()
-        self._engine_free = max(self._engine_free, self._now)
+        self.engine_free = max(self.engine_free, self._now)
 
     def forget(self, bundle: int) -> None:
         """What was prefetched for the next call is not used: that has it copied before it begins, as the first call has."""

@@ -407,7 +407,9 @@ class TestClose:
         built = planned(module, x()).build()
         built(x())
         executor = built._runner.executor
-        arenas = [weakref.ref(executor._resident.untyped_storage()), weakref.ref(executor._state["count"].untyped_storage())]
+        kept = [*executor._resident.buffers, executor._state["count"]]
+        arenas = [weakref.ref(tensor.untyped_storage()) for tensor in kept]
+        del kept
         assert all(ref() is not None for ref in arenas)
         built.close()
         gc.collect()
