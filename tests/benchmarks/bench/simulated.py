@@ -1,0 +1,117 @@
+"""The CUDA cases on models of machines that are not here: ours beside the simulated switches of `p.compare()`; nothing runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from planner import InfeasibleBudget, Machine, Plan, plan
+from planner.presets import Preset
+from planner.sizes import format_bytes, format_seconds, parse_size
+from tests.benchmarks.bench.cases import Case
+
+MACHINES = ("rtx-4090", "h200")
+Row = dict[str, Any]
+TITLE = """\
+# Side by side, simulated
+
+Written by `python -m tests.benchmarks.bench --simulated --update`. **Nothing here was measured**: plans and switches run on
+models of an RTX 4090 and an H200, in the simulator that plans are chosen by, and where it is not certain what a switch costs it
+is taken to be cheap (`planner/baselines.py`). `peak`: reserved by the device's allocator. `× bound`: seconds over what nothing
+in that much memory can beat. `ours there`: our plan with the row's peak as its budget, and how much faster that is; in rows of
+ours, how much faster they are than the best switch of diffusers or accelerate that takes no more memory. Prefix residency, the
+naive planner, is no such switch. Of pipelines none are simulated.
+"""
+REPEATS = {"flux": 28, "sdxl-unet": 30, "wan": 50}
+
+
+def simulate(cases: Sequence[Case], out: Path) -> None:
+    """Writes bench-simulated.json and .md; of cases that are not among these, what was written before stays."""
+    path = out / "bench-simulated.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for case in cases:
+        if case.preset is None:
+            continue
+        began = time.perf_counter()
+        found[case.name] = {"title": case.title, "machines": dict(_machines(case))}
+        print(f"{case.name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        (out / "bench-simulated.md").write_text(markdown(found))
+    print(markdown(found))
+
+
+def _machines(case: Case) -> Iterator[tuple[str, list[Row]]]:
+    assert case.preset is not None
+    name, sizes = case.preset
+    preset = Preset.load(name)
+    module, args, kwargs = preset.build(**sizes)
+    roomy = plan(
+        module, "1TB", inputs=args, kwargs=kwargs, method=preset.method, machine=MACHINES[0], repeats=REPEATS.get(case.name, 1)
+    )
+    for machine in MACHINES:
+        captured = roomy.replan("1TB", machine=machine)
+        budgets = [budget for budget in case.budgets if parse_size(budget) <= Machine.preset(machine).capacity_bytes]
+        yield machine, list(rows_of(captured, budgets))
+
+
+def rows_of(captured: Plan, budgets: Sequence[str]) -> Iterator[Row]:
+    """Ours at every budget that is feasible, then the policies of today's switches, with ours in the memory of each."""
+    last: Plan | None = None
+    for budget in budgets:
+        try:
+            p = captured.replan(budget)
+        except InfeasibleBudget as error:
+            yield {"method": f"`plan(..., {budget!r})`", "least_bytes": error.minimum_bytes}
+            continue
+        last = p
+        bound = p.bound_at(p.reserved_bytes).seconds
+        yield {
+            "method": f"`plan(..., {budget!r})`", "budget_bytes": p.budget_bytes, "peak_bytes": p.reserved_bytes,
+            "seconds": p.step_seconds, "bound_seconds": bound,
+        }  # fmt: skip
+    if last is None:
+        return
+    for row in last.compare().rows[1:]:
+        yield {
+            "method": row.policy, "peak_bytes": row.peak_bytes, "seconds": row.step_seconds, "bound_seconds": row.bound_seconds,
+            "ours_seconds": row.ours_seconds, "speedup": row.speedup,
+            "streams": row.policy not in ("everything resident", "prefix residency"),
+        }  # fmt: skip
+
+
+def against_best(row: Row, rows: Sequence[Row]) -> str:
+    """Of a row of ours: how many times faster it is than the best switch in no more memory."""
+    within = [each for each in rows if each.get("streams") and each["peak_bytes"] <= row["peak_bytes"]]
+    if not within:
+        return ""
+    best = min(within, key=lambda each: each["seconds"])
+    return f"{best['seconds'] / row['seconds']:.2f} × than {best['method']}"
+
+
+def markdown(found: dict[str, Any]) -> str:
+    lines = [TITLE]
+    for name, case in found.items():
+        lines += [f"## {case['title']}, simulated", "", f"`--simulated --cases {name}`", ""]
+        for machine, rows in case["machines"].items():
+            lines += [f"| {machine} | peak | seconds | × bound | ours there | faster |", "|---|---:|---:|---:|---:|---:|"]
+            lines += ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    if "seconds" not in row:
+        return [row["method"], f"does not fit: {format_bytes(row['least_bytes'])} at least", "", "", "", ""]
+    there = row.get("ours_seconds")
+    return [
+        row["method"],
+        format_bytes(row["peak_bytes"]),
+        format_seconds(row["seconds"]),
+        f"{row['seconds'] / row['bound_seconds']:.2f}",
+        format_seconds(there) if there else "",
+        f"{row['speedup']:.2f} ×" if row.get("speedup") else against_best(row, rows) if "budget_bytes" in row else "",
+    ]
