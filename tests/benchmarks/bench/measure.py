@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import shutil
 import statistics
 import sys
@@ -21,6 +22,7 @@ from tests.benchmarks.bench.methods import Method
 from tests.benchmarks.bench.ours import budget_bytes
 from tests.benchmarks.bench.worker import Spec, serve
 
+_CORES_FOR_ALL = 8  # from which on the processes of a group import their libraries and make their weights at the same time
 _PROCESS_BYTES = 1_200_000_000  # of Python and libraries, with what kernels need
 LIMIT_SECONDS = 400.0  # for one answer of a worker: one that hangs must not stop the others
 
@@ -98,14 +100,11 @@ def groups(case: Case, kind: str, contenders: Sequence[Contender], limits: Limit
 class Run:
     """A worker's process, as the parent sees it."""
 
-    def __init__(self, case: Case, contender: Contender, kind: str, folder: Path, unplanned: Contender) -> None:
+    def __init__(self, case: Case, contender: Contender, kind: str, folder: Path) -> None:
         self.contender, self._folder = contender, folder / contender.name.replace("%", "percent")
         self._folder.mkdir()
         self._log = self._folder / "log.txt"
-        spec = Spec(
-            case.name, contender.method.name, kind, str(self._folder), str(self._log), contender.budget,
-            *_taken(unplanned.record),
-        )  # fmt: skip
+        spec = Spec(case.name, contender.method.name, kind, str(self._folder), str(self._log), contender.budget)
         # CUDA does not survive a fork; without it workers are forked from a process that has imported the libraries already.
         context: Any = multiprocessing.get_context("spawn" if kind == "cuda" else "forkserver")
         context.set_forkserver_preload([serve.__module__])
@@ -126,7 +125,7 @@ class Run:
             self.contender.record["failed"] = reason(self._log, self._process.exitcode)
         return None
 
-    def ask(self, command: str) -> dict[str, Any] | None:
+    def ask(self, *command: Any) -> dict[str, Any] | None:
         with contextlib.suppress(ConnectionError):  # where it is gone, `answer` says why
             self._own.send(command)
         return self.answer()
@@ -139,7 +138,7 @@ class Run:
         """Ends the process and removes what it wrote."""
         if self._process.is_alive():
             with contextlib.suppress(ConnectionError):
-                self._own.send("end")
+                self._own.send(("end",))
             self._process.join(60)
             self._process.kill()
         self._process.join()
@@ -188,10 +187,13 @@ class Bench:
     def _group(self, number: int, members: Sequence[Contender], unplanned: Contender) -> None:
         runs: list[Run] = []
         try:
+            together = (os.cpu_count() or 1) >= _CORES_FOR_ALL
             for contender in members:
-                run = Run(self._case, contender, self._kind, self._scratch, unplanned)
-                runs.append(run)
-                self._start(run)
+                runs.append(Run(self._case, contender, self._kind, self._scratch))
+                if not together:
+                    self._start(runs[-1], unplanned)
+            for run in runs if together else []:
+                self._start(run, unplanned)
             alive = [run for run in runs if "failed" not in run.contender.record]
             self._turns(alive)
             for run in alive:
@@ -205,10 +207,10 @@ class Bench:
             if seconds and reference:
                 run.contender.record["ratio"] = statistics.median(seconds) / statistics.median(reference)
 
-    def _start(self, run: Run) -> None:
+    def _start(self, run: Run, unplanned: Contender) -> None:
         contender, again = run.contender, bool(run.contender.record)
         started = time.perf_counter()
-        answer = run.answer()
+        answer = run.ask("start", *_taken(unplanned.record))
         self._left -= 0 if again else 1
         took = f"ready after {time.perf_counter() - started:.0f} s" if answer else contender.record["failed"]
         self._say(f"{contender.name}: {took}; {self._left} more to start")
@@ -230,7 +232,7 @@ class Bench:
             started = time.perf_counter()
             for run in list(alive):
                 for command in ("cold", "warm") if self._case.cold else ("warm",):
-                    answer = run.ask(command)
+                    answer = run.ask("step", command == "cold")
                     if answer is None:
                         alive.remove(run)
                         break

@@ -75,14 +75,16 @@ def _pinned_bytes() -> int | None:
 
 
 @contextlib.contextmanager
-def first_call(work: Work, kind: str, found: dict[str, Any]) -> Iterator[None]:
-    """Counts what slows a call down, into `found`: on CUDA the bytes that operators copied from the host; elsewhere the peak of
-    PyTorch's CPU allocator, with the weights that are in RAM before."""
-    if kind == "cuda":
-        with _HostCopies() as copies:
-            yield
-        found["copied_bytes"] = copies.nbytes
-        return
+def counting_copies(found: dict[str, Any]) -> Iterator[None]:
+    """Into `found`: the bytes that operators copy from the host to the device."""
+    with _HostCopies() as copies:
+        yield
+    found["copied_bytes"] = copies.nbytes
+
+
+@contextlib.contextmanager
+def counting_allocations(work: Work, found: dict[str, Any]) -> Iterator[None]:
+    """Into `found`: the peak of PyTorch's CPU allocator, with the weights that are in RAM before."""
     held = sum(tensor.untyped_storage().nbytes() for tensor in tensors_of(work))
     with AllocationTrace() as trace:
         yield

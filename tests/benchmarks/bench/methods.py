@@ -61,9 +61,9 @@ def sequential(work: Work, setting: Setting) -> Ready:
 
 
 def model_offload(work: Work, setting: Setting) -> Ready:
-    """Of a pipeline: components come when they are called, and the last one leaves when the next call begins."""
+    """Of a pipeline: components come when they are called, and the last one leaves at the end of the pipeline's call."""
     work.target.enable_model_cpu_offload(device=setting.device)
-    return Ready(settle=work.target.maybe_free_model_hooks)
+    return Ready()
 
 
 def group(work: Work, setting: Setting, *, kind: str, disk: bool = False, **options: bool) -> Ready:

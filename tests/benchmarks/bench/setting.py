@@ -43,11 +43,10 @@ class Ready:
     """A contender that can be called.
 
     Attributes:
-        files: what it reads from disk. settle: after each call, untimed, what the switch's user does. said: about itself, once.
+        files: what it reads from disk. said: about itself, once.
         report: of the last call: measured peaks and bytes, where the contender counts them itself.
     """
 
     files: list[Path] = field(default_factory=list)
-    settle: Callable[[], None] | None = None
     said: dict[str, Any] = field(default_factory=dict)
     report: Callable[[], dict[str, Any]] | None = None
