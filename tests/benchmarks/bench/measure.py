@@ -23,7 +23,7 @@ from tests.benchmarks.bench.ours import budget_bytes
 from tests.benchmarks.bench.worker import Spec, serve
 
 _CORES_FOR_ALL = 8  # from which on the processes of a group import their libraries and make their weights at the same time
-_PROCESS_BYTES = 1_200_000_000  # of Python and libraries, with what kernels need
+_PROCESS_BYTES = 600_000_000  # of Python and libraries, with what kernels need
 LIMIT_SECONDS = 400.0  # for one answer of a worker: one that hangs must not stop the others
 
 
@@ -44,11 +44,11 @@ class Contender:
         return self.method.name in ("ours", "casts")
 
     def host_bytes(self, case: Case, kind: str) -> int:
-        """About what it takes of RAM at most. In half of it, the process of a plan from files, weights and all."""
-        if self.ours and case.cold:
+        """About what it takes of RAM between its calls and in them."""
+        if kind == "cpu" and self.budget is not None:
             return _PROCESS_BYTES + (budget_bytes(self.budget) or 0)
         scale = self.method.host_factor if kind != "accounting" else 0.0
-        return _PROCESS_BYTES // 2 + int(scale * case.host_bytes)
+        return _PROCESS_BYTES + int(scale * case.host_bytes)
 
     def device_bytes(self, case: Case) -> int:
         """About what it takes of the device's memory: what it may, or with the weights on it as much again as a reserve."""

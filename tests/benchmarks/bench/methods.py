@@ -23,7 +23,7 @@ FP8 = torch.float8_e4m3fn
 class Method:
     """One contender. `needs`: why it cannot run somewhere, asked with case and kind of device; "" where it can.
 
-    `host_factor`: about how many times the weights it takes of the host's memory at most, page-locked copies included.
+    `host_factor`: about how many times the weights it holds of the host's memory, page-locked copies included.
     """
 
     name: str
@@ -218,7 +218,8 @@ def _groups() -> list[Method]:
             prepare = functools.partial(group, kind=f"{level}_level", **options)
             pinned = "stream" in suffix and "lowmem" not in suffix  # and rounded up to powers of two
             label = f"diffusers group offload, {word}{words}"
-            made.append(Method(f"group-{level}{suffix}", label, prepare, needs, host_factor=2.8 if pinned else 1.1))
+            factor = 2.8 if pinned else 0.4 if suffix == "-disk" and level == "leaf" else 1.1
+            made.append(Method(f"group-{level}{suffix}", label, prepare, needs, host_factor=factor))
     return made
 
 
@@ -236,7 +237,7 @@ METHODS = (
     Method("vae-slicing", "diffusers VAE slicing", slicing, _batches),
     Method("vae-tiling", "diffusers VAE tiling, tiles of half the side", tiling, _decoders),
     Method("cpu-offload", "accelerate `cpu_offload` (sequential offload)", cpu_offload, _models_moving),
-    Method("disk-offload", "accelerate `disk_offload`", disk_offload, _models),
+    Method("disk-offload", "accelerate `disk_offload`", disk_offload, _models, host_factor=0.3),
     Method("device-map", "accelerate `device_map`, `max_memory` for {budget}", device_map, _models, budgeted=True),
 )  # fmt: skip
 
