@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.benchmarks.bench.__main__ import entry, judge
+from tests.benchmarks.bench.__main__ import RESULTS, entry, judge
 from tests.benchmarks.bench.cases import CASES, cases_for
 from tests.benchmarks.bench.measure import Limits, contenders_of, difference, groups, reason, spread
 from tests.benchmarks.bench.methods import METHODS, methods
 from tests.benchmarks.bench.picture import draw
+from tests.benchmarks.bench.readme import README, refreshed, tables
 from tests.benchmarks.bench.simulated import against_best
 from tests.benchmarks.bench.tables import case_table, markdown, prediction_table, predictions
 
@@ -175,9 +176,10 @@ def test_numbers() -> None:
     assert difference(torch.tensor([float("nan")]), torch.tensor([1.0])) is None
     assert difference(torch.zeros(2), torch.zeros(3)) is None
     rows = [
-        {"method": "a", "peak_bytes": 10, "seconds": 3.0, "streams": True},
-        {"method": "b", "peak_bytes": 20, "seconds": 1.0, "streams": True},
-        {"method": "all", "peak_bytes": 5, "seconds": 0.1, "streams": False},
+        {"method": "a", "peak_bytes": 10, "seconds": 3.0, "ours_seconds": None},
+        {"method": "b", "peak_bytes": 20, "seconds": 1.0, "ours_seconds": 1.0},
+        {"method": "prefix residency", "peak_bytes": 5, "seconds": 0.1, "ours_seconds": 0.1},
+        {"method": "`plan(...)`", "peak_bytes": 5, "seconds": 0.1, "budget_bytes": 6},
     ]
     assert against_best({"peak_bytes": 15, "seconds": 2.0}, rows) == "1.50 × than a"
     assert against_best({"peak_bytes": 5, "seconds": 2.0}, rows) == ""
@@ -195,3 +197,14 @@ def test_every_case_says_which_contenders_it_leaves_out() -> None:
         cases_for("cpu", ["nope"])
     with pytest.raises(SystemExit, match="no contender 'nope'; known are unplanned, ours, casts"):
         methods(["nope"])
+
+
+def test_the_readme_has_the_tables_of_the_results() -> None:
+    text, found = README.read_text(), tables(RESULTS)
+    assert {"t5-disk", "vae-512", "predictions", "simulated"} <= found.keys()
+    assert all(f"<!-- {name} -->" in text for name in ("t5-disk", "vae-512", "predictions", "simulated"))
+    assert refreshed(text, found) == text, "python -m tests.benchmarks.bench --update writes them"
+    changed = text.replace(found["t5-disk"][2], "| a line that was never measured |")
+    assert refreshed(changed, found) == text != changed
+    with pytest.raises(ValueError, match="a place for 'nothing'"):
+        refreshed("<!-- nothing -->\n<!-- end of nothing -->", found)

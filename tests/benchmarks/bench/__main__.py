@@ -4,15 +4,16 @@
     python -m tests.benchmarks.bench --cases flux --methods ours group-leaf     # beside unplanned, which always runs
     python -m tests.benchmarks.bench --device accounting            # small stand-ins of all cases, anywhere
     python -m tests.benchmarks.bench --simulated                    # CUDA cases on machine models; nothing runs
-    python -m tests.benchmarks.bench --update                       # writes tests/benchmarks/results/ instead of build/bench/
+    python -m tests.benchmarks.bench --update                       # writes tests/benchmarks/results/ and the README's tables
 
 Every contender has a process of its own. In each round every one of them, in turn, makes one call, so that what else the
 machine does falls on all of them alike; where memory does not hold them all they go in groups, unplanned in each. On CUDA a
 contender with a stated budget is held to it by `set_per_process_memory_fraction`. One that cannot run has a line that says why.
 
-Written are `bench-<device>.json`, with every number, `bench-<device>.md` and a picture for each case; cases that were not run
-keep what the file has of them, and so do contenders where `--methods` names others. The exit code is 1 where a plan of ours
-took more than its budget, broke another promise (`promises.py`) or failed, but for budgets that it refused as too small.
+Written into build/bench/ are `bench-<device>.json`, with every number, `bench-<device>.md` and a picture for each case. Cases
+that were not run keep what the file has of them, and so do contenders where `--methods` names others. The exit code is 1 where
+a plan of ours took more than its budget, broke another promise (`promises.py`) or failed, but for budgets that it refused as
+too small.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from tests.benchmarks.bench.measure import Bench, Contender, contenders_of
 from tests.benchmarks.bench.methods import methods
 from tests.benchmarks.bench.picture import draw
 from tests.benchmarks.bench.promises import broken, over_budget
+from tests.benchmarks.bench.readme import README, refreshed, tables
 from tests.benchmarks.bench.simulated import simulate
 from tests.benchmarks.bench.tables import markdown
 
@@ -51,7 +53,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     if options.simulated:
         simulate(cases_for("cuda", options.cases), out)
-        return 0
+        return _done(options, [])
     kind = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     wanted, chosen = cases_for(kind, options.cases), methods(options.methods)
     with tempfile.TemporaryDirectory(prefix="vramplan-bench-cache-") as cache:
@@ -71,6 +73,13 @@ def main() -> int:
             bad += judge(case, kind, found["contenders"])
             write(out, kind, document, document["cases"][case.name])
     print(markdown(document, command(kind)))
+    return _done(options, bad)
+
+
+def _done(options: argparse.Namespace, bad: list[str]) -> int:
+    """The exit code; the README's tables are those of the results."""
+    if options.update:
+        README.write_text(refreshed(README.read_text(), tables(RESULTS)))
     return 1 if bad else 0
 
 
@@ -86,7 +95,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--simulated", action="store_true", help="CUDA cases on machine models; nothing runs")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, default=UNSAVED, help="the folder of what is written; default: build/bench")
-    where.add_argument("--update", action="store_true", help="write into tests/benchmarks/results")
+    where.add_argument("--update", action="store_true", help="write into tests/benchmarks/results, and the README's tables")
     return parser.parse_args()
 
 

@@ -41,7 +41,7 @@ class Case:
         cold: whether weights are read from files: in each round there is then a call after the kernel forgot the files.
         rounds: how often the contenders take turns.
         skips: contenders that are left out, by the beginning of their names, and why.
-        preset: that which the simulated table plans, with its sizes; None where it cannot be simulated beside switches.
+        preset: that which the simulated table plans, with its sizes; None for the pipeline.
         pipeline, steps: whether it is one, and the steps of its call. decoder: whether an autoencoder decodes in it, `batch`
             pictures at once.
     """
@@ -105,35 +105,36 @@ def _t5_on_disk(small: bool) -> Work:
 
 
 def _sdxl(small: bool) -> Work:
-    """The pipeline with two text encoders, denoiser and autoencoder: 10 steps at 1024 x 1024; the tokenizers are toys."""
-    if small:
-        pipe, call = stable_diffusion_xl()
-        side, channels, steps, dtype = 16, 4, 2, torch.float32
-    else:
-        pipe, call = _sdxl_pipeline(), {"prompt": PROMPT, "height": 1024, "width": 1024}
-        side, channels, steps, dtype = 128, 4, 10, torch.bfloat16
+    """The pipeline with two text encoders, denoiser and autoencoder, and weights; small: a tiny one, in 2 steps."""
+    pipe, call = stable_diffusion_xl() if small else _sdxl_without_weights()
+    side, steps, dtype = (16, 2, torch.float32) if small else (128, 10, torch.bfloat16)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            with_random_weights(part)
     pipe.set_progress_bar_config(disable=True)
-    latents = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(1)).to(dtype)
+    latents = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1)).to(dtype)
     return Work(pipe, {**call, "num_inference_steps": steps, "latents": latents, "output_type": "pt"})
 
 
-def _sdxl_pipeline() -> StableDiffusionXLPipeline:
+def _sdxl_without_weights() -> tuple[StableDiffusionXLPipeline, dict[str, Any]]:
+    """SDXL in bfloat16, parameters on meta, and its call: 10 steps at 1024 x 1024. The tokenizers are toys."""
     dtype = torch.bfloat16
     big = {
         "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20, "vocab_size": 49408,
         "projection_dim": 1280, "hidden_act": "gelu",
     }  # fmt: skip
     vae = {**Preset.load("sdxl-vae-decoder").config, "force_upcast": False}  # bfloat16 holds its values
-    modules: dict[str, nn.Module] = {
-        "vae": diffusers_frontend.build("AutoencoderKL", vae, dtype),
-        "text_encoder": Preset.load("clip-l-text").module("bfloat16"),
-        "text_encoder_2": transformers_frontend.build("CLIPTextModelWithProjection", big, dtype),
-        "unet": Preset.load("sdxl-unet").module("bfloat16"),
-    }
-    ready = {name: with_random_weights(module) for name, module in modules.items()}
-    return StableDiffusionXLPipeline(
-        scheduler=EulerDiscreteScheduler(), tokenizer=tokenizer(77), tokenizer_2=tokenizer(77), add_watermarker=False, **ready
+    pipe = StableDiffusionXLPipeline(
+        vae=diffusers_frontend.build("AutoencoderKL", vae, dtype),
+        text_encoder=Preset.load("clip-l-text").module("bfloat16"),
+        text_encoder_2=transformers_frontend.build("CLIPTextModelWithProjection", big, dtype),
+        unet=Preset.load("sdxl-unet").module("bfloat16"),
+        scheduler=EulerDiscreteScheduler(),
+        tokenizer=tokenizer(77),
+        tokenizer_2=tokenizer(77),
+        add_watermarker=False,
     )
+    return pipe, {"prompt": PROMPT, "height": 1024, "width": 1024, "num_inference_steps": 10}
 
 
 _FLUX_SMALL = {
@@ -208,7 +209,7 @@ CASES = (
         skips=_BOTH,
     ),
     Case(
-        "vae-512", "AutoencoderKL's decoder (SDXL), fp32, 512 x 512", "cpu", ("0.6GB", "0.8GB", "1GB"),
+        "vae-512", "AutoencoderKL's decoder (SDXL), fp32, 512 x 512", "cpu", ("0.6GB", "0.8GB"),
         _preset_work("sdxl-vae-decoder", {"height": 512, "width": 512}, _BLOCKS, {"height": 64, "width": 64}, dtype="float32"),
         host_bytes=1_500_000_000, rounds=2, decoder=True,
         skips={**_BOTH, "disk-offload": _ACTIVATIONS, "device-map": _ACTIVATIONS, "group": _ACTIVATIONS},

@@ -13,11 +13,12 @@ from tests.benchmarks.bench.promises import over_budget
 Row = dict[str, Any]
 LEGEND = """\
 `allocated` and `reserved`: the device's peak, by its allocator's own counters (on a CPU PyTorch's allocator in the first call,
-with the weights that it holds; what is mapped from files is in `process` alone). `process`: peak of resident memory in calls,
-Python and libraries included. `cold`: a call after the kernel forgot the files. `seconds`: median of a call, `±` half of what
-lies between the quartiles (between the extremes of fewer than four). `CPU`: what all threads worked in it, which others on the
-machine hardly change. `× unplanned`: seconds over those of unplanned in the same turns. `copied`: bytes brought to the device
-in a call (on a CPU: read from disk in a cold one). `difference`: the largest from unplanned over its largest value.
+with the weights that it holds; what is mapped from files is in `process` alone, and in `allocated` alone what diffusers
+allocates for weights on disk and never fills). `process`: peak of resident memory in calls, Python and libraries included.
+`cold`: a call after the kernel forgot the files. `seconds`: median of a call, `±` half of what lies between the quartiles
+(between the extremes of fewer than four). `CPU`: what all threads worked in it, which others on the machine hardly change.
+`× unplanned`: seconds over those of unplanned in the same turns. `copied`: bytes brought to the device in a call (on a CPU:
+read from disk in a cold one). `difference`: the largest from unplanned over its largest value.
 """
 
 
