@@ -114,7 +114,7 @@ def entry(case: Case, contenders: list[Contender], rounds: int) -> dict[str, Any
         {"name": each.name, "method": each.method.name, "label": each.method.label_at(each.budget)} | each.record
         for each in contenders
     ]
-    return {"name": case.name, "title": case.title, "rounds": rounds, "contenders": rows}
+    return {"name": case.name, "title": case.title, "rounds": rounds, "load": list(os.getloadavg()), "contenders": rows}
 
 
 def merged(before: dict[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The CUDA cases on models of machines that are not here: ours beside the simulated switches of `p.compare()`; nothing runs."""
+"""The CUDA cases on models of machines that are not here: ours beside simulated switches; nothing runs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from planner import InfeasibleBudget, Machine, Plan, plan
+from planner.baselines import baselines
 from planner.presets import Preset
 from planner.sizes import format_bytes, format_seconds, parse_size
 from tests.benchmarks.bench.cases import Case
@@ -22,9 +23,9 @@ TITLE = """\
 Written by `python -m tests.benchmarks.bench --simulated --update`. **Nothing here was measured**: plans and switches run on
 models of an RTX 4090 and an H200, in the simulator that plans are chosen by, and where it is not certain what a switch costs it
 is taken to be cheap (`planner/baselines.py`). `peak`: reserved by the device's allocator. `× bound`: seconds over what nothing
-in that much memory can beat. `ours there`: our plan with the row's peak as its budget, and how much faster that is; in rows of
-ours, how much faster they are than the best that takes no more memory, prefix residency aside, which is a naive planner and no
-switch. Pipelines are not simulated: they have no switches to compare with.
+in that much memory can beat. `faster`: how much faster a plan is than the best that takes no more memory. Prefix residency is a
+naive planner within the least of the budgets, and no switch: nothing is compared with it. Pipelines are not simulated, since no
+switches of theirs are. `p.compare()` tells what a plan takes in the memory of each switch.
 """
 REPEATS = {"flux": 28, "sdxl-unet": 30, "wan": 50}
 
@@ -57,32 +58,27 @@ def _machines(case: Case) -> Iterator[tuple[str, list[Row]]]:
 
 
 def rows_of(captured: Plan, budgets: Sequence[str]) -> Iterator[Row]:
-    """Ours at every budget that is feasible, then the policies of today's switches, with ours in the memory of each."""
-    last: Plan | None = None
+    """Ours at every budget that is feasible, then the policies of today's switches."""
     for budget in budgets:
         try:
             p = captured.replan(budget)
         except InfeasibleBudget as error:
             yield {"method": f"`plan(..., {budget!r})`", "least_bytes": error.minimum_bytes}
             continue
-        last = p
-        bound = p.bound_at(p.reserved_bytes).seconds
         yield {
             "method": f"`plan(..., {budget!r})`", "budget_bytes": p.budget_bytes, "peak_bytes": p.reserved_bytes,
-            "seconds": p.step_seconds, "bound_seconds": bound,
+            "seconds": p.step_seconds, "bound_seconds": p.bound_at(p.reserved_bytes).seconds,
         }  # fmt: skip
-    if last is None:
-        return
-    for row in last.compare().rows[1:]:
+    for row in baselines(captured._tilings.base, captured.target, parse_size(budgets[0])):
         yield {
-            "method": row.policy, "peak_bytes": row.peak_bytes, "seconds": row.step_seconds, "bound_seconds": row.bound_seconds,
-            "ours_seconds": row.ours_seconds, "speedup": row.speedup,
+            "method": row.policy, "peak_bytes": row.peak_bytes, "seconds": row.step_seconds, "bound_seconds": row.bound_seconds
         }  # fmt: skip
 
 
 def against_best(row: Row, rows: Sequence[Row]) -> str:
     """Of a row of ours: how many times faster it is than the best of what people use that takes no more memory."""
-    others = [each for each in rows if "ours_seconds" in each and each["method"] != "prefix residency"]
+    own = ("prefix residency", "`plan(")
+    others = [each for each in rows if "seconds" in each and not each["method"].startswith(own)]
     within = [each for each in others if each["peak_bytes"] <= row["peak_bytes"]]
     if not within:
         return ""
@@ -95,7 +91,7 @@ def markdown(found: dict[str, Any]) -> str:
     for name, case in found.items():
         lines += [f"## {case['title']}, simulated", "", f"`--simulated --cases {name}`", ""]
         for machine, rows in case["machines"].items():
-            lines += [f"| {machine} | peak | seconds | × bound | ours there | faster |", "|---|---:|---:|---:|---:|---:|"]
+            lines += [f"| {machine} | peak | seconds | × bound | faster |", "|---|---:|---:|---:|---|"]
             lines += ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
             lines.append("")
     return "\n".join(lines)
@@ -103,13 +99,11 @@ def markdown(found: dict[str, Any]) -> str:
 
 def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
     if "seconds" not in row:
-        return [row["method"], f"does not fit: {format_bytes(row['least_bytes'])} at least", "", "", "", ""]
-    there = row.get("ours_seconds")
+        return [row["method"], f"does not fit: {format_bytes(row['least_bytes'])} at least", "", "", ""]
     return [
         row["method"],
         format_bytes(row["peak_bytes"]),
         format_seconds(row["seconds"]),
         f"{row['seconds'] / row['bound_seconds']:.2f}",
-        format_seconds(there) if there else "",
-        f"{row['speedup']:.2f} ×" if row.get("speedup") else against_best(row, rows) if "budget_bytes" in row else "",
+        against_best(row, rows) if "budget_bytes" in row else "",
     ]

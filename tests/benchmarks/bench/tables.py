@@ -137,6 +137,10 @@ def prediction_table(rows: Sequence[Row], *, seconds: bool) -> list[str]:
     return [*lines, "", f"{said} Runs above their budget: {', '.join(above) if above else f'none of {len(rows)}'}."]
 
 
+def _load(case: Row) -> str:
+    return f"; load averages at the end {', '.join(f'{value:.1f}' for value in case['load'])}" if "load" in case else ""
+
+
 def markdown(document: Row, command: str) -> str:
     """All tables of a device."""
     about, cases = document["about"], document["cases"].values()
@@ -144,7 +148,7 @@ def markdown(document: Row, command: str) -> str:
     if about["device"] == "accounting":
         lines += ["Small stand-ins on CPU kernels, to run the harness: these numbers say nothing about the models.", ""]
     for case in cases:
-        lines += [f"## {case['title']}", "", f"`--cases {case['name']}`, {case['rounds']} rounds", ""]
+        lines += [f"## {case['title']}", "", f"`--cases {case['name']}`, {case['rounds']} rounds{_load(case)}", ""]
         if case.get("picture"):
             lines += [f"![seconds against memory]({case['picture']})", ""]
         lines += [*case_table(case, about["device"]), ""]
