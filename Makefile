@@ -11,7 +11,7 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test lint format clean setup
+.PHONY: demo test bench lint format clean setup
 .DEFAULT_GOAL := test
 
 demo: $(STAMP)
@@ -20,6 +20,10 @@ demo: $(STAMP)
 # One thread per worker: several workers with a thread pool each slow each other down.
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
+
+# All cases of the device that is here, with all threads: make bench BENCH="--cases t5-disk --rounds 5", see --help.
+bench: $(STAMP)
+	$(PY) -m tests.benchmarks.bench $(BENCH)
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
