@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from passes.check_host import check_hosts
-from planner.bounds import Bound
+from planner.bounds import Bound, PipelineBound, physical_bound
 from planner.budget import Budget
 from planner.dry_run_calls import DryRun
 from planner.frontends import pipelines
@@ -245,15 +245,21 @@ class PipelinePlan:
 
     @cached_property
     def bound(self) -> Bound:
-        """What no schedule can beat: the arithmetic of every call, or the copies of what cannot stay while it runs."""
-        compute = link = 0.0
-        streamed = 0
-        seconds = 0.0
-        for key, part in self.parts.items():
-            own, calls = part.bound_at(self.budget_bytes - self.held_beside(key)), self.calls_of(key)
-            compute, link = compute + calls * own.compute_seconds, link + calls * own.link_seconds
-            streamed, seconds = streamed + calls * own.streamed_bytes, seconds + calls * own.seconds
-        return PipelineBound(compute, link, streamed, total_seconds=seconds)
+        """What no schedule can beat: of every call the arithmetic, or the copies of what cannot stay while it runs.
+
+        Or the reads of what cannot be in the host's memory, if that call had it all.
+        """
+        host = HostMemory(self._host.budget_bytes) if self._host is not None and self.spills else None
+        rooms = {key: self.budget_bytes - self.held_beside(key) for key in self.parts}
+        each = [(self.calls_of(k), physical_bound(part.problem, rooms[k], host)) for k, part in self.parts.items()]
+        return PipelineBound(
+            sum(calls * own.compute_seconds for calls, own in each),
+            sum(calls * own.link_seconds for calls, own in each),
+            sum(calls * own.streamed_bytes for calls, own in each),
+            sum(calls * own.read_bytes for calls, own in each),
+            sum(calls * own.disk_seconds for calls, own in each),
+            sum(calls * own.seconds for calls, own in each),
+        )
 
     @property
     def bound_seconds(self) -> float:
@@ -397,14 +403,3 @@ class PipelinePlan:
         if self._runner is not None:
             self._runner.close()
         return self._pipe
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineBound(Bound):
-    """Sums over all calls; `seconds` takes the larger of the two for each."""
-
-    total_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self.total_seconds

@@ -18,7 +18,8 @@ def describe_pipeline(plan: PipelinePlan) -> str:
     """The plan as text of at most 100 columns; the same plan always gives the same text."""
     ratio = plan.step_seconds / plan.bound_seconds if plan.bound_seconds else 1.0
     bound = format_seconds(plan.bound_seconds)
-    limit = "the arithmetic alone" if plan.bound.seconds <= plan.bound.compute_seconds else "arithmetic, and copies in between"
+    between = "copies and reads in between" if plan.bound.read_bytes else "copies in between"
+    limit = "the arithmetic alone" if plan.bound.seconds <= plan.bound.compute_seconds else f"arithmetic, and {between}"
     held = max(plan.held_beside(key) for key in plan.parts)
     rows = [
         ("budget", f"{format_bytes(plan.budget_bytes)} on {plan.device}, planned for {plan.machine.name}"),

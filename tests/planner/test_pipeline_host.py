@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 
 from passes.check_host import check_hosts
 from passes.program import Program
@@ -153,6 +154,43 @@ def test_a_folder_is_read_where_it_lies(tmp_path: Path, scratch: Path, share: st
     assert (loaded.read_bytes, loaded.locked_bytes, str(loaded)) == (p.read_bytes, p.locked_bytes, str(p))
     check_runs(loaded, call, own)
     loaded.restore()
+
+
+@pytest.mark.parametrize("from_folder", [False, True])
+def test_weights_written_in_place_are_read_again(tmp_path: Path, from_folder: bool) -> None:
+    pipe, call = PIPELINES["Flux"]()
+    if from_folder:
+        pipe.save_pretrained(tmp_path / "flux")
+    other, _ = PIPELINES["Flux"]()
+    free = plan(tmp_path / "flux" if from_folder else pipe, "1GB", call=call, **WHAT)
+    assert isinstance(free, PipelinePlan)
+    for name, component in components_of(other).items():
+        component.load_state_dict(components_of(pipe)[name].state_dict())
+    p = free.replan(budget_of(free, least_of(free)))
+    built = p.build()
+    for _ in range(2):
+        assert torch.equal(picture_of(built, call), picture_of(other, call))
+        with torch.no_grad():
+            for mine, own in zip(built.transformer.parameters(), other.transformer.parameters(), strict=True):
+                mine.mul_(1.5)
+                own.mul_(1.5)
+    assert torch.equal(picture_of(built, call), picture_of(other, call))
+    assert p.report().peak_bytes == p.peak_bytes
+    p.restore()
+
+
+def test_a_changed_component_is_planned_again_within_the_hosts_budget() -> None:
+    pipe, call = PIPELINES["Flux"]()
+    free = plan(pipe, "1GB", call=call, **WHAT)
+    p = free.replan(budget_of(free, weights_of(free) // 2))
+    before = picture_of(p.build(), call)
+    pipe.transformer.proj_out = nn.Sequential(pipe.transformer.proj_out, nn.Tanh()).eval()
+    changed_picture = picture_of(pipe, call)
+    assert not torch.equal(changed_picture, before)
+    assert p.spills
+    assert 0 < p.report().locked_bytes <= (p.budget.host_bytes or 0)
+    p.restore()
+    assert torch.equal(picture_of(pipe, call), changed_picture)
 
 
 def test_printing_says_what_the_host_holds() -> None:
