@@ -20,6 +20,7 @@ from planner import InfeasibleBudget, Plan, PlanFileError, plan
 from planner.frontends.diffusers_pipeline import components_of
 from planner.host_budget import all_bytes, module_tensors
 from planner.pipeline_plan import PipelinePlan
+from planner.solve.host_split import HostSplit
 from runtime.errors import CheckError
 from runtime.origins import has_no_bytes, named_tensors
 from tests.pipelines import PIPELINES
@@ -266,3 +267,26 @@ def test_what_was_not_planned_stays_within_the_hosts_budget() -> None:
         assert torch.equal(picture_of(pipe, call), again)
         assert p.report().locked_bytes <= (p.budget.host_bytes or 0)
     p.restore()
+
+
+def test_a_call_that_finds_no_room_on_the_host_says_what_would_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, call = PIPELINES["Flux"]()
+    p = plan(pipe, "1GB", call=call, **WHAT)
+    p = p.replan({"accounting": 2 * p.unplanned_bytes, "cpu": weights_of(p) // 2})
+    p.build()
+    host = p.budget.host_bytes or 0
+    monkeypatch.setattr("planner.pipeline_build.spare_bytes", lambda memory: 0)
+    with pytest.raises(InfeasibleBudget, match=r"vae\.encode is called .* Plan with budget=\{\.\.\., 'cpu': ") as caught:
+        pipe.vae.encode(torch.randn(1, 3, 32, 32))
+    assert (caught.value.memory, caught.value.budget_bytes) == ("cpu", host)
+    assert host < caught.value.minimum_bytes <= host + 64 * 1024
+    p.restore()
+
+
+def test_copies_may_stay_as_they_were_decided() -> None:
+    p = spilled("Flux", "least")
+    assert p._host is not None
+    split = HostSplit(p._host, p.machine, p._problem.budget.members, p._shares)
+    for key, share in split.solve(search=False).items():
+        assert share.schedule.placements == p._shares[key].schedule.placements
+        assert share.schedule.host is not None
