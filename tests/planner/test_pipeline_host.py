@@ -132,7 +132,7 @@ def test_memory_goes_where_it_saves_most_reads() -> None:
         assert not steps.host.read_bytes or sum(p.held.values()) < steps.streamed_bytes
 
 
-@pytest.mark.parametrize("share", ["half", "least"])
+@pytest.mark.parametrize("share", [pytest.param("half", marks=pytest.mark.slow), "least"])
 def test_a_folder_is_read_where_it_lies(tmp_path: Path, scratch: Path, share: str) -> None:
     pipe, call = PIPELINES["Flux"]()
     pipe.save_pretrained(tmp_path / "flux")
