@@ -6,7 +6,7 @@ replayed in the order of the program's own prefetches, call after call.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from passes.program import Program, Weight
 from runtime import ops
@@ -42,6 +42,41 @@ def check_host(program: Program) -> int:
     return nbytes
 
 
+def check_hosts(programs: Mapping[str, Program], budget_bytes: int) -> int:
+    """Proves programs that share one budget of the host's memory; gives the bytes that they take there at most, whole pages.
+
+    Weights are there once; the ring and the values of each are there beside those of all others.
+
+    Raises:
+        CheckError: as `check_host`; or cites the program.
+    """
+    homes: dict[str, tuple[str, bool]] = {}
+    held: dict[str, int] = {}
+    weights = beside = 0
+    for key, program in programs.items():
+        nbytes, layout = check_host(program), program.layout
+        if layout is None or layout.host is None:
+            raise CheckError(f"I1: the host's memory has a budget, and the program {key} says nothing of what it takes there")
+        own = _held(program, layout, layout.host)
+        for name in {_store_name(w) for w in (*program.weights.values(), *program.tables.values())}:
+            other, there = homes.setdefault(name, (key, name in own))
+            if there != (name in own):
+                raise CheckError(f"I3: {name} has one home for {other}, and another for {key}")
+        held |= own
+        pages = _pages(sum(own.values()) + layout.host.other_bytes)
+        weights, beside = max(weights, pages), beside + nbytes - pages
+    if sum(held.values()) > weights:
+        raise CheckError(
+            f"I1: all programs hold weights of {sum(held.values())} B together, and each counts {weights} B at most"
+        )
+    if weights + beside > budget_bytes:
+        raise CheckError(
+            f"I1: the host's memory takes {weights + beside} B of {budget_bytes} B: weights {weights} B, "
+            f"values and rings of {len(programs)} programs {beside} B"
+        )
+    return weights + beside
+
+
 def _check_names(program: Program, host: HostLayout) -> None:
     for name in host.held:
         if name not in program.weights:
@@ -62,11 +97,19 @@ def _check_ring(host: HostLayout) -> None:
 
 def _locked_bytes(program: Program, layout: Layout, host: HostLayout) -> int:
     parts = (_held_bytes(program, layout, host) + host.other_bytes, layout.host_bytes, host.slots * host.slot_bytes)
-    return sum(-(-part // _PAGE) * _PAGE for part in parts)
+    return sum(map(_pages, parts))
+
+
+def _pages(nbytes: int) -> int:
+    return -(-nbytes // _PAGE) * _PAGE
 
 
 def _held_bytes(program: Program, layout: Layout, host: HostLayout) -> int:
-    """Every weight in memory once and whole, whatever parts of it the program reads."""
+    return sum(_held(program, layout, host).values())
+
+
+def _held(program: Program, layout: Layout, host: HostLayout) -> dict[str, int]:
+    """Every weight in memory once and whole, whatever parts of it the program reads, in bytes as it is aligned."""
     homes: dict[str, int] = {}
     weights = [program.weights[name] for name in host.held] + [program.tables[name] for name in host.tables]
     for weight in weights:
@@ -74,7 +117,7 @@ def _held_bytes(program: Program, layout: Layout, host: HostLayout) -> int:
         if weight.rows is not None:
             whole = weight.rows.of * weight.spec.stride[0] * weight.spec.dtype.itemsize
         homes[_store_name(weight)] = -(-whole // layout.alignment) * layout.alignment
-    return sum(homes.values())
+    return homes
 
 
 def _store_name(weight: Weight) -> str:

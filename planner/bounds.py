@@ -34,6 +34,17 @@ class Bound:
         return "link" if self.link_seconds > self.compute_seconds else "compute"
 
 
+@dataclass(frozen=True)
+class PipelineBound(Bound):
+    """Sums over all calls; `seconds` takes the largest of the three for each."""
+
+    total_seconds: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.total_seconds
+
+
 def physical_bound(problem: Problem, budget_bytes: int, host: HostMemory | None = None) -> Bound:
     """The bound of one call within `budget_bytes` of the device and what `host` says of the host's memory."""
     room = max(0, budget_bytes - problem.most_activation_bytes - problem.memory.fixed_bytes)

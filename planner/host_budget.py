@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterable
+from typing import Protocol
 
 from torch import nn
 
@@ -15,9 +16,18 @@ from planner.solve.problem import Problem
 from runtime.errors import InfeasibleBudget, PlanFileError
 from runtime.layout import align
 from runtime.origins import named_tensors, view_of
+from runtime.weight_file import FileTensor
 
 # Of any device's.
 _MOST_ALIGNMENT = 512
+
+
+class Places(Protocol):
+    """Files that have weights."""
+
+    def place(self, name: str) -> FileTensor | None:
+        """Where one is, or None where it is in none of them."""
+        ...
 
 
 def host_memory(target: nn.Module, options: Options) -> HostMemory | None:
@@ -25,16 +35,20 @@ def host_memory(target: nn.Module, options: Options) -> HostMemory | None:
     budget = options.budget
     if budget.host_bytes is None:
         return None
-    return HostMemory(budget.host_bytes, budget.disk_bytes, module_tensors(target, options), options.held)
+    tensors = _tensors_of(target, options) if options.tensors is None else options.tensors
+    return HostMemory(budget.host_bytes, budget.disk_bytes, tensors, options.held)
 
 
-def module_tensors(target: nn.Module, options: Options) -> tuple[ModuleTensor, ...]:
-    """Every parameter and buffer once."""
+def _tensors_of(target: nn.Module, options: Options) -> tuple[ModuleTensor, ...]:
+    return module_tensors(target, None if options.folder is None else options.folder.weights)
+
+
+def module_tensors(target: nn.Module, weights: Places | None) -> tuple[ModuleTensor, ...]:
+    """Every parameter and buffer once. `weights`: the files that have them, if any do."""
     names: dict[int, list[str]] = {}
     tensors = named_tensors(target)
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), []).append(name)
-    weights = None if options.folder is None else options.folder.weights
     found = []
     for own in names.values():
         view = view_of(own[0], tensors[own[0]])
@@ -55,14 +69,14 @@ def given_homes(schedule: Schedule, solver: Solver, host: HostMemory | None, dec
     if decisions.homes is None:
         raise PlanFileError("the budget has host memory, and the decisions do not say what is there; plan the model again")
     homes = host.of(solver.problem).given([p.span for p in schedule.placements], decisions.homes)
-    return replace(schedule, host=homes, time=solver.seconds(schedule.placements, homes))
+    return schedule.with_host(solver, homes)
 
 
 def refuse_full_disk(host: HostMemory, problem: Problem, schedule: Schedule) -> None:
     """Raises InfeasibleBudget where what would be written to disk is more than was declared for that."""
     if schedule.host is not None and host.disk_bytes is not None and schedule.host.scratch_bytes > host.disk_bytes:
         beside = f"{format_bytes(host.budget_bytes)} of host memory"
-        raise _too_little_disk(host.disk_bytes, schedule.host.scratch_bytes, f"beside {beside} ", ", or give 'cpu' more")
+        raise too_little_disk(host.disk_bytes, schedule.host.scratch_bytes, f"beside {beside} ", ", or give 'cpu' more")
 
 
 def refuse_full_disk_on_cpu(problem: Problem, target: nn.Module, options: Options) -> None:
@@ -70,7 +84,7 @@ def refuse_full_disk_on_cpu(problem: Problem, target: nn.Module, options: Option
     most = options.budget.disk_bytes
     if most is None or options.device != "cpu":
         return
-    tensors, alignment = module_tensors(target, options), problem.memory.weight_alignment
+    tensors, alignment = _tensors_of(target, options), problem.memory.weight_alignment
     in_file = {name for tensor in tensors if tensor.in_file for name in tensor.names}
     read = homes_of(problem)
     weights = (*problem.program.weights.values(), *problem.program.tables.values())
@@ -79,10 +93,11 @@ def refuse_full_disk_on_cpu(problem: Problem, target: nn.Module, options: Option
     least = sum(nbytes for name, nbytes in read.items() if name not in in_file)
     least += sum(align(t.nbytes, alignment) for t in tensors if not t.in_file and not t.names & known)
     if least > most:
-        raise _too_little_disk(most, least, "", "")
+        raise too_little_disk(most, least, "", "")
 
 
-def _too_little_disk(disk_bytes: int, least: int, beside: str, other: str) -> InfeasibleBudget:
+def too_little_disk(disk_bytes: int, least: int, beside: str, other: str) -> InfeasibleBudget:
+    """What to say where that is less than what would be written. `beside` which memory, and what `other` would help."""
     return InfeasibleBudget(
         f"disk budget {format_bytes(disk_bytes)} ({disk_bytes} B); the least possible {beside}is {format_bytes(least)} "
         f"({least} B) of disk, for the weights that are not in memory and in no file yet. Write "
@@ -94,6 +109,11 @@ def _too_little_disk(disk_bytes: int, least: int, beside: str, other: str) -> In
     )
 
 
+def all_bytes(tensors: Iterable[ModuleTensor]) -> int:
+    """What all weights take in the host's memory, in whole pages."""
+    return align(sum(align(tensor.nbytes, _MOST_ALIGNMENT) for tensor in tensors), PAGE_BYTES)
+
+
 def refuse_spilling(target: nn.Module, options: Options, why: str, hosted_bytes: int = 0) -> None:
     """Raises InfeasibleBudget where not all weights fit the host's memory, of plans that have them all there.
 
@@ -102,8 +122,7 @@ def refuse_spilling(target: nn.Module, options: Options, why: str, hosted_bytes:
     host = options.budget.host_bytes
     if host is None:
         return
-    weights = align(sum(align(tensor.nbytes, _MOST_ALIGNMENT) for tensor in module_tensors(target, options)), PAGE_BYTES)
-    least = weights + align(hosted_bytes, PAGE_BYTES)
+    least = all_bytes(_tensors_of(target, options)) + align(hosted_bytes, PAGE_BYTES)
     if least > host:
         raise InfeasibleBudget(
             f"host budget {format_bytes(host)} ({host} B); {why} has all weights in the host's memory: {format_bytes(least)} "

@@ -120,6 +120,10 @@ class Machine:
         for dtype, ratio in self.channels_last.items():
             self._require_number(f"channels_last[{dtype!r}]", ratio)
 
+    def load_seconds(self, nbytes: int, read_bytes: int) -> float:
+        """Seconds of a copy of which `read_bytes` come from disk, piece after piece while others are copied."""
+        return max(self.copy_seconds(nbytes) if nbytes else 0.0, read_bytes / self.disk_bandwidth)
+
     def copy_seconds(self, nbytes: int) -> float:
         """Seconds one copy of `nbytes` from page-locked host memory takes; never less for more bytes.
 

@@ -18,6 +18,7 @@ from planner.machine import Machine
 from planner.profile_ops import Profiler, refuse_profile
 from planner.sizes import parse_size
 from planner.solve.constraints import FREE, TileConstraint
+from planner.solve.homes import ModuleTensor
 from runtime.errors import PlannerError
 
 TRANSFORMS = ("offload", "tile", "cast", "layout", "attention")
@@ -32,7 +33,7 @@ class Options:
     in which weights may be stored, as long as the result's relative error stays within `max_error`. `layout`: convolutions may
     run in channels-last. `attention`: products and softmaxes that are attention may be fused. `folder`: where the target and
     its weights came from, if that was a folder. `held`: the weights that a built plan has in the host's memory, where that
-    has a budget, with their bytes.
+    has a budget, with their bytes. `tensors`: those beside which the target's lie there, if it is part of something larger.
     """
 
     budget: Budget
@@ -54,6 +55,7 @@ class Options:
     attention: bool = True
     folder: ModelFolder | None = None
     held: Mapping[str, int] | None = None
+    tensors: tuple[ModuleTensor, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.profile:

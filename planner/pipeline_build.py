@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from planner.budget import Budget
+from planner.pipeline_host import within
 from planner.pipeline_problem import member_options
 from planner.plan import Plan
 from planner.progress import transferring
 from planner.sizes import format_bytes
+from planner.solve.homes import PAGE_BYTES, HostMemory
+from planner.solve.host_split import spare_bytes
 from planner.solve.phases import arenas_of
 from planner.weights import Lookup
 from runtime.devices import open_device
 from runtime.errors import InfeasibleBudget, PlannerError
+from runtime.layout import align
 from runtime.origins import has_no_bytes, named_tensors
 from runtime.pipeline import PipelineProgram, PipelineRunner, Planners
 
@@ -70,10 +73,36 @@ def _plan_one(plan: PipelinePlan, path: str, method: str, args: tuple[Any, ...],
             minimum_bytes=least,
             node=path,
         )
-    solver, schedule = tilings.solve(room)
-    options = dataclasses.replace(member_options(plan.options, made), budget=Budget(room))
+    host = _beside(plan)
+    try:
+        solver, schedule = tilings.solve(room, host)
+    except InfeasibleBudget as error:
+        raise _no_room_on_the_host(plan, f"{path}.{method}", error) from None
+    options = within(member_options(plan.options, made), room, host)
     own = Plan(analyses.root.get_submodule(path), options, tilings, schedule.decisions(solver.problem))
     return PipelineProgram(f"{path}.{method}", path, method, made.signature, own.executable, "call")
+
+
+def _beside(plan: PipelinePlan) -> HostMemory | None:
+    """What is kept of the host's memory for one more program, beside those of any plan; None where all weights are there."""
+    host = next((share.host for share in plan._shares.values() if share.host is not None), None)
+    if host is None:
+        return None
+    held = plan.held_now or {}
+    return dataclasses.replace(host, budget_bytes=align(sum(held.values()), PAGE_BYTES) + spare_bytes(host), held=held)
+
+
+def _no_room_on_the_host(plan: PipelinePlan, call: str, error: InfeasibleBudget) -> InfeasibleBudget:
+    budget = plan.budget.host_bytes or 0
+    least = budget + error.minimum_bytes - error.budget_bytes
+    return InfeasibleBudget(
+        f"{call} is called as the pipeline does not call it, for which the host's budget of {format_bytes(budget)} would "
+        f"have to be {format_bytes(least)}. Plan with budget={{..., 'cpu': {least}}}, or call it before p.build()",
+        budget_bytes=budget,
+        minimum_bytes=least,
+        node=call,
+        memory="cpu",
+    )
 
 
 def _plan_anew(
@@ -99,7 +128,7 @@ def _plan_anew(
             f"Load the weights into the pipeline first, change it then, and plan it:\n{lines}"
         )
     try:
-        fresh = PipelinePlan.of(pipe, dataclasses.replace(plan.options, kwargs=call))
+        fresh = PipelinePlan.of(pipe, dataclasses.replace(plan.options, kwargs=call, held=None))
         with torch.inference_mode(False):
             plan._take(fresh, build_runner(fresh, None, concurrent))
     except PlannerError as error:

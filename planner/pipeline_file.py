@@ -32,7 +32,13 @@ def save_pipeline(plan: PipelinePlan, path: str | Path) -> None:
     options = plan.options
     parts = {}
     for key, part in plan.parts.items():
-        own = {"stay": plan.stays[key], "budget_bytes": part.budget_bytes, "fingerprint": fingerprint(part.program)}
+        own: dict[str, Any] = {
+            "stay": plan.stays[key],
+            "budget_bytes": part.budget_bytes,
+            "fingerprint": fingerprint(part.program),
+        }
+        if plan.spills:
+            own["host_bytes"] = part.budget.host_bytes
         parts[key] = {**own, **part.decisions.to_json()}
     data = {
         "format": PIPELINE_FORMAT,
@@ -48,6 +54,8 @@ def save_pipeline(plan: PipelinePlan, path: str | Path) -> None:
         "parts": parts,
         "early": [each.to_json() for each in plan.early],
     }
+    if plan.held is not None:
+        data["held"] = dict(plan.held)
     if plan.folder is not None:  # not where it is: how it is opened
         data["folder"] = {"dtype": plan.folder.dtype, "variant": plan.folder.variant}
     with replacing(path, "the plan") as target:
@@ -76,6 +84,7 @@ def load_pipeline(path: str | Path, pipe: Any, call: Mapping[str, Any] | None) -
             kwargs=dict(data["call"] if call is None else call),
             keep=check_keep(data["keep"]),
             casts=tuple(data["casts"]),
+            held=None if "held" not in data else {str(name): int(nbytes) for name, nbytes in data["held"].items()},
             **declared,
         )
         Budget.parse(options.budget, options.device)

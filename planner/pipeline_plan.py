@@ -11,25 +11,26 @@ from typing import Any, Literal
 
 import torch
 
-from planner.bounds import Bound
+from passes.check_host import check_hosts
+from planner.bounds import Bound, PipelineBound, physical_bound
 from planner.budget import Budget
 from planner.dry_run_calls import DryRun
 from planner.frontends import pipelines
-from planner.host_budget import refuse_spilling
+from planner.host_budget import all_bytes
 from planner.machine import Machine
 from planner.options import Options
-from planner.pipeline import placements_of
 from planner.pipeline_build import build_runner
 from planner.pipeline_calls import Components
 from planner.pipeline_folder import PipelineFolder
-from planner.pipeline_problem import Analyses, PipelineProblem, infeasible_pipeline, member_options, problem_of
+from planner.pipeline_host import decide_shares, hosted_bytes, pipeline_host, within
+from planner.pipeline_problem import Analyses, member_options
 from planner.pipeline_run import PipelineRun
 from planner.pipeline_weights import open_pipeline_weights
 from planner.plan import Plan
 from planner.sizes import format_bytes
-from planner.solve.decisions import Decisions
 from planner.solve.early import Early
-from planner.solve.phases import MemberShare, MemberShares
+from planner.solve.homes import HostMemory
+from planner.solve.phases import MemberShare
 from planner.solve.run import RunTime
 from planner.solve.simulate import StepTime
 from runtime.call_key import named_call
@@ -46,7 +47,9 @@ class PipelinePlan:
         run: the dry run: which calls the pipeline makes on its components, and what its own Python holds meanwhile.
         parts: a plan for every distinct call of a component, in the order of the run, by its name ("unet.forward").
         stays: for each of them whether its arenas stay on the device "always", for a "phase", or for a "call".
-        early: which weights of a part come while the call before it still runs.
+        early: which weights of a part come while the call before it still runs; none where some come from disk.
+        spills: whether some do, since the host's memory has a budget and not all weights fit.
+        locked_bytes: the most that is taken of the host's memory, weights, rings and values; None where that has no budget.
         budget, machine, device: what was declared. folder: where the pipeline was opened, if it was.
     """
 
@@ -62,18 +65,16 @@ class PipelinePlan:
     ) -> None:
         self._pipe, self._options, self._analyses, self.run, self.folder = pipe, options, analyses, run, folder
         self._runner: PipelineRunner | None = None
-        self._problem = problem = problem_of(run, options, analyses)
         budget = options.budget.device_bytes
-        if budget < problem.budget.least_bytes(budget):
-            raise infeasible_pipeline(problem, budget)
-        self._shares: MemberShares = problem.budget.solve(budget) if shares is None else given_shares(problem, shares)
-        hosted = max((share.solver.problem.hosted[1] for share in self._shares.values()), default=0)
-        refuse_spilling(analyses.root, options, f"the plan of a {type(pipe).__name__}", hosted)
+        self._host = host = pipeline_host(analyses.root, options, folder)
+        self._problem, self._shares = problem, _ = decide_shares(run, options, analyses, host, shares)
         self.stays = {key: self._shares[key].stay for key in problem.programs}
         self.parts = {key: self._part(key, self._shares[key]) for key in problem.programs}
         self._calls = PipelineRun.of(problem, self._shares, self.parts, budget)
-        self.early = self._calls.decide(budget) if early is None else early
+        self.spills = any(share.host is not None for share in self._shares.values())
+        self.early = (() if self.spills else self._calls.decide(budget)) if early is None else early
         self._calls.check(self.early)
+        self.locked_bytes = None if host is None else self._prove_host(host)
         if self.reserved_bytes > budget:
             raise PlanFileError(
                 f"I1: the decisions need {format_bytes(self.reserved_bytes)} here, more than their budget of "
@@ -93,10 +94,17 @@ class PipelinePlan:
     def _part(self, key: str, share: MemberShare) -> Plan:
         made = self._problem.programs[key]
         options = member_options(self._options, made, share.solver.repeats)
-        options = dataclasses.replace(options, budget=Budget(share.budget_bytes))
+        options = within(options, share.budget_bytes, share.host)
         target = self._analyses.root.get_submodule(made.path)
         tilings = self._problem.budget.members[key].tilings
         return Plan(target, options, tilings, share.schedule.decisions(share.solver.problem))
+
+    def _prove_host(self, host: HostMemory) -> int:
+        if not self.spills:
+            return all_bytes(host.tensors) + hosted_bytes(self._shares)
+        if self.early:
+            raise PlanFileError("weights are to come early, and some of them from disk; plan the pipeline again")
+        return check_hosts({key: part.emitted for key, part in self.parts.items()}, host.budget_bytes)
 
     # What was asked.
 
@@ -212,6 +220,21 @@ class PipelinePlan:
         """How often it is called in one run."""
         return self._problem.budget.members[key].calls
 
+    @property
+    def read_bytes(self) -> int:
+        """Of weights, from disk in one run; rows that are looked up are not known."""
+        return self._calls.read_bytes
+
+    @property
+    def written_bytes(self) -> int:
+        """Of weights, to disk by `build()`: what is neither in the host's memory nor in a checkpoint's files."""
+        return max((part.homes.scratch_bytes for part in self.parts.values() if part.homes is not None), default=0)
+
+    @property
+    def held(self) -> Mapping[str, int] | None:
+        """The weights in the host's memory, with their bytes; None where all are."""
+        return next((share.host.held for share in self._shares.values() if share.host is not None), None)
+
     def held_beside(self, key: str) -> int:
         """Bytes that the pipeline's own Python holds while it runs, beside its arguments."""
         return self._problem.budget.members[key].outside_bytes
@@ -222,15 +245,21 @@ class PipelinePlan:
 
     @cached_property
     def bound(self) -> Bound:
-        """What no schedule can beat: the arithmetic of every call, or the copies of what cannot stay while it runs."""
-        compute = link = 0.0
-        streamed = 0
-        seconds = 0.0
-        for key, part in self.parts.items():
-            own, calls = part.bound_at(self.budget_bytes - self.held_beside(key)), self.calls_of(key)
-            compute, link = compute + calls * own.compute_seconds, link + calls * own.link_seconds
-            streamed, seconds = streamed + calls * own.streamed_bytes, seconds + calls * own.seconds
-        return PipelineBound(compute, link, streamed, total_seconds=seconds)
+        """What no schedule can beat: of every call the arithmetic, or the copies of what cannot stay while it runs.
+
+        Or the reads of what cannot be in the host's memory, if that call had it all.
+        """
+        host = HostMemory(self._host.budget_bytes) if self._host is not None and self.spills else None
+        rooms = {key: self.budget_bytes - self.held_beside(key) for key in self.parts}
+        each = [(self.calls_of(k), physical_bound(part.problem, rooms[k], host)) for k, part in self.parts.items()]
+        return PipelineBound(
+            sum(calls * own.compute_seconds for calls, own in each),
+            sum(calls * own.link_seconds for calls, own in each),
+            sum(calls * own.streamed_bytes for calls, own in each),
+            sum(calls * own.read_bytes for calls, own in each),
+            sum(calls * own.disk_seconds for calls, own in each),
+            sum(calls * own.seconds for calls, own in each),
+        )
 
     @property
     def bound_seconds(self) -> float:
@@ -265,7 +294,7 @@ class PipelinePlan:
         Raises:
             BudgetError, InfeasibleBudget: as `plan()`.
         """
-        options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
+        options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device), held=None)
         return PipelinePlan(self._pipe, options, self._analyses, self.run, folder=self.folder)
 
     def save(self, path: str | Path) -> None:
@@ -330,7 +359,7 @@ class PipelinePlan:
         }
         steps = tuple((order[key], phase) for key, phase in self._problem.order)
         early = {(order[each.during], order[each.of]): each.pieces for each in self.early}
-        return PipelinePrograms(tuple(made), steps, predicted, RunPace(self.machine.copy_seconds), early)
+        return PipelinePrograms(tuple(made), steps, predicted, RunPace(self.machine.load_seconds), early)
 
     def of_call(self, call: Mapping[str, Any]) -> PipelinePlan:
         """The plan of another call of the same pipeline within the same budget; calls that are known are not captured again.
@@ -338,8 +367,15 @@ class PipelinePlan:
         Raises:
             PlannerError: as `plan()`.
         """
-        options = dataclasses.replace(self._options, kwargs=dict(call))
-        return PipelinePlan(self._pipe, options, self._analyses, pipelines.record(self._pipe, options.kwargs))
+        options = dataclasses.replace(self._options, kwargs=dict(call), held=self.held_now)
+        run = pipelines.record(self._pipe, options.kwargs)
+        return PipelinePlan(self._pipe, options, self._analyses, run, folder=self.folder)
+
+    @property
+    def held_now(self) -> Mapping[str, int] | None:
+        """As `held`, and what calls that were planned since have brought; where it is built, that does not move."""
+        store = None if self._runner is None else self._runner.store
+        return self.held if store is None or not self.spills else store.held
 
     def call_of(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """All arguments of a call of the pipeline by name."""
@@ -367,31 +403,3 @@ class PipelinePlan:
         if self._runner is not None:
             self._runner.close()
         return self._pipe
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineBound(Bound):
-    """Sums over all calls; `seconds` takes the larger of the two for each."""
-
-    total_seconds: float = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self.total_seconds
-
-
-def given_shares(problem: PipelineProblem, given: Mapping[str, Any]) -> MemberShares:
-    """Decisions that were saved, as shares.
-
-    Raises:
-        PlanFileError: they are for another pipeline.
-    """
-    if given.keys() != problem.programs.keys():
-        raise PlanFileError("the plan has other calls than this pipeline; plan it again")
-    shares = {}
-    for key, saved in given.items():
-        own = Decisions.from_json(saved)
-        solver = problem.budget.members[key].tilings.of(own.tiling)
-        schedule = solver.evaluate(placements_of(solver.problem, own), own.staging)
-        shares[key] = MemberShare(solver, schedule, saved["stay"], int(saved["budget_bytes"]))
-    return shares

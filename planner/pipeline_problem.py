@@ -78,8 +78,8 @@ def member_options(options: Options, made: ProgramOfCall, repeats: int = 1) -> M
     return MemberOptions(**{**fields, **own}, prefix=made.path)
 
 
-def problem_of(run: DryRun, options: Options, analyses: Analyses) -> PipelineProblem:
-    """Captures and analyses what a dry run has recorded.
+def problem_of(run: DryRun, options: Options, analyses: Analyses, *, seams: bool = True) -> PipelineProblem:
+    """Captures and analyses what a dry run has recorded. `seams`: calls may fetch for the next one of the same program.
 
     Raises:
         PlannerError: a call cannot be captured or analysed, or a pattern of `keep` fits nothing.
@@ -99,7 +99,7 @@ def problem_of(run: DryRun, options: Options, analyses: Analyses) -> PipelinePro
     for number, key in enumerate(keys):
         steps = [i for i, m in enumerate(order) if m == number]
         within = tuple(dict.fromkeys(phase_of[i] for i in steps))
-        alone = len(within) == 1 and len(phases[within[0]]) == 1
+        alone = seams and len(within) == 1 and len(phases[within[0]]) == 1
         tilings = analyses.tilings(made[number], options, len(steps) if alone else 1)
         members[key] = Member(key, tilings, max(outside[i] for i in steps), len(steps), within)
     before = tuple(sizes.before(i) for i in range(len(order)))

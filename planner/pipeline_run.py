@@ -32,7 +32,8 @@ class PipelineRun:
     def of(cls, problem: PipelineProblem, shares: MemberShares, parts: Mapping[str, Plan], budget_bytes: int) -> PipelineRun:
         phases = {key: member.phases for key, member in problem.budget.members.items()}
         turns = turns_of(problem.order, shares, phases)
-        run = PlannedRun(problem.budget.machine, turns, {key: _model(part) for key, part in parts.items()})
+        models = {key: _model(part, shares[key].loaded_read_bytes) for key, part in parts.items()}
+        run = PlannedRun(problem.budget.machine, turns, models)
         live = _bytes(problem, shares, turns, parts, budget_bytes)
         if live.memory.device != "cuda":
             return cls(problem, shares, run, live, live)
@@ -64,6 +65,14 @@ class PipelineRun:
                     f"{each.during!r}; the one has {there}, the other makes {last}; plan the pipeline again"
                 )
 
+    @property
+    def read_bytes(self) -> int:
+        """From disk in one run: what calls stream, and what is loaded before them."""
+        loaded = sum(self.run.members[turn.key].resident_read_bytes for turn in self.run.turns if turn.loads)
+        return loaded + sum(
+            share.streamed_read_bytes * self.problem.budget.members[key].calls for key, share in self.shares.items()
+        )
+
     def split_shares(self, early: Iterable[Early]) -> MemberShares:
         """The shares with what their arenas take in two parts."""
         shares = dict(self.shares)
@@ -79,10 +88,11 @@ class PipelineRun:
         return {key: max(nbytes, more.get(key, 0)) for key, nbytes in found.items()}
 
 
-def _model(part: Plan) -> CallModel:
+def _model(part: Plan, read_bytes: int) -> CallModel:
     layout = part.layout
     carried = tuple(bundle.index for bundle in layout.bundles if bundle.carried)
-    return CallModel(part.engines.steps, part.engines.pace(part.machine), carried, layout.resident, layout.resident_bytes)
+    pace = part.engines.pace(part.machine)
+    return CallModel(part.engines.steps, pace, carried, layout.resident, layout.resident_bytes, read_bytes)
 
 
 def _bytes(

@@ -18,7 +18,8 @@ def describe_pipeline(plan: PipelinePlan) -> str:
     """The plan as text of at most 100 columns; the same plan always gives the same text."""
     ratio = plan.step_seconds / plan.bound_seconds if plan.bound_seconds else 1.0
     bound = format_seconds(plan.bound_seconds)
-    limit = "the arithmetic alone" if plan.bound.seconds <= plan.bound.compute_seconds else "arithmetic, and copies in between"
+    between = "copies and reads in between" if plan.bound.read_bytes else "copies in between"
+    limit = "the arithmetic alone" if plan.bound.seconds <= plan.bound.compute_seconds else f"arithmetic, and {between}"
     held = max(plan.held_beside(key) for key in plan.parts)
     rows = [
         ("budget", f"{format_bytes(plan.budget_bytes)} on {plan.device}, planned for {plan.machine.name}"),
@@ -29,6 +30,7 @@ def describe_pipeline(plan: PipelinePlan) -> str:
         ("weights", f"{format_bytes(plan.weight_bytes)} in {len(_components(plan))} components"),
         ("Python", f"holds at most {format_bytes(held)} of tensors beside a call"),
     ]
+    rows += _host(plan)
     if plan.early:
         rows.append(("early", _early(plan)))
     lines = [f"{plan.title}: {len(plan.run.steps)} calls of components, {len(plan.parts)} programs"]
@@ -55,6 +57,19 @@ def _early(plan: PipelinePlan) -> str:
     """Which weights come before their call, and what that saves."""
     each = [f"{format_bytes(plan.early_bytes(e))} of {e.of} come during {e.during}" for e in plan.early]
     return f"{', '.join(each)}, which saves {format_seconds(plan.saved_seconds)}"
+
+
+def _host(plan: PipelinePlan) -> list[tuple[str, str]]:
+    """A row for the host's memory, where that has a budget, and one for the disk, where some weights are there."""
+    if plan.locked_bytes is None or plan.budget.host_bytes is None:
+        return []
+    layouts = [part.layout.host for part in plan.parts.values() if part.layout.host is not None and part.layout.host.slots]
+    ring = f", {format_bytes(sum(each.ring_bytes for each in layouts))} of them {len(layouts)} rings" if layouts else ""
+    rows = [("host", f"{format_bytes(plan.budget.host_bytes)}, of which {format_bytes(plan.locked_bytes)} are taken{ring}")]
+    if plan.spills:
+        written = f"; {format_bytes(plan.written_bytes)} written by build()" if plan.written_bytes else ""
+        rows.append(("disk", f"{format_bytes(plan.read_bytes)} read in a run{written}"))
+    return rows
 
 
 def _peak(plan: PipelinePlan) -> str:

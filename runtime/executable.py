@@ -110,9 +110,12 @@ class Pace:
 
 @dataclass(frozen=True)
 class RunPace:
-    """As `Pace`, of a call that several programs serve: how long a copy of so many bytes takes besides those of bundles."""
+    """As `Pace`, of a call that several programs serve: how long a copy takes besides those of bundles.
 
-    copy_seconds: Callable[[int], float]
+    `load_seconds`: of so many bytes, of which so many come from disk.
+    """
+
+    load_seconds: Callable[[int, int], float]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from runtime.arena import Arena
 from runtime.bands import Bands
@@ -146,12 +147,18 @@ class Executor:
         """Makes the ring of a program whose weights are on disk in part, and what fills it."""
         if host is None or not host.slots:
             return
-        self._ring = Ring(host)
-        self.device.pin(self._ring.buffer)
-        self.device.bounce(self._ring.bounce)
-        if host.reads:
-            self._feeder = Feeder(host, self._ring)
-            self._feed(host)
+        with _disable_current_modes():  # the ring is none of the device's memory, whoever counts that
+            self._ring = Ring(host)
+            self.device.pin(self._ring.buffer)
+            self._use_ring()
+            if host.reads:
+                self._feeder = Feeder(host, self._ring)
+                self._feed(host)
+
+    def _use_ring(self) -> None:
+        """What is not read ahead goes through this program's slots, until another one's is loaded or runs."""
+        if self._ring is not None:
+            self.device.bounce(self._ring.bounce)
 
     def _feed(self, host: HostLayout) -> None:
         """Tells the feeder what it reads; bundles take that from it, and the rest from memory."""
@@ -169,6 +176,7 @@ class Executor:
 
     def refresh(self) -> None:
         """Copies the resident weights from the host: at load, and when the module's weights were written since."""
+        self._use_ring()
         self._copy_resident(0)
         self._drop_carried()
 
@@ -221,7 +229,8 @@ class Executor:
             self._streams[bundle.index] = [*self._sources[bundle.index]]
         if self._feeder is not None and self._program.layout.host is not None:
             self._drop_carried()
-            self._feed(self._program.layout.host)
+            with _disable_current_modes():
+                self._feed(self._program.layout.host)
         for index, buffer in self._buffers.items():
             self._copies[index] = _onto(buffer, self._streams[index])
 
@@ -279,6 +288,7 @@ class Executor:
         assert self._program is not None
         self._last, self._beside, self._prefetched = last, beside, 0
         try:
+            self._use_ring()
             self._copy_carried()
             if self._feeder is not None:
                 self._feeder.begin()

@@ -120,7 +120,7 @@ class PipelineRunner(Runner):
         Whatever goes wrong, the pipeline is as before.
         """
         try:
-            self._move_weights([each.program for each in programs.programs], lookup)
+            self._move_weights([each.program for each in programs.programs], lookup, together=True)
             self._known[call_key(call)] = programs
             self._activate(programs)
             self._take_over(programs)

@@ -34,7 +34,7 @@ class Report:
             nothing was recorded.
         locked_bytes: most that was page-locked on the host so far (on `accounting`: would have been), in whole pages: weights,
             the ring, values that live there; 0 on `cpu`.
-        read_bytes: of weights, from disk into the ring in the last call.
+        read_bytes: of weights, from disk in the last call: into the ring, and before programs of a pipeline.
         bundles: the names of the weights in every bundle of the timeline; empty where several programs served the call.
     """
 

@@ -32,19 +32,24 @@ class SplitHome:
         self._disk.close()
 
 
-def spills(programs: Sequence[Executable]) -> bool:
-    """Whether what no program reads has its home on disk."""
+def spills(programs: Sequence[Executable], together: bool = False) -> bool:
+    """Whether what no program reads has its home on disk: so it is where programs share the memory `together`."""
     host = programs[0].layout.host if programs else None
-    return host is not None and not host.other_bytes
+    return host is not None and (together or not host.other_bytes)
 
 
-def split_home(programs: Sequence[Executable], order: Sequence[str]) -> tuple[SplitHome, set[str]] | None:
+def split_home(
+    programs: Sequence[Executable], order: Sequence[str], together: bool = False
+) -> tuple[SplitHome, set[str]] | None:
     """The home of the weights in `order`, and those of them that are held in memory; None where the host has no budget."""
-    host = programs[0].layout.host if programs else None
-    if host is None:
+    hosts = [(program, program.layout.host) for program in programs if program.layout.host is not None]
+    if not hosts:
         return None
-    first = programs[0]
-    held = {first.weights[key].name for key in host.held} | {first.tables[name].name for name in host.tables}
-    if not spills(programs):
-        held |= set(order) - {view.name for view in (*first.weights.values(), *first.tables.values())}
-    return SplitHome(held, host.disk_bytes), held
+    held: set[str] = set()
+    for program, host in hosts:
+        held |= {program.weights[key].name for key in host.held} | {program.tables[name].name for name in host.tables}
+    if not spills(programs, together):
+        held |= set(order) - {
+            view.name for program in programs for view in (*program.weights.values(), *program.tables.values())
+        }
+    return SplitHome(held, hosts[0][1].disk_bytes), held

@@ -54,8 +54,11 @@ class WeightKeeper:
         self._watched: dict[str, torch.Tensor] = {}
         self._undo: list[Callable[[], None]] = []
 
-    def _move_weights(self, programs: Sequence[Executable], lookup: Lookup | None) -> None:
-        """Moves all weights of the module into the host arena, those of programs first and in the order of their use."""
+    def _move_weights(self, programs: Sequence[Executable], lookup: Lookup | None, *, together: bool = False) -> None:
+        """Moves all weights of the module into the host arena, those of programs first and in the order of their use.
+
+        `together`: the programs share the host's memory, if that has a budget, and what none of them reads is on disk.
+        """
         tensors = named_tensors(self.module)
         order = list(dict.fromkeys(name for program in programs for name in first_use(program)))
         read = [view for program in programs for view in (*program.weights.values(), *program.tables.values())]
@@ -64,7 +67,7 @@ class WeightKeeper:
         owned = {alias for view in views.values() for alias in view.aliases} | set(views)
         # What is stored otherwise stays where it is: it is read for that, and not moved.
         only = {view.stored.weight for view in views.values() if view.stored is not None} - owned
-        seen |= {id(tensors[name]) for name in only if has_no_bytes(tensors[name]) or not spills(programs)}
+        seen |= {id(tensors[name]) for name in only if has_no_bytes(tensors[name]) or not spills(programs, together)}
         for name, tensor in tensors.items():  # what the program never reads moves too: the host holds all weights once
             if name not in owned and id(tensor) not in seen:
                 views[name] = view_of(name, tensor, tuple(n for n, t in tensors.items() if t is tensor and n != name))
@@ -74,7 +77,7 @@ class WeightKeeper:
         sources |= stored_sources([views[name] for name in order if name not in sources], tensors, lookup)
         constants = {v.name: p.constants[node] for p in programs for node, v in p.weights.items() if node in p.constants}
         sources |= {name: source_of(name, views[name], constants, lookup) for name in order if name not in sources}
-        split = split_home(programs, order)
+        split = split_home(programs, order, together)
         home, held = split if split is not None else (self.device.home(), set[str]())
         given = {} if isinstance(home, MemoryHome) else in_files([n for n in order if n not in held], views, tensors, lookup)
         alignment = programs[0].layout.alignment if programs else ALIGNMENT

@@ -44,9 +44,10 @@ fields of --json (bytes and seconds, all but budget_bytes predicted):
 PIPELINE_FIELDS = """\
 of a whole pipeline, with --height, --width, --frames and --call for what it is called with:
   target, program, device, machine, call, budget_bytes, peak_bytes, reserved_bytes, minimum_bytes,
-  unplanned_bytes, peak_at, weight_bytes, step_seconds (of the whole call), bound_seconds, phases
-  (names of parts), parts (a list: name, calls, stay, seconds, bytes, weight_bytes, streamed_bytes),
-  early (a list: during, of, pieces), file with -o, code with --code
+  unplanned_bytes, peak_at, weight_bytes, locked_bytes (of the host; null where it has no budget),
+  read_bytes (from disk in a run), step_seconds (of the whole call), bound_seconds, phases (names of
+  parts), parts (a list: name, calls, stay, seconds, bytes, weight_bytes, streamed_bytes), early (a
+  list: during, of, pieces), file with -o, code with --code
 """
 
 RUN_FIELDS = """\

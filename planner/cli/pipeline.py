@@ -114,6 +114,8 @@ def pipeline_data(target: str, p: PipelinePlan) -> dict[str, Any]:
         "unplanned_bytes": p.unplanned_bytes,
         "peak_at": p.peak_at,
         "weight_bytes": p.weight_bytes,
+        "locked_bytes": p.locked_bytes,
+        "read_bytes": p.read_bytes,
         "step_seconds": p.step_seconds,
         "bound_seconds": p.bound_seconds,
         "phases": [list(phase) for phase in p.phases],

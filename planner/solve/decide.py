@@ -52,6 +52,10 @@ class Schedule:
     def streamed_bytes(self) -> int:
         return sum(p.span.nbytes for p in self.placements)
 
+    def with_host(self, solver: Solver, homes: HostPlan) -> Schedule:
+        """The same copies from other homes."""
+        return replace(self, host=homes, time=solver.seconds(self.placements, homes))
+
     def decisions(self, problem: Problem) -> Decisions:
         names = problem.names
         return Decisions(

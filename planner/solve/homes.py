@@ -27,6 +27,7 @@ BOUNCE = 2
 # Slots for reads, in the order in which they are tried; the first is what candidates are compared with.
 RING_SLOTS = (4, 2, 8, 16, 32)
 _LEAST_SLOTS = min(RING_SLOTS)
+_USUAL_SLOTS = RING_SLOTS[0] + BOUNCE
 # A slot takes this share of the host's memory, and of the weights: what is read ahead is not kept.
 _SHARE = 1 / 64
 _MOST_SLOT = 16 * 1024 * 1024
@@ -122,8 +123,8 @@ class HostProblem:
     def least_bytes(self) -> int:
         """The least budget of the host."""
         if self.host.held is not None:
-            return self.hosted_bytes + self._held_bytes + (_LEAST_SLOTS + BOUNCE) * self._least_slot
-        return self.hosted_bytes + min(self._all_bytes, (_LEAST_SLOTS + BOUNCE) * self._least_slot)
+            return self.hosted_bytes + self._held_bytes + self.least_ring_bytes
+        return self.hosted_bytes + min(self._all_bytes, self.least_ring_bytes)
 
     @property
     def fits(self) -> bool:
@@ -156,7 +157,8 @@ class HostProblem:
         streamed = dict.fromkeys(self._home[w] for span in spans for w in span.weights)
         if self.host.held is not None:
             held = set(self.host.held) & self._bytes.keys()
-            return self._planned(spans, held, BOUNCE + (self._fitting(slots) if streamed.keys() - held else 0))
+            bounce = BOUNCE if self._tables or self._bytes.keys() - held else 0
+            return self._planned(spans, held, bounce + (self._fitting(slots) if streamed.keys() - held else 0))
         if sum(self._bytes[home] for home in streamed) <= self._room(0):
             slots, spilled = 0, set[str]()
         else:
@@ -206,14 +208,25 @@ class HostProblem:
 
     @cached_property
     def _least_slot(self) -> int:
-        wanted = max(PAGE_BYTES, self.problem.total_weight_bytes // _MOST_READS)
-        return min(1 << (wanted - 1).bit_length(), _MOST_SLOT)
+        return _least_slot(self.problem.total_weight_bytes)
 
     @cached_property
     def _slot_bytes(self) -> int:
-        free = self.host.budget_bytes - self.hosted_bytes - (self._held_bytes if self.host.held is not None else 0)
-        wanted = max(int(min(free, sum(self._bytes.values())) * _SHARE), 1)
-        return max(self._least_slot, min(1 << (wanted.bit_length() - 1), _MOST_SLOT))
+        free = self.host.budget_bytes - self.hosted_bytes
+        wanted = int(min(free, sum(self._bytes.values())) * _SHARE)
+        if self.host.held is not None:  # what is free beside that is the ring's
+            wanted = min(wanted, (free - self._held_bytes) // _USUAL_SLOTS)
+        return max(self._least_slot, min(1 << (max(wanted, 1).bit_length() - 1), _MOST_SLOT))
+
+    @property
+    def least_ring_bytes(self) -> int:
+        """Of the smallest ring that works."""
+        return least_ring_bytes(self.problem.total_weight_bytes)
+
+    @property
+    def usual_ring_bytes(self) -> int:
+        """Of a ring with as many slots as are tried first."""
+        return _USUAL_SLOTS * self._slot_bytes
 
     def _spilled(self, spans: Sequence[BundleSpan], room: int) -> set[str]:
         """The streamed weights that go to disk so that the others fit `room`, evenly by compute time (error diffusion)."""
@@ -222,23 +235,7 @@ class HostProblem:
         for span in spans:
             for weight in span.weights:
                 at.setdefault(self._home[weight], float(elapsed[span.last + 1]))
-        excess = sum(self._bytes[home] for home in at) - room
-        spilled: set[str] = set()
-        sent = 0
-        for home, time in at.items():
-            if excess * time / max(float(elapsed[-1]), 1e-30) - sent >= self._bytes[home] / 2:
-                spilled.add(home)
-                sent += self._bytes[home]
-        for home in [home for home in reversed(at) if home not in spilled]:
-            if sent >= excess:
-                break
-            spilled.add(home)
-            sent += self._bytes[home]
-        for home in sorted((home for home in at if home in spilled), key=lambda home: self._bytes[home]):
-            if sent - self._bytes[home] >= excess:
-                spilled.discard(home)
-                sent -= self._bytes[home]
-        return spilled
+        return spread(at, self._bytes, sum(self._bytes[home] for home in at) - room, float(elapsed[-1]))
 
     def _pieces(self, span: BundleSpan, held: set[str], slot_bytes: int) -> tuple[tuple[tuple[int, int], ...], int]:
         """What of a bundle is read, in pieces of at most a slot, and the bytes of the rest."""
@@ -262,13 +259,14 @@ class HostProblem:
         if self.holds_all:
             return 0
         in_file = {name for tensor in self.host.tensors if tensor.in_file for name in tensor.names}
-        other = sum(self._aligned(tensor.nbytes) for tensor in self._unread if not tensor.in_file)
+        others = [t for t in self._unread if not t.in_file and not t.names & (self.host.held or {}).keys()]
+        other = sum(self._aligned(tensor.nbytes) for tensor in others)
         return other + sum(n for home, n in self._bytes.items() if home not in held and home not in in_file)
 
     @cached_property
     def _home(self) -> dict[str, str]:
         """The name under which the host has each weight, by placeholder."""
-        return {key: _home_of(weight) for key, weight in self.problem.program.weights.items()}
+        return {key: home_of(weight) for key, weight in self.problem.program.weights.items()}
 
     @cached_property
     def _bytes(self) -> dict[str, int]:
@@ -309,10 +307,40 @@ class HostProblem:
         return align(nbytes, self.problem.memory.weight_alignment)
 
 
+def least_ring_bytes(weight_bytes: int) -> int:
+    """Of the smallest ring that works for a program with so many bytes of weights."""
+    return (_LEAST_SLOTS + BOUNCE) * _least_slot(weight_bytes)
+
+
+def _least_slot(weight_bytes: int) -> int:
+    wanted = max(PAGE_BYTES, weight_bytes // _MOST_READS)
+    return min(1 << (wanted - 1).bit_length(), _MOST_SLOT)
+
+
+def spread(at: dict[str, float], nbytes: Mapping[str, int], excess: int, until: float) -> set[str]:
+    """Homes that have at least `excess` bytes together, evenly by the time `at` which each is read, of all `until` then."""
+    spilled: set[str] = set()
+    sent = 0
+    for home, time in at.items():
+        if excess * time / max(until, 1e-30) - sent >= nbytes[home] / 2:
+            spilled.add(home)
+            sent += nbytes[home]
+    for home in [home for home in reversed(at) if home not in spilled]:
+        if sent >= excess:
+            break
+        spilled.add(home)
+        sent += nbytes[home]
+    for home in sorted((home for home in at if home in spilled), key=lambda home: nbytes[home]):
+        if sent - nbytes[home] >= excess:
+            spilled.discard(home)
+            sent -= nbytes[home]
+    return spilled
+
+
 def homes_of(problem: Problem) -> dict[str, int]:
     """What the program reads, by the host's names: whole weights, in bytes as they are aligned."""
     weights = (*problem.program.weights.values(), *problem.program.tables.values())
-    return {_home_of(w): align(_whole_bytes(w), problem.memory.weight_alignment) for w in weights}
+    return {home_of(w): align(_whole_bytes(w), problem.memory.weight_alignment) for w in weights}
 
 
 def rings(host: HostProblem, spans: Sequence[BundleSpan]) -> Iterator[HostPlan]:
@@ -328,7 +356,8 @@ def rings(host: HostProblem, spans: Sequence[BundleSpan]) -> Iterator[HostPlan]:
                 yield found
 
 
-def _home_of(weight: Weight) -> str:
+def home_of(weight: Weight) -> str:
+    """The name under which the host has it."""
     return weight.name if weight.stored is None else weight.stored.key
 
 

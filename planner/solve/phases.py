@@ -14,6 +14,7 @@ from typing import Literal
 from passes.program import Weight
 from planner.machine import Machine
 from planner.solve.decide import Schedule, Solver
+from planner.solve.homes import HostMemory, home_of
 from planner.solve.share import arena_bytes, state_bytes_of
 from planner.solve.simulate import StepTime
 from planner.solve.tilings import Tilings
@@ -47,7 +48,8 @@ class Member:
 class MemberShare:
     """What one member gets: the solver of its tiling, its schedule, how long it stays, within which budget it was scheduled.
 
-    `split_bytes`: how much more its resident weights take where some of them come early, into memory of their own.
+    `split_bytes`: how much more its resident weights take where some of them come early, into memory of their own. `host`: what
+    it has of the host's memory, where that has a budget and not all weights fit.
     """
 
     solver: Solver
@@ -55,6 +57,7 @@ class MemberShare:
     stay: Stay
     budget_bytes: int
     split_bytes: int = 0
+    host: HostMemory | None = None
 
     @cached_property
     def arena_bytes(self) -> int:
@@ -68,6 +71,19 @@ class MemberShare:
     def loaded_bytes(self) -> int:
         """What is copied before its first operator can run."""
         return sum(nbytes for _, nbytes in self.resident)
+
+    @property
+    def loaded_read_bytes(self) -> int:
+        """Of that, what comes from disk."""
+        if self.host is None:
+            return 0
+        held = self.host.held or {}
+        return sum(weight.nbytes for weight, _ in self.resident if home_of(weight) not in held)
+
+    @property
+    def streamed_read_bytes(self) -> int:
+        """From disk in one call, of what is streamed."""
+        return 0 if self.schedule.host is None else self.schedule.host.read_bytes
 
     @cached_property
     def resident(self) -> tuple[tuple[Weight, int], ...]:

@@ -16,13 +16,17 @@ from runtime.timeline import Cause
 
 @dataclass(frozen=True, eq=False)
 class CallModel:
-    """A member's call. `carried`: bundles that it fetches for the next one. `resident`: the weights of its resident arena."""
+    """A member's call. `carried`: bundles that it fetches for the next one. `resident`: the weights of its resident arena.
+
+    `resident_read_bytes`: of these, what comes from disk.
+    """
 
     steps: tuple[Step, ...]
     pace: Pace
     carried: tuple[int, ...]
     resident: tuple[Slot, ...]
     resident_bytes: int
+    resident_read_bytes: int = 0
 
     @property
     def prefetches(self) -> int:
@@ -95,8 +99,8 @@ class PlannedRun:
 
     def rest_seconds(self, key: str, early: Early | None) -> float:
         """Of the copy of what has not come early, before the member can begin."""
-        nbytes = self.members[key].copied_bytes(0 if early is None else early.weights)
-        return self.machine.copy_seconds(nbytes) if nbytes else 0.0
+        member = self.members[key]
+        return self.machine.load_seconds(member.copied_bytes(0 if early is None else early.weights), member.resident_read_bytes)
 
 
 @dataclass

@@ -71,11 +71,13 @@ class AccountingDevice:
                 self._read_bytes += source.numel()
             elif isinstance(source, FileRange):
                 source.file.read_into(memoryview(target.numpy()), source.offset)  # type: ignore[arg-type]
+                self._read_bytes += source.numel()
             else:
                 target.copy_(source)
             self._copied_bytes += source.numel()
         if bundle is None and self._run is not None:
-            return self._run.copy(sum(source.numel() for _, source in pairs))
+            read = sum(source.numel() for _, source in pairs if isinstance(source, FileRange))
+            return self._run.copy(sum(source.numel() for _, source in pairs), read)
         if self._clock is not None and bundle is not None:
             self._clock.copy(bundle)
         return None

@@ -25,7 +25,7 @@ class Measurement:
     that the allocator held, where there is one. `copied_bytes` went from host to device, in `copy_seconds` of copy-engine time
     where the device can tell; rows of tables that are looked up are in neither. `seconds` are by the device's clock, which on
     `accounting` is a virtual one. `locked_bytes`: most that was page-locked on the host so far. `read_bytes` came from disk
-    into the ring.
+    to be copied, rows that were looked up aside.
     """
 
     peak_bytes: int

@@ -140,12 +140,15 @@ class CudaDevice:
                 slot, sent = self._next_slot()
                 if isinstance(source, FileRange):
                     source.file.read_into(memoryview(slot[:nbytes].numpy()), source.offset + start)  # type: ignore[arg-type]
+                    self._read_bytes += nbytes
                 else:
                     slot[:nbytes].copy_(source[start : start + nbytes])
                 target[start : start + nbytes].copy_(slot[:nbytes], non_blocking=True)
                 sent.record(self._copies)
 
     def bounce(self, slots: list[torch.Tensor]) -> None:
+        if slots and [id(slot) for slot, _ in self._ring] == [id(slot) for slot in slots]:
+            return
         torch.cuda.synchronize(self.torch_device)
         self._ring, self._ring_next = [(slot, torch.cuda.Event()) for slot in slots], 0
 

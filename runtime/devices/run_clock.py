@@ -43,9 +43,9 @@ class RunClock:
         key = next(key for key, (_, each, _) in self._clocks.items() if each is clock)
         self._clocks[key] = self._clocks[key][0], clock, self.step_seconds
 
-    def copy(self, nbytes: int) -> float:
-        """A copy that is no bundle's, while a program runs or before; gives when it is over."""
-        seconds = self._pace.copy_seconds(nbytes)
+    def copy(self, nbytes: int, read_bytes: int) -> float:
+        """A copy that is no bundle's, while a program runs or before, of which some comes from disk; gives when it is over."""
+        seconds = self._pace.load_seconds(nbytes, read_bytes)
         self.copy_seconds += seconds
         if self._clock is not None:
             return self.step_seconds + self._clock.take_link(seconds)

@@ -127,23 +127,24 @@ def test_the_clock_of_several_programs() -> None:
     made = program()
     one = Executable(**{**vars(made), "pace": Pace((1.0, 2.0, 1.0, 1.0), ((2.0, 8),))})
     other = Executable(**{**vars(made), "pace": Pace((3.0,), ())})
-    clock = RunClock(RunPace(lambda nbytes: nbytes / 100))
-    clock.wait(clock.copy(100), None)
+    clock = RunClock(RunPace(lambda nbytes, read_bytes: max(nbytes / 100, read_bytes / 10)))
+    clock.wait(clock.copy(100, 0), None)
     assert clock.step_seconds == 1.0
     own = clock.turn(one)
     assert own is not None
     own.copy(0)  # at 1 s of its own, until 3
-    assert clock.copy(250) == 1.0 + 3.0 + 2.5
+    assert clock.copy(250, 0) == 1.0 + 3.0 + 2.5
     own.wait(0)
     own.evict(0)
     clock.turn(None)
     assert clock.step_seconds == 1.0 + 5.0
-    rest = clock.copy(50)
+    rest = clock.copy(50, 0)
     assert rest == 6.5 + 0.5
     clock.wait(rest, None)
     clock.turn(other)
     clock.turn(None)
     assert clock.step_seconds == 7.0 + 3.0
     assert clock.copy_seconds == 1.0 + 2.0 + 2.5 + 0.5
+    assert clock.copy(100, 20) == 10.0 + 2.0  # the disk is slower than the link
     clock.begin()
     assert clock.step_seconds == 0.0

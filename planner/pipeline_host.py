@@ -1,0 +1,140 @@
+"""The host's budget of a pipeline's plan: whether all weights fit, and if not, which part of it each program has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from planner.budget import Budget
+from planner.dry_run_calls import DryRun
+from planner.host_budget import all_bytes, module_tensors, too_little_disk
+from planner.options import Options
+from planner.pipeline import placements_of
+from planner.pipeline_folder import PipelineFolder
+from planner.pipeline_problem import Analyses, MemberOptions, PipelineProblem, infeasible_pipeline, problem_of
+from planner.pipeline_weights import ComponentWeights
+from planner.sizes import format_bytes
+from planner.solve.decisions import Decisions
+from planner.solve.homes import PAGE_BYTES, HostMemory
+from planner.solve.host_split import HostSplit
+from planner.solve.phases import MemberShare, MemberShares
+from runtime.errors import InfeasibleBudget, PlanFileError
+from runtime.layout import align
+
+
+def pipeline_host(root: nn.Module, options: Options, folder: PipelineFolder | None) -> HostMemory | None:
+    """What was declared of the host, with the tensors of all components; None where nothing was."""
+    budget = options.budget
+    if budget.host_bytes is None:
+        return None
+    models = {} if folder is None else folder.models
+    weights = ComponentWeights({name: model.weights for name, model in models.items() if model.weights is not None})
+    return HostMemory(budget.host_bytes, budget.disk_bytes, module_tensors(root, weights), options.held)
+
+
+def decide_shares(
+    run: DryRun, options: Options, analyses: Analyses, host: HostMemory | None, given: Mapping[str, Any] | None
+) -> tuple[PipelineProblem, MemberShares]:
+    """What every member gets of the device, and of the host where not all weights fit there; `given` was decided before.
+
+    Where weights come from disk, nothing is fetched over the seam of two calls: what is read for the next one and not used, as
+    in the last of a phase, would be in the way of what is.
+
+    Raises:
+        InfeasibleBudget: the device, the host or the disk has too little. PlanFileError: what is given is of another pipeline.
+    """
+    spills = host is not None and (host.held is not None or all_bytes(host.tensors) > host.budget_bytes)
+    problem, shares = _on_device(run, options, analyses, host, given, spills)
+    if host is None or given is not None:
+        return problem, shares
+    if not spills and all_bytes(host.tensors) + hosted_bytes(shares) > host.budget_bytes:
+        problem, shares = _on_device(run, options, analyses, host, given, spills=True)
+    elif not spills:
+        return problem, shares
+    split = HostSplit(host, options.machine, problem.budget.members, shares)
+    if split.least_bytes > host.budget_bytes:
+        raise _too_little(split, options.budget)
+    return problem, _checked(split, problem, options.budget)
+
+
+def within(options: MemberOptions, room: int, host: HostMemory | None) -> MemberOptions:
+    """The options of a member that has `room` on the device, and so much of the host's memory, where not all weights fit."""
+    if host is None:
+        return dataclasses.replace(options, budget=Budget(room))
+    budget = Budget(room, host.budget_bytes, host.disk_bytes)
+    return dataclasses.replace(options, budget=budget, held=host.held, tensors=host.tensors)
+
+
+def hosted_bytes(shares: MemberShares) -> int:
+    """The most that the values of a call take on the host, in whole pages."""
+    return align(max((share.solver.problem.hosted[1] for share in shares.values()), default=0), PAGE_BYTES)
+
+
+def _on_device(
+    run: DryRun, options: Options, analyses: Analyses, host: HostMemory | None, given: Mapping[str, Any] | None, spills: bool
+) -> tuple[PipelineProblem, MemberShares]:
+    problem = problem_of(run, options, analyses, seams=not spills)
+    budget = options.budget.device_bytes
+    if budget < problem.budget.least_bytes(budget):
+        raise infeasible_pipeline(problem, budget)
+    return problem, problem.budget.solve(budget) if given is None else given_shares(problem, given, host)
+
+
+def _checked(split: HostSplit, problem: PipelineProblem, budget: Budget) -> MemberShares:
+    """The shares with homes, where they fit device and disk."""
+    shares = split.solve()
+    held = next(iter(shares.values())).host
+    assert held is not None
+    assert held.held is not None
+    written = split.scratch_bytes(held.held)
+    if budget.disk_bytes is not None and written > budget.disk_bytes:
+        beside = f"beside {format_bytes(split.host.budget_bytes)} of host memory "
+        raise too_little_disk(budget.disk_bytes, written, beside, ", or give 'cpu' more")
+    if max(problem.budget.peaks(shares).values()) > budget.device_bytes:
+        return split.solve(search=False)
+    return shares
+
+
+def _too_little(split: HostSplit, budget: Budget) -> InfeasibleBudget:
+    host, least = split.host.budget_bytes, split.least_bytes
+    hosted = sum(share.solver.problem.hosted[1] for share in split.shares.values())
+    said = f", and {format_bytes(hosted)} of values on the host" if hosted else ""
+    return InfeasibleBudget(
+        f"host budget {format_bytes(host)} ({host} B); the least possible beside {format_bytes(budget.device_bytes)} on the "
+        f"device is {format_bytes(least)} ({least} B) of host memory: rings through which the weights of {len(split.shares)} "
+        f"programs come from disk{said}. Write budget={{..., 'cpu': {least}}}"
+        + (", or give the device more" if hosted else ""),
+        budget_bytes=host,
+        minimum_bytes=least,
+        node="",
+        memory="cpu",
+    )
+
+
+def given_shares(problem: PipelineProblem, given: Mapping[str, Any], host: HostMemory | None) -> MemberShares:
+    """Decisions that were saved, as shares.
+
+    Raises:
+        PlanFileError: they are for another pipeline.
+    """
+    if given.keys() != problem.programs.keys():
+        raise PlanFileError("the plan has other calls than this pipeline; plan it again")
+    shares = {}
+    for key, saved in given.items():
+        own = Decisions.from_json(saved)
+        solver = problem.budget.members[key].tilings.of(own.tiling)
+        schedule = solver.evaluate(placements_of(solver.problem, own), own.staging)
+        memory = None
+        if host is not None and host.held is not None:
+            if own.homes is None:
+                raise PlanFileError(
+                    f"the plan says of other calls what is in the host's memory, and not of {key}; plan it again"
+                )
+            memory = dataclasses.replace(host, budget_bytes=int(saved["host_bytes"]))
+            homes = memory.of(solver.problem).given([placed.span for placed in schedule.placements], own.homes)
+            schedule = schedule.with_host(solver, homes)
+        shares[key] = MemberShare(solver, schedule, saved["stay"], int(saved["budget_bytes"]), host=memory)
+    return shares
