@@ -22,7 +22,6 @@ def run_passes(program: Program, passes: Sequence[Pass]) -> Program:
     """Applies the passes in order; a graph that is broken afterwards is blamed on the pass by name."""
     verify(program, "capture")
     for step in passes:
-        before, program = program, step.apply(program)
-        if program is not before:
-            verify(program, step.name)
+        program = step.apply(program)
+        verify(program, step.name)
     return program

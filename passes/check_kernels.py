@@ -10,14 +10,14 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from passes.fakes import FaithfulFakes, fake_on_cpu
+from passes.fakes import FaithfulFakes, attention_kernels, fake_of, is_torchs
 from passes.spec import TensorSpec
 
 # Geometry and storage key of one tensor; an operator's value is a list of them, None where it gives no tensor.
 Value = tuple[TensorSpec, int]
 
 
-# What was found, by call and by which kernels attention may choose from: it is the same for every program.
+# What was found of PyTorch's operators and ours, by call and by which kernels attention may choose from.
 _found: dict[Any, tuple[list[Any], list[int]]] = {}
 _MOST_FOUND = 100_000
 
@@ -26,10 +26,10 @@ class Kernels:
     """Geometry and aliasing of operators, by running each distinct call once on fakes."""
 
     def __init__(self) -> None:
-        chosen = torch.backends.cuda
-        self._settings = chosen.flash_sdp_enabled(), chosen.mem_efficient_sdp_enabled(), chosen.math_sdp_enabled()
+        self._settings = attention_kernels()
         if len(_found) > _MOST_FOUND:
             _found.clear()
+        self._own: dict[Any, tuple[list[Any], list[int]]] = {}
         # Numbers that a loop's table gives, by the name of their placeholder.
         self.numbers: dict[str, int] = {}
 
@@ -52,9 +52,10 @@ class Kernels:
         if node.target is torch.ops.aten.slice.Tensor and all(isinstance(n, int) for n in args[1:]):
             return [self._slice(*cast(Any, args), back=list(keys), shift=next(iter(shifts.values())))], []
         signature = (self._settings, node.target, _hashable(args), _hashable(kwargs))
-        if signature not in _found:
-            _found[signature] = self._execute(node, args, kwargs)
-        outputs, written = _found[signature]
+        found = _found if is_torchs(node.target) else self._own
+        if signature not in found:
+            found[signature] = self._execute(node, args, kwargs)
+        outputs, written = found[signature]
         back = list(keys)
 
         def outer(output: Any) -> Any:
@@ -99,9 +100,7 @@ class Kernels:
         mode = FakeTensorMode()
 
         def make(spec: TensorSpec) -> torch.Tensor:
-            tensor = torch.empty(0, dtype=spec.dtype, device="meta")
-            tensor.set_(roots[spec.storage].untyped_storage(), spec.offset, spec.shape, spec.stride)
-            return fake_on_cpu(tensor.requires_grad_(spec.grad), mode)
+            return fake_of(spec, roots[spec.storage].untyped_storage(), mode)
 
         fakes, fake_kwargs = tree_map_only(TensorSpec, make, (args, kwargs))
         with mode, torch.no_grad(), FaithfulFakes():

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from passes.spec import TensorSpec
+
 aten = torch.ops.aten
 
 
@@ -38,10 +40,29 @@ _BINARY = {
 _MASKED_FILLS = {aten.masked_fill.Scalar, aten.masked_fill.Tensor}
 
 
-def fake_on_cpu(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
-    """A fake CPU tensor in the storage of a meta tensor. Nothing runs on fakes for it: that takes thirty times as long."""
-    made: torch.Tensor = mode.fake_tensor_converter.from_meta_and_device(mode, tensor.detach(), torch.device("cpu"))
-    return made.requires_grad_(tensor.requires_grad)
+def fake_of(spec: TensorSpec, storage: torch.UntypedStorage, mode: FakeTensorMode) -> torch.Tensor:
+    """A fake CPU tensor of a geometry, in a storage of the meta device.
+
+    Nothing runs on fakes for it: that takes thirty times as long.
+    """
+    tensor = torch.empty(0, dtype=spec.dtype, device="meta")
+    tensor.set_(storage, spec.offset, spec.shape, spec.stride)
+    made: torch.Tensor = mode.fake_tensor_converter.from_meta_and_device(mode, tensor, torch.device("cpu"))
+    return made.requires_grad_(spec.grad)
+
+
+def is_torchs(target: Any) -> bool:
+    """Whether an operator is PyTorch's own or ours: what it does on fakes is the same for as long as the process lives.
+
+    Anybody else's may be defined again.
+    """
+    return isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "vramplan")
+
+
+def attention_kernels() -> tuple[bool, ...]:
+    """Which kernels attention may choose from: what it gives depends on that."""
+    kernels = torch.backends.cuda
+    return kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled()
 
 
 class FaithfulFakes(TorchDispatchMode):

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from passes.fakes import FaithfulFakes, fake_on_cpu
+from passes.fakes import FaithfulFakes, attention_kernels, fake_of, is_torchs
 from passes.program import storage_id
 from passes.spec import TensorSpec
 
-# What calls gave, by all that it depends on.
+# What calls of PyTorch's operators and ours gave, by all that it depends on.
 _known: dict[Any, _Result] = {}
 _MOST_KNOWN = 100_000
 
@@ -74,14 +74,12 @@ class _Call:
     """One call, by geometry: its tensors, the storages that these are in, and what makes other calls equal."""
 
     def __init__(self, target: Any, args: Any, kwargs: Any) -> None:
-        if not isinstance(target, torch._ops.OpOverload) or torch.is_autocast_enabled("cpu"):
+        if not is_torchs(target) or torch.is_autocast_enabled("cpu"):
             raise _Unknown
         self.target = target
         self.tensors: list[torch.Tensor] = []
         self.storages: dict[int, torch.UntypedStorage] = {}
-        kernels = torch.backends.cuda  # by these attention is chosen
-        settings = kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled()
-        self.key = (target, self._at(args), self._at(kwargs), torch.get_default_dtype(), settings)
+        self.key = (target, self._at(args), self._at(kwargs), torch.get_default_dtype(), attention_kernels())
 
     def _at(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -141,9 +139,7 @@ class _Call:
             spec = output.spec
             if output.fresh is not None and spec.storage == len(storages):
                 storages.append(torch.empty(output.fresh, dtype=torch.uint8, device="meta").untyped_storage())
-            tensor = torch.empty(0, dtype=spec.dtype, device="meta")
-            tensor.set_(storages[spec.storage], spec.offset, spec.shape, spec.stride)
-            made.append(fake_on_cpu(tensor, mode))
+            made.append(fake_of(spec, storages[spec.storage], mode))
         return made[0] if result.kind is None else result.kind(made)
 
 

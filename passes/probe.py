@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from passes.calibrate import Calibrator, base_sizes, environment
-from passes.fakes import FaithfulFakes, fake_on_cpu
+from passes.fakes import FaithfulFakes, attention_kernels, fake_of, is_torchs
 from passes.live_storages import LiveStorages
 from passes.program import operator_name, storage_id, tensors_of
 from passes.spec import TensorSpec
@@ -76,19 +76,13 @@ _costs: dict[Any, dict[Any, OpCost]] = {}
 _MOST_COSTS = 100_000
 
 
-def _attention_kernels() -> tuple[bool, ...]:
-    """Which kernels attention may choose from."""
-    kernels = torch.backends.cuda
-    return kernels.flash_sdp_enabled(), kernels.mem_efficient_sdp_enabled(), kernels.math_sdp_enabled()
-
-
 class Prober:
     """Costs of nodes on one device, cached by operator and argument geometry; with a calibrator, kernels' own scratch too."""
 
     def __init__(self, device: str, capability: tuple[int, int] | None = None, calibrator: Calibrator | None = None) -> None:
         self.device, self.capability, self._calibrator = device, capability, calibrator
-        # What fakes and rules say of PyTorch's own operators is the same for every program.
-        self._shared = _costs.setdefault((device, capability, environment(), _attention_kernels()), {})
+        # What fakes and rules say of PyTorch's operators and ours is the same for every program.
+        self._shared = _costs.setdefault((device, capability, environment(), attention_kernels()), {})
         if len(self._shared) > _MOST_COSTS:
             self._shared.clear()
         self._own: dict[Any, OpCost] = {}
@@ -105,7 +99,7 @@ class Prober:
         if not isinstance(node.target, torch._ops.OpOverload):
             return OpCost()
         call = call_of(node)
-        known = self._shared if node.target.namespace == "aten" and self._calibrator is None else self._own
+        known = self._shared if is_torchs(node.target) and self._calibrator is None else self._own
         if call.key not in known:
             known[call.key] = self._probe(node, call)
         return known[call.key]
@@ -140,9 +134,7 @@ class Prober:
         bases, mode = [torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes], FakeTensorMode()
 
         def fake(spec: TensorSpec) -> torch.Tensor:
-            whole = torch.empty(0, dtype=spec.dtype, device="meta")
-            whole.set_(bases[spec.storage].untyped_storage(), spec.offset, spec.shape, spec.stride)
-            return fake_on_cpu(whole.requires_grad_(spec.grad), mode)
+            return fake_of(spec, bases[spec.storage].untyped_storage(), mode)
 
         fake_args, fake_kwargs = tree_map_only(TensorSpec, fake, (args, kwargs))
         with mode, torch.no_grad():

@@ -19,7 +19,7 @@ from passes.spec import TensorSpec
 from planner.api import plan
 from planner.cli.pipeline import describe_file, make_pipeline_plan, names_pipeline, pipeline_data
 from planner.cli.targets import Target, resolve
-from planner.cli.values import budget_of
+from planner.cli.values import budget_of, options_of
 from planner.machine import Machine
 from planner.pipeline_file import is_pipeline_plan, read_pipeline_plan
 from planner.pipeline_plan import PipelinePlan
@@ -239,13 +239,9 @@ def make_plan(target: Target, arguments: Namespace) -> Plan:
             inputs=target.args,
             kwargs=target.kwargs,
             method=target.method,
-            device=arguments.device,
-            machine=arguments.machine,
             repeats=arguments.repeats,
             opaque_bytes=_opaque_bytes(arguments.opaque_bytes),
-            profile=arguments.profile,
-            allow_cast=arguments.allow_cast,
-            max_error=arguments.max_error,
+            **options_of(arguments),
         )
 
 

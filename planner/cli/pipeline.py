@@ -11,7 +11,7 @@ from typing import Any
 
 from planner.api import plan
 from planner.checkpoint import is_pipeline
-from planner.cli.values import budget_of
+from planner.cli.values import budget_of, options_of
 from planner.pipeline_folder import call_parameters
 from planner.pipeline_plan import PipelinePlan
 from planner.sizes import format_bytes
@@ -44,12 +44,8 @@ def make_pipeline_plan(arguments: Namespace) -> PipelinePlan:
         Path(arguments.target),
         budget_of(arguments.budget),
         call=_call(arguments),
-        device=arguments.device,
-        machine=arguments.machine,
-        profile=arguments.profile,
-        allow_cast=arguments.allow_cast,
-        max_error=arguments.max_error,
         dtype=arguments.dtype,
+        **options_of(arguments),
     )
 
 
@@ -106,7 +102,10 @@ def pipeline_data(target: str, p: PipelinePlan) -> dict[str, Any]:
         "program": p.title,
         "device": p.device,
         "machine": p.machine.name,
-        "call": {name: value if isinstance(value, (bool, int, float, str)) else repr(value) for name, value in _given(p)},
+        "call": {
+            name: value if isinstance(value, (bool, int, float, str)) else repr(value)
+            for name, value in p.options.kwargs.items()
+        },
         "budget_bytes": p.budget_bytes,
         "peak_bytes": p.peak_bytes,
         "reserved_bytes": p.reserved_bytes,
@@ -122,10 +121,6 @@ def pipeline_data(target: str, p: PipelinePlan) -> dict[str, Any]:
         "parts": parts,
         "early": [each.to_json() for each in p.early],
     }
-
-
-def _given(p: PipelinePlan) -> list[tuple[str, Any]]:
-    return list(p.options.kwargs.items())
 
 
 def describe_file(data: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from planner import Plan, plan
+from tests.benchmarks.bench.about import driver
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.gpu
@@ -37,7 +38,7 @@ def results() -> Iterator[list[dict[str, Any]]]:
     about = {
         "chip": properties.name,
         "memory_bytes": properties.total_memory,
-        "driver": _driver(),
+        "driver": driver(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "torch": torch.__version__,
@@ -46,14 +47,6 @@ def results() -> Iterator[list[dict[str, Any]]]:
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / "cuda.json").write_text(json.dumps(about, indent=1))
-
-
-def _driver() -> str:
-    try:
-        line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
-    except OSError:
-        return "unknown"
-    return line.partition("Module")[2].split()[0]
 
 
 @pytest.fixture(autouse=True)

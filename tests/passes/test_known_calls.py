@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from passes import known_calls
+from passes.check_kernels import Kernels
 from passes.known_calls import run_on_fakes
+from passes.spec import TensorSpec
 from tests.passes.test_fakes import Geometry, geometries
 
 aten = torch.ops.aten
@@ -70,3 +72,26 @@ def test_the_second_time_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.shape, result.fake_mode) == ((2, 3), mode)
     with pytest.raises(TypeError):
         run_on_fakes(aten.relu.default, (fakes(mode, ((3, 2), (2, 1)), 0, torch.float32),), {}, mode)
+
+
+@pytest.fixture
+def factor() -> Iterator[list[int]]:
+    """How many times its rows somebody's operator `vramplan_test_known::rows` gives; who changes it defines it anew."""
+    times = [2]
+    library = torch.library.Library("vramplan_test_known", "DEF")
+    library.define("rows(Tensor v) -> Tensor")
+    library.impl("rows", lambda v: v.new_empty((times[0] * v.shape[0], *v.shape[1:])), "CompositeExplicitAutograd")
+    yield times
+    library._destroy()
+
+
+def test_what_others_define_may_be_defined_again(factor: list[int]) -> None:
+    target, shapes = torch.ops.vramplan_test_known.rows.default, []
+    node = fx.Graph().call_function(target, (fx.Graph().placeholder("v"),))
+    value = TensorSpec.of(torch.empty(3, 2, device="meta"))
+    for factor[0] in (2, 5):
+        mode = FakeTensorMode()
+        given = run_on_fakes(target, (fakes(mode, ((3, 2), (2, 1)), 0, torch.float32),), {}, mode)
+        ((checked, *_),), _ = Kernels().run(node, {"v": [(value, 0)]})
+        shapes.append((tuple(given.shape), checked.shape))
+    assert shapes == [((6, 2), (6, 2)), ((15, 2), (15, 2))]

@@ -26,12 +26,13 @@ def about(kind: str) -> dict[str, Any]:
     }  # fmt: skip
     if kind == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        found |= {"memory_bytes": properties.total_memory, "driver": _driver(), "cuda": torch.version.cuda}
+        found |= {"memory_bytes": properties.total_memory, "driver": driver(), "cuda": torch.version.cuda}
         found["cudnn"] = torch.backends.cudnn.version()
     return found
 
 
-def _driver() -> str:
+def driver() -> str:
+    """The version of NVIDIA's driver."""
     try:
         line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except OSError:
