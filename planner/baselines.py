@@ -53,11 +53,18 @@ def baselines(solver: Solver, module: nn.Module, budget_bytes: int) -> tuple[Bas
     return (
         _resident(solver),
         _model_offload(solver),
+        *offloads(solver, module),
+        _prefix(solver, budget_bytes),
+    )
+
+
+def offloads(solver: Solver, module: nn.Module) -> tuple[Baseline, ...]:
+    """Those that move the parts of a model in each of its calls."""
+    return (
         _sequential(solver, module),
         _blocks(solver, module),
         _blocks_streamed(solver, module),
         _leaves_streamed(solver, module),
-        _prefix(solver, budget_bytes),
     )
 
 

@@ -14,6 +14,7 @@ import torch
 from passes.check_host import check_hosts
 from planner.bounds import Bound, PipelineBound, physical_bound
 from planner.budget import Budget
+from planner.compare import Comparison
 from planner.dry_run_calls import DryRun
 from planner.frontends import pipelines
 from planner.host_budget import all_bytes
@@ -30,7 +31,7 @@ from planner.plan import Plan
 from planner.sizes import format_bytes
 from planner.solve.early import Early
 from planner.solve.homes import HostMemory
-from planner.solve.phases import MemberShare
+from planner.solve.phases import Member, MemberShare
 from planner.solve.run import RunTime
 from planner.solve.simulate import StepTime
 from runtime.call_key import named_call
@@ -235,6 +236,16 @@ class PipelinePlan:
         """The weights in the host's memory, with their bytes; None where all are."""
         return next((share.host.held for share in self._shares.values() if share.host is not None), None)
 
+    @property
+    def members(self) -> Mapping[str, Member]:
+        """The parts in their places, before anything is rewritten."""
+        return self._problem.budget.members
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The component of each call of the run, in order."""
+        return tuple(self._problem.programs[key].component for key, _ in self._problem.order)
+
     def held_beside(self, key: str) -> int:
         """Bytes that the pipeline's own Python holds while it runs, beside its arguments."""
         return self._problem.budget.members[key].outside_bytes
@@ -245,12 +256,16 @@ class PipelinePlan:
 
     @cached_property
     def bound(self) -> Bound:
+        """As `bound_at` the budget."""
+        return self.bound_at(self.budget_bytes)
+
+    def bound_at(self, budget_bytes: int) -> Bound:
         """What no schedule can beat: of every call the arithmetic, or the copies of what cannot stay while it runs.
 
         Or the reads of what cannot be in the host's memory, if that call had it all.
         """
         host = HostMemory(self._host.budget_bytes) if self._host is not None and self.spills else None
-        rooms = {key: self.budget_bytes - self.held_beside(key) for key in self.parts}
+        rooms = {key: budget_bytes - self.held_beside(key) for key in self.parts}
         each = [(self.calls_of(k), physical_bound(part.problem, rooms[k], host)) for k, part in self.parts.items()]
         return PipelineBound(
             sum(calls * own.compute_seconds for calls, own in each),
@@ -296,6 +311,12 @@ class PipelinePlan:
         """
         options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device), held=None)
         return PipelinePlan(self._pipe, options, self._analyses, self.run, folder=self.folder)
+
+    def compare(self) -> Comparison:
+        """The plan beside model, sequential and group offloading of the same pipeline, simulated and not run."""
+        from planner.pipeline_compare import compare_pipeline
+
+        return compare_pipeline(self)
 
     def save(self, path: str | Path) -> None:
         """Writes decisions and fingerprint as JSON, atomically. No weights."""

@@ -17,7 +17,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from passes.spec import TensorSpec
 from planner.api import plan
-from planner.cli.pipeline import describe_file, make_pipeline_plan, names_pipeline, pipeline_data
+from planner.cli.pipeline import describe_file, make_pipeline_plan, names_pipeline, pipeline_data, refuse_call
 from planner.cli.targets import Target, resolve
 from planner.cli.values import budget_of, options_of
 from planner.machine import Machine
@@ -61,8 +61,7 @@ def _planned(arguments: Namespace) -> tuple[Plan | PipelinePlan, dict[str, Any],
         with quiet(arguments.debug):
             whole = make_pipeline_plan(arguments)
         return whole, pipeline_data(arguments.target, whole), str(whole)
-    if arguments.call:
-        raise PlannerError(f"--call is for folders of whole pipelines, which {arguments.target!r} is not; sizes have flags")
+    refuse_call(arguments)
     target = target_of(arguments)
     p = make_plan(target, arguments)
     return p, plan_data(target, p), f"{p}\n{_inputs_text(target)}"

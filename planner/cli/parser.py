@@ -123,13 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     _add_target(plan)
     plan.add_argument("-o", "--output", metavar="FILE", help="save the plan there, for Plan.load and `vramplan show`")
-    plan.add_argument(
-        "--call",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="of a whole pipeline's folder: what it is called with (num_inference_steps=28); JSON or text; may be repeated",
-    )
+    _add_call(plan)
     plan.add_argument("--code", action="store_true", help="print the emitted program too")
 
     run = _command(commands, "run", "plan, build and call a model; measured beside predicted", f"{TARGETS}\n{RUN_FIELDS}")
@@ -149,6 +143,7 @@ def make_parser() -> argparse.ArgumentParser:
         commands, "compare", "what the offloading switches of today would do, beside the plan", f"{TARGETS}\n{COMPARE_FIELDS}"
     )
     _add_target(compare)
+    _add_call(compare)
 
     frontier = _command(commands, "frontier", "the step against the budget", f"{TARGETS}\n{FRONTIER_FIELDS}")
     _add_target(frontier, budget=False)
@@ -227,6 +222,16 @@ def _add_target(command: argparse.ArgumentParser, budget: bool = True) -> None:
     )
     for name in SIZES:
         sizes.add_argument(f"--{name}", type=int, metavar="N")
+
+
+def _add_call(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--call",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="of a whole pipeline's folder: what it is called with (num_inference_steps=28); JSON or text; may be repeated",
+    )
 
 
 def _version() -> str:

@@ -29,6 +29,12 @@ def names_pipeline(arguments: Namespace) -> bool:
     return is_pipeline(Path(arguments.target))
 
 
+def refuse_call(arguments: Namespace) -> None:
+    """Raises PlannerError where a call is given to one model."""
+    if arguments.call:
+        raise PlannerError(f"--call is for folders of whole pipelines, which {arguments.target!r} is not; sizes have flags")
+
+
 def make_pipeline_plan(arguments: Namespace) -> PipelinePlan:
     """The plan that the arguments ask for.
 

@@ -106,7 +106,7 @@ def _t5_on_disk(small: bool) -> Work:
 
 def _sdxl(small: bool) -> Work:
     """The pipeline with two text encoders, denoiser and autoencoder, and weights; small: a tiny one, in 2 steps."""
-    pipe, call = stable_diffusion_xl() if small else _sdxl_without_weights()
+    pipe, call = stable_diffusion_xl() if small else sdxl_without_weights()
     side, steps, dtype = (16, 2, torch.float32) if small else (128, 10, torch.bfloat16)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):
@@ -116,7 +116,7 @@ def _sdxl(small: bool) -> Work:
     return Work(pipe, {**call, "num_inference_steps": steps, "latents": latents, "output_type": "pt"})
 
 
-def _sdxl_without_weights() -> tuple[StableDiffusionXLPipeline, dict[str, Any]]:
+def sdxl_without_weights() -> tuple[StableDiffusionXLPipeline, dict[str, Any]]:
     """SDXL in bfloat16, parameters on meta, and its call: 10 steps at 1024 x 1024. The tokenizers are toys."""
     dtype = torch.bfloat16
     big = {

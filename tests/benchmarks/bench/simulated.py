@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from planner import InfeasibleBudget, Machine, Plan, plan
-from planner.baselines import baselines
+from planner import InfeasibleBudget, Machine, PipelinePlan, Plan, plan
+from planner.baselines import Baseline, baselines
+from planner.pipeline_compare import pipeline_baselines
 from planner.presets import Preset
 from planner.sizes import format_bytes, format_seconds, parse_size
-from tests.benchmarks.bench.cases import Case
+from tests.benchmarks.bench.cases import Case, sdxl_without_weights
 
 MACHINES = ("rtx-4090", "h200")
 Row = dict[str, Any]
@@ -24,8 +25,8 @@ Written by `python -m tests.benchmarks.bench --simulated --update`. **Nothing he
 models of an RTX 4090 and an H200, in the simulator that plans are chosen by, and where it is not certain what a switch costs it
 is taken to be cheap (`planner/baselines.py`). `peak`: reserved by the device's allocator. `× bound`: seconds over what nothing
 in that much memory can beat. `faster`: how much faster a plan is than the best that takes no more memory. Prefix residency is a
-naive planner within the least of the budgets, and no switch: nothing is compared with it. Pipelines are not simulated, since no
-switches of theirs are. `p.compare()` tells what a plan takes in the memory of each switch.
+naive planner within the least of the budgets, and no switch: nothing is compared with it. `p.compare()`
+tells what a plan takes in the memory of each switch.
 """
 REPEATS = {"flux": 28, "sdxl-unet": 30, "wan": 50}
 
@@ -35,8 +36,6 @@ def simulate(cases: Sequence[Case], out: Path) -> None:
     path = out / "bench-simulated.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for case in cases:
-        if case.preset is None:
-            continue
         began = time.perf_counter()
         found[case.name] = {"title": case.title, "machines": dict(_machines(case))}
         print(f"{case.name}: {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
@@ -46,18 +45,26 @@ def simulate(cases: Sequence[Case], out: Path) -> None:
 
 
 def _machines(case: Case) -> Iterator[tuple[str, list[Row]]]:
-    assert case.preset is not None
+    for machine in MACHINES:
+        budgets = [budget for budget in case.budgets if parse_size(budget) <= Machine.preset(machine).capacity_bytes]
+        yield machine, list(rows_of(_roomy(case, machine), budgets))
+
+
+def _roomy(case: Case, machine: str) -> Plan | PipelinePlan:
+    """A plan for more memory than there is, to be planned again for less."""
+    if case.preset is None:
+        pipe, call = sdxl_without_weights()
+        return plan(pipe, "1TB", call=call, machine=machine, device="cuda")
     name, sizes = case.preset
     preset = Preset.load(name)
     module, args, kwargs = preset.build(**sizes)
     repeats = REPEATS.get(case.name, 1)
-    roomy = plan(module, "1TB", inputs=args, kwargs=kwargs, method=preset.method, machine=MACHINES[0], repeats=repeats)
-    for machine in MACHINES:
-        budgets = [budget for budget in case.budgets if parse_size(budget) <= Machine.preset(machine).capacity_bytes]
-        yield machine, list(rows_of(roomy.replan("1TB", machine=machine), budgets))
+    return plan(
+        module, "1TB", inputs=args, kwargs=kwargs, method=preset.method, machine=machine, repeats=repeats, device="cuda"
+    )
 
 
-def rows_of(captured: Plan, budgets: Sequence[str]) -> Iterator[Row]:
+def rows_of(captured: Plan | PipelinePlan, budgets: Sequence[str]) -> Iterator[Row]:
     """Ours at every budget that is feasible, then the policies of today's switches."""
     for budget in budgets:
         try:
@@ -69,10 +76,16 @@ def rows_of(captured: Plan, budgets: Sequence[str]) -> Iterator[Row]:
             "method": f"`plan(..., {budget!r})`", "budget_bytes": p.budget_bytes, "peak_bytes": p.reserved_bytes,
             "seconds": p.step_seconds, "bound_seconds": p.bound_at(p.reserved_bytes).seconds,
         }  # fmt: skip
-    for row in baselines(captured._tilings.base, captured.target, parse_size(budgets[0])):
+    for row in _policies(captured, parse_size(budgets[0])):
         yield {
             "method": row.policy, "peak_bytes": row.peak_bytes, "seconds": row.step_seconds, "bound_seconds": row.bound_seconds
         }  # fmt: skip
+
+
+def _policies(captured: Plan | PipelinePlan, budget_bytes: int) -> Iterable[Baseline]:
+    if isinstance(captured, PipelinePlan):
+        return pipeline_baselines(captured)
+    return baselines(captured._tilings.base, captured.target, budget_bytes)
 
 
 def against_best(row: Row, rows: Sequence[Row]) -> str:
