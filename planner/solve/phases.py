@@ -22,6 +22,8 @@ from planner.solve.tilings import Tilings
 Stay = Literal["always", "phase", "call"]
 # Keeping a member for good is looked at where the copies it saves are more than this share of the time.
 _WORTH = 0.005
+# Rooms are tried that hold what cannot come while a call computes, and such shares of the weights more.
+_ABOVE = (0.1, 0.2, 0.3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -335,7 +337,25 @@ class PhasedBudget:
         least = int(self.members[key].solver.problem.activation_bytes.min())
         room = min(budget_bytes - self._outside(key), budget_bytes - others_bytes + least)
         found = self._solved_within(key, room)
-        return None if found is None else MemberShare(*found, "phase", room)
+        if found is None:
+            return None
+        share = MemberShare(*found, "phase", room)
+        load = self.load_seconds({key: share})[key]
+        if load <= _WORTH * self._seconds({key: share}):
+            return share
+        smaller = [each for each in self._smaller_rooms(key) if each < room]
+        others = [MemberShare(*solved, "phase", each) for each in smaller if (solved := self._solved_within(key, each))]
+        return min([share, *others], key=lambda one: self._seconds({key: one}))
+
+    def _smaller_rooms(self, key: str) -> Iterator[int]:
+        """In which as much is streamed as can come while a call computes: what is streamed is not waited for before the first.
+
+        They do not depend on the budget, so that with more of it they are looked at too.
+        """
+        solver = self.members[key].solver
+        weights, hidden = self.members[key].weight_bytes, int(solver.problem.compute_seconds * self.machine.link_bandwidth)
+        for more in _ABOVE:
+            yield solver.minimum.peak_bytes + max(0, weights - hidden) + int(more * weights)
 
     def _for_a_call(self, key: str, room: int) -> MemberShare | None:
         found = self._passing(key, room)
