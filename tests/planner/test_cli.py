@@ -139,19 +139,18 @@ def test_save_show_load(capsys: pytest.CaptureFixture[str], tmp_path: Path, gold
     assert (p.peak_bytes, p.code) == (data["peak_bytes"], data["code"])
 
 
-def test_compare(capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]) -> None:
-    argv = ["compare", "clip-l-text", "--budget", "160MB", "--machine", "rtx-3060", "--repeats", "2"]
-    assert main(argv) == 0
+def test_compare(capsys: pytest.CaptureFixture[str], here: Path, golden: Callable[[str, str], None]) -> None:
+    assert main(["compare", "clip-l-text", "--budget", "160MB", "--machine", "rtx-3060", "--repeats", "2"]) == 0
     golden("cli_compare", capsys.readouterr().out)
-    data = answer(capsys, *argv)
-    assert (data["target"], data["repeats"], data["rows"][0]["policy"]) == ("clip-l-text", 2, "vramplan")
+    data = answer(capsys, "compare", "cli_factories:made", "--budget", "1MB", "--repeats", "2")
+    assert (data["target"], data["repeats"], data["rows"][0]["policy"]) == ("cli_factories:made", 2, "vramplan")
     documented_by(capsys, "compare", {*data, *data["rows"][0]})
 
 
-def test_frontier(capsys: pytest.CaptureFixture[str], tmp_path: Path, golden: Callable[[str, str], None]) -> None:
-    argv = ["frontier", "clip-l-text", "--machine", "rtx-3060"]
-    assert main([*argv, "--budgets", "80MB,160MB,300000000"]) == 0
+def test_frontier(capsys: pytest.CaptureFixture[str], here: Path, tmp_path: Path, golden: Callable[[str, str], None]) -> None:
+    assert main(["frontier", "clip-l-text", "--machine", "rtx-3060", "--budgets", "80MB,160MB,300000000"]) == 0
     golden("cli_frontier", capsys.readouterr().out)
+    argv = ["frontier", "cli_factories:made"]
     data = answer(capsys, *argv, "--points", "3", "--compare", "--plot", str(tmp_path / "curve.png"))
     assert [row["budget_bytes"] for row in data["rows"]][::2] == [data["minimum_bytes"], data["resident_bytes"]]
     assert data["budget_bytes"] is None
