@@ -26,6 +26,7 @@ from passes.regions import Tile, find_region
 from passes.slice_weights import SliceWeights, WeightSlices, slices_of
 from passes.split_norms import SplitNorms, splittable_norms
 from passes.tile_regions import TileRegions, stretch_of
+from passes.unroll_slices import UnrollSlices
 from passes.write_over import more_of
 from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.decisions import Tiling
@@ -77,6 +78,7 @@ def tile_program(program: Program, tiling: Tiling) -> Program:
     passes: tuple[Pass, ...] = (
         FuseAttention(tiling.attention),  # first, as the next: others name what they leave
         ChannelsLast(tiling.channels_last),  # others cut and replace what regions are named by
+        *((GatherWrites(), Functionalise(), UnrollSlices(tiling.unrolled)) if tiling.unrolled else ()),  # what follows is for each
         HostLookup(tiling.lookups),
         SliceWeights(tiling.slices),
         CastWeights(tiling.casts),
