@@ -1,7 +1,7 @@
 """Computes samples one after another: a stretch of the program once for every slice, each on its own part of what comes in.
 
 before:  y = conv2d(x, w); z = group_norm(y, 32)
-after:   z_buffer = empty_strided(...); z = alias(z_buffer)
+after:   z_slices = empty_strided(...); z = alias(z_slices)
          x_of_0 = slice(x, 0, 0, 1); y_of_0 = conv2d(x_of_0, w); z_of_0 = group_norm(y_of_0, 32)
          z_place_of_0 = slice(z, 0, 0, 1); copy_(z_place_of_0, z_of_0); x_of_1 = slice(x, 0, 1, 2); ...
 
@@ -100,7 +100,7 @@ class _Unroller:
     def _result(self, node: fx.Node) -> fx.Node:
         """Memory for a result: an `alias` of new memory is a value that is complete once all its parts are written."""
         like = tensors_of(node)[0]
-        buffer = empty_strided(self._graph, f"{node.name}_buffer", tuple(like.shape), dense_strides(like), like)
+        buffer = empty_strided(self._graph, f"{node.name}_slices", tuple(like.shape), dense_strides(like), like)
         result = self._graph.create_node("call_function", aten.alias.default, (buffer,))
         result.meta["val"] = value_of(result)
         for made in (buffer, result):
