@@ -78,12 +78,16 @@ def tile_program(program: Program, tiling: Tiling) -> Program:
     passes: tuple[Pass, ...] = (
         FuseAttention(tiling.attention),  # first, as the next: others name what they leave
         ChannelsLast(tiling.channels_last),  # others cut and replace what regions are named by
-        *((GatherWrites(), Functionalise(), UnrollSlices(tiling.unrolled)) if tiling.unrolled else ()),  # what follows is for each
+        *(_unrolling(tiling) if tiling.unrolled else ()),  # what follows is done in each slice
         HostLookup(tiling.lookups),
         SliceWeights(tiling.slices),
         CastWeights(tiling.casts),
     )
     return run_passes(program, (*passes, *_tile_passes(tiling)) if tiling.norms or tiling.tiles else passes)
+
+
+def _unrolling(tiling: Tiling) -> tuple[Pass, ...]:
+    return GatherWrites(), Functionalise(), UnrollSlices(tiling.unrolled)  # the first two as below
 
 
 def _tile_passes(tiling: Tiling) -> tuple[Pass, ...]:

@@ -136,7 +136,7 @@ class TileSearch:
 
     @cached_property
     def _writes(self) -> np.ndarray:
-        """Whether an operator writes to its argument, so that no region has it, or gives the part of a value for that; bool[n]."""
+        """Whether an operator writes to its argument, so that no region has it, or gives what is written; bool[n]."""
         places = {n for node in self.costs.nodes for n in written_nodes(node) if is_view(n)}
         return np.array([node in places or bool(written_nodes(node)) for node in self.costs.nodes], dtype=bool)
 

@@ -240,23 +240,35 @@ class Tilings:
             yield self.branch(replace(plain.start.tiling, casts=self.casting.casts[:count]))
 
     def _unrolled_in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:
-        """The fastest with samples one after another: in as few slices as fit without tiles, else one by one; then in fewer.
+        """The fastest with samples one after another, where that could be faster; all of them where nothing else fits.
 
-        Only where they could be faster: a step takes no less than whole operators do, nor than copies of what does not fit.
+        No step takes less than whole operators do, nor than copies of what does not fit.
         """
         fastest = _fastest(found)
-        start = _without_regions(fastest[0].problem.tiling) if fastest is not None else self._starts[-1]
+        if fastest is None:
+            for start in self._starts:
+                yield from self._in_slices(start, budget_bytes)
+            return
+        tiling = fastest[0].problem.tiling
+        start = Tiling(casts=tiling.casts, attention=tiling.attention)
         problem = self.branch(start).start
         over = problem.total_weight_bytes + problem.memory.fixed_bytes - budget_bytes
         least = max(problem.compute_seconds, over / problem.machine.link_peak_bandwidth)
-        if fastest is not None and fastest[1].time.step_seconds <= _ENOUGH * least:
-            return
-        branches = list(map(self.branch, self._unrolled(start)))
-        fitting = (i for i, branch in enumerate(branches) if branch.base.minimum.peak_bytes <= budget_bytes)
-        index = next(fitting, len(branches) - 1)
-        yield from branches[index : index + 1]
-        if 0 < index and branches[index].base.minimum.peak_bytes <= budget_bytes:
-            yield branches[index - 1]
+        if fastest[1].time.step_seconds > _ENOUGH * least:
+            yield from self._in_slices(start, budget_bytes)
+
+    def _in_slices(self, start: Tiling, budget_bytes: int) -> Iterator[Branch]:
+        """In as few slices as fit without tiles, then in fewer, with tiles; sample by sample where none fit so."""
+        wider: Branch | None = None
+        for tiling in (slices := self._unrolled(start)):
+            branch = self.branch(tiling)
+            fits = branch.base.minimum.peak_bytes <= budget_bytes
+            if fits or tiling is slices[-1]:
+                yield branch
+                if fits and wider is not None:
+                    yield wider
+                return
+            wider = branch
 
     @cached_property
     def _starts(self) -> tuple[Tiling, ...]:
@@ -365,11 +377,6 @@ class Tilings:
 
 def _fastest(found: Sequence[Found]) -> Found | None:
     return min(found, key=lambda each: each[1].time.step_seconds, default=None)
-
-
-def _without_regions(tiling: Tiling) -> Tiling:
-    """What a tiling started from."""
-    return Tiling(casts=tiling.casts, attention=tiling.attention, channels_last=tiling.channels_last)
 
 
 def _changes(tiling: Tiling) -> tuple[int, bool, bool, bool]:

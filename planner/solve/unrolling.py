@@ -1,8 +1,8 @@
 """Which stretch of a program can run sample by sample, and in how many slices that is tried.
 
-A loop of tiles ends at a norm over whole images, and between two such norms the values of all samples exist. Where every operator
-of a stretch gives a sample of its result from that sample alone, the stretch can run once for every slice, without a halo and
-without merging anything; each slice then has its own loops (`passes.unroll_slices`).
+A loop of tiles ends at a norm over whole images, and between two such norms the values of all samples exist. Where every
+operator of a stretch gives a sample of its result from that sample alone, the stretch can run once for every slice, without a
+halo and without merging anything; each slice then has its own loops (`passes.unroll_slices`).
 """
 
 from __future__ import annotations
