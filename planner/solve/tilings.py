@@ -212,7 +212,8 @@ class Tilings:
         copies = (own.total_weight_bytes + own.memory.fixed_bytes - budget_bytes) / own.machine.link_peak_bandwidth
         if max(step - self.layout.most_seconds, copies) * _ENOUGH >= step or not self.layout.regions:
             return
-        shorter = self.branch(replace(start, channels_last=self.layout.regions))
+        whole = replace(start, channels_last=self.layout.regions, unrolled=())
+        shorter = self.branch(self._as_unrolled(whole, tiling))
         if shorter.base.problem.compute_seconds * _ENOUGH < own.compute_seconds:
             yield shorter
 
@@ -290,6 +291,11 @@ class Tilings:
         slicing = self._slicing(start)
         return [replace(start, unrolled=(tile,)) for tile in slicing.tiles()] if slicing is not None else []
 
+    def _as_unrolled(self, start: Tiling, like: Tiling) -> Tiling:
+        """A rewriting in as many slices as another one has, by its own names; as it is where that cannot be."""
+        count = like.unrolled[0].count if like.unrolled else 1
+        return next((each for each in self._unrolled(start) if each.unrolled[0].count == count), start)
+
     def _slicing(self, start: Tiling) -> Slicing | None:
         """Which stretch of the program can run sample by sample, as far as it is rewritten before that."""
         named = Tiling(attention=start.attention, channels_last=start.channels_last)
@@ -339,7 +345,7 @@ class Tilings:
 
     @cached_property
     def what_stops(self) -> str:
-        """The operator without a rule that keeps the least peak from being lower; empty where it is something else."""
+        """What keeps the least peak from being lower: an operator without a rule, samples that are too many; else empty."""
         if self.branch(UNTILED).levels is None:
             return ""
         least, slicing = self.minimum, self._slicing(UNTILED)
@@ -350,7 +356,8 @@ class Tilings:
             if reason and captured.get(near.name.partition("_of_")[0]) == near.target:  # not what rewriting put there
                 where = f" in {module_path(near)}" if module_path(near) else ""
                 return f"{near.name}{where} runs whole: {operator_name(near.target)} {reason}"
-        return slicing.too_long if slicing is not None else ""
+        mostly = 2 * least.problem.activation_bytes[least.minimum.peak_position] > least.minimum.peak_bytes
+        return slicing.too_long if slicing is not None and mostly else ""
 
     def of(self, tiling: Tiling) -> Solver:
         """The solver of a given tiling.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from passes.conv_regions import conv_regions
 from passes.regions import Tile
 from passes.tile_rules import Untileable
 from planner import InfeasibleBudget, Plan, plan
@@ -191,6 +192,19 @@ def test_what_a_plan_says() -> None:
     assert "conv2d to conv2d_15 run 4 times, each for one of 4 samples (dimension 0 of arg_0)" in said
     assert "unroll_slices, split_norms, tile_regions" in p.code
     assert "conv2d_15_of_3" in p.code
+
+
+def test_slices_of_what_runs_in_channels_last() -> None:
+    """Regions are named first, and change what the stretch begins and ends with."""
+    each = subject("decoder", 4)
+    p = roomy("decoder", 4)
+    named = Tiling(channels_last=conv_regions(p.program))
+    start = p._tilings._as_unrolled(named, Tiling(unrolled=(Tile("conv2d", "conv2d_15", "arg_0", 0, 4),)))
+    assert start.channels_last
+    assert start.unrolled[0].count == 4
+    p = Plan(p.target, p.options, p._tilings, Decisions(tiling=start))
+    assert "conv2d_3_of_3" in p.code
+    assert error_of(each.run(p), each.whole()) <= EXACT
 
 
 def test_too_many_operators_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
