@@ -21,6 +21,7 @@ from passes.program import Program, tensors_of
 from passes.regions import Calls, Tile
 from passes.split_norms import can_split
 from passes.tile_rules import Part, Untileable, tile
+from passes.unroll_slices import UnrollSlices
 from planner.solve.constraints import FREE, TileConstraint
 
 # All slices together have at most so many operators: as many as are planned in a minute or two.
@@ -62,7 +63,7 @@ def slicing_of(program: Program, constraint: Callable[[fx.Node], TileConstraint]
     """The longest stretch from the first reader of an input on that can run sample by sample; None where loops do as much.
 
     Samples are along any one dimension of an input. An operator of which `constraint` says how it is tiled, or that it is not,
-    ends the stretch.
+    ends the stretch. What the pass refuses (two results in one memory that is written later) is none.
     """
     program = run_passes(program, (GatherWrites(), Functionalise()))
     nodes, found = list(program.ops()), list[Slicing]()
@@ -74,7 +75,12 @@ def slicing_of(program: Program, constraint: Callable[[fx.Node], TileConstraint]
             if len(stretch) > _LOOP or any(map(can_split, stretch)):
                 made = Tile(stretch[0].name, stretch[-1].name, seed.name, dim, int(size))
                 found.append(Slicing(made, int(size), len(stretch)))
-    return max(found, key=lambda each: each.operators, default=None)
+    longest = max(found, key=lambda each: each.operators, default=None)
+    try:
+        UnrollSlices((replace(longest.tile, count=2),) if longest is not None else ()).apply(program)
+    except Untileable:
+        return None
+    return longest
 
 
 class _Scan:

@@ -96,6 +96,20 @@ class TestStretches:
         found = slicing(Chunked(), torch.randn(3, 2, 8, 6))
         assert found.tile.last in ("conv2d_1", "getitem", "getitem_1")
 
+    def test_results_in_one_memory_that_is_written_later(self) -> None:
+        class Written(Images):
+            def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+                y = super().forward(x)
+                part = y[:, :1]
+                mean = y.cumsum(0)
+                y.mul_(3)
+                return part + mean[:, :1], y.cumsum(0)
+
+        module, x = Written().eval(), torch.randn(3, 2, 8, 6)
+        assert slicing(module, x) is None
+        p = plan(module, "1GB", inputs=(x,), device="accounting")
+        assert not p.replan(p.minimum_bytes).decisions.tiling.unrolled
+
     @pytest.mark.parametrize(
         ("samples", "operators", "counts"),
         [(4, 100, (2, 4)), (8, 100, (2, 4, 8)), (5, 100, (2, 3, 5)), (100, 1000, (2, 4)), (3, 2001, ()), (2, 2000, (2,))],
