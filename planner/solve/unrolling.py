@@ -32,7 +32,7 @@ _LOOP = 48
 
 @dataclass(frozen=True)
 class Slicing:
-    """A stretch of `operators` operators that can run sample by sample: `tile`, one slice for each of `samples`."""
+    """A stretch that can run sample by sample, with `operators` that do: `tile`, one slice for each of `samples`."""
 
     tile: Tile
     samples: int
@@ -71,10 +71,12 @@ def slicing_of(program: Program, constraint: Callable[[fx.Node], TileConstraint]
         seed = program.node(name)
         value = seed.meta.get("val")
         for dim, size in enumerate(value.shape if isinstance(value, torch.Tensor) else ()):
-            stretch = _Scan(seed, dim, constraint).stretch(nodes) if size > 1 else []
-            if len(stretch) > _LOOP or any(map(can_split, stretch)):
+            scan = _Scan(seed, dim, constraint)
+            stretch = scan.stretch(nodes) if size > 1 else []
+            cut = [node for node in stretch if scan.cuts(node)]
+            if len(cut) > _LOOP or any(map(can_split, cut)):
                 made = Tile(stretch[0].name, stretch[-1].name, seed.name, dim, int(size))
-                found.append(Slicing(made, int(size), len(stretch)))
+                found.append(Slicing(made, int(size), len(cut)))
     longest = max(found, key=lambda each: each.operators, default=None)
     try:
         UnrollSlices((replace(longest.tile, count=2),) if longest is not None else ()).apply(program)
@@ -106,6 +108,10 @@ class _Scan:
                     ends_in_tuple = found.pop().target is operator.getitem
                 break
         return found
+
+    def cuts(self, node: fx.Node) -> bool:
+        """Whether an operator gives samples, and so runs once for each."""
+        return node in self._dims
 
     def _follow(self, node: fx.Node) -> bool:
         """Whether each sample of a result comes from that sample alone, and along which dimension it is then."""
