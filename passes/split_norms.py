@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from passes.fakes import FaithfulFakes
+from passes.known_calls import run_on_fakes
 from passes.program import Program
 from passes.refresh_values import carry_on
 from runtime.errors import PlanFileError
@@ -81,8 +81,7 @@ def _call(graph: fx.Graph, target: Any, args: tuple[Any, ...], name: str, like: 
     node = graph.create_node("call_function", target, args, name=name)
     node.meta = {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
     fakes = fx.map_arg(args, lambda n: n.meta["val"])
-    with like.meta["val"].fake_mode, FaithfulFakes(), torch.no_grad():
-        node.meta["val"] = target(*fakes)
+    node.meta["val"] = run_on_fakes(target, fakes, {}, like.meta["val"].fake_mode)
     return node
 
 

@@ -7,7 +7,7 @@ steps. Tiles with equal steps differ in their columns only.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
@@ -93,6 +93,22 @@ class _Sheet:
             self.sizes += [numbers[1] - numbers[0]] if names == ("lo", "hi") else []
             self._columns[names, numbers] = tuple(_Ref(first + i, column=True) for i in range(len(numbers)))
         return self._columns[names, numbers]
+
+    def play(self, operands: Callable[[int], Any], run: Callable[[str, Any, Any, Any], Any]) -> None:
+        """Calls `run(name, target, args, kwargs)` for every step in order, with the tile's own numbers and what came before.
+
+        `operands` gives that of a number, when it is first read.
+        """
+        made: list[Any] = []
+
+        def value(ref: _Ref) -> Any:
+            if ref.column:
+                return self.row[ref.index]
+            return made[ref.index] if ref.index >= 0 else operands(-1 - ref.index)
+
+        for step in self.steps:
+            args, kwargs = tree_map_only(_Ref, value, (step.args, step.kwargs))
+            made.append(run(step.name, step.target, args, kwargs))
 
     def part(self, name: str, value: _Token, part: Part | None, size: int, *, fixed: bool) -> _Token:
         """A part of a value; `fixed`: at the same place in every tile."""

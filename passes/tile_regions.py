@@ -187,10 +187,10 @@ def _label(region: Region, count: int) -> str:
 
 def _buffer(graph: fx.Graph, node: fx.Node, like: torch.Tensor) -> fx.Node:
     """An uninitialised tensor for a result, laid out as that was where it was dense, and as such otherwise."""
-    return empty_strided(graph, node.name, tuple(like.shape), _strides(like), like)
+    return empty_strided(graph, node.name, tuple(like.shape), dense_strides(like), like)
 
 
-def _strides(tensor: torch.Tensor) -> tuple[int, ...]:
+def dense_strides(tensor: torch.Tensor) -> tuple[int, ...]:
     """Dense strides in the order of the tensor's own."""
     order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d]))
     strides, step = [0] * tensor.dim(), 1

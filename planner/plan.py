@@ -128,8 +128,10 @@ class Plan(PlanFacts):
         """Those that changed something, in their order."""
         tiling = self.decisions.tiling
         named: list[tuple[str, object]] = [("fuse_attention", tiling.attention), ("channels_last", tiling.channels_last)]
+        if tiling.unrolled:
+            named += [("functionalise", True), ("unroll_slices", True)]
         named.append(("cast_weights", tiling.casts))
-        named += [("functionalise", tiling.tiles or tiling.norms), ("split_norms", tiling.norms)]
+        named += [("functionalise", not tiling.unrolled and (tiling.tiles or tiling.norms)), ("split_norms", tiling.norms)]
         named.append(("tile_regions", tiling.tiles))
         used = [name for name, used in named if used]
         return ", ".join([*used, *reuses_of(self.problem.program), "stream_weights", "insert_frees"])

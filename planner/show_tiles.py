@@ -1,10 +1,11 @@
-"""What `print(plan)` says of rewriting: casts, how much runs in tiles, what lives on the host, what stops a lower peak."""
+"""What `print(plan)` says of rewriting: casts, tiles, samples one after another, the host, what stops a lower peak."""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from passes.regions import Tile
 from planner.sizes import format_bytes
 from planner.solve.casting import saved_bytes
 
@@ -39,6 +40,7 @@ def tile_rows(plan: PlanFacts) -> list[tuple[str, str]]:
             values = "1 value lives" if hosted == 1 else f"{hosted} values live"
             text += f"; {values} on the host, in bands ({format_bytes(plan.layout.host_bytes)} page-locked)"
         rows.append(("tiles", text))
+    rows += [("unrolled", _unrolled(plan, tile)) for tile in plan.decisions.tiling.unrolled]
     slices = plan.decisions.tiling.slices
     if slices:
         weights = "1 weight comes" if len(slices) == 1 else f"{len(slices)} weights come"
@@ -49,3 +51,14 @@ def tile_rows(plan: PlanFacts) -> list[tuple[str, str]]:
     if stopped:
         rows.append(("floor", f"no budget below {format_bytes(plan.minimum_bytes)}, since {stopped}"))
     return rows
+
+
+def _unrolled(plan: PlanFacts, tile: Tile) -> str:
+    """Which stretch runs once for every slice of its samples."""
+    samples = int(plan.program.node(tile.seed).meta["val"].shape[tile.dim])
+    most = -(-samples // min(tile.count, samples))
+    each = "one" if most == 1 else f"{most} at most"
+    return (
+        f"{tile.first} to {tile.last} run {-(-samples // most)} times, each for {each} of {samples} samples "
+        f"(dimension {tile.dim} of {tile.seed}), and read their weights as often"
+    )

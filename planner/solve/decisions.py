@@ -22,7 +22,8 @@ class Tiling:
     the regions that run tile by tile, in program order; of their results `hosted` live on the host, and `over` may be written
     over values that are larger. `lookups` are the weights whose rows are looked up on the host, `slices` those that come in
     parts, and `casts` those that are stored in a smaller type, by placeholder. `channels_last` are the regions that run
-    so, and `attention` the softmaxes that are fused with the products around them.
+    so, and `attention` the softmaxes that are fused with the products around them. `unrolled` are stretches that run once for
+    every slice, before all that names nodes but these two: others name what is in the slices.
     """
 
     norms: tuple[str, ...] = ()
@@ -35,6 +36,7 @@ class Tiling:
     casts: tuple[Cast, ...] = ()
     channels_last: tuple[ConvRegion, ...] = ()
     attention: tuple[str, ...] = ()
+    unrolled: tuple[Tile, ...] = ()
 
     def __bool__(self) -> bool:
         return self != UNTILED
@@ -43,7 +45,7 @@ class Tiling:
     def from_json(cls, data: dict[str, Any]) -> Tiling:
         given = {name: tuple(values) for name, values in data.items()}
         given["channels_last"] = tuple(ConvRegion(tuple(each["operators"])) for each in given.get("channels_last", ()))
-        made = {"tiles": Tile, "slices": WeightSlices, "casts": Cast}
+        made = {"tiles": Tile, "unrolled": Tile, "slices": WeightSlices, "casts": Cast}
         return cls(**{k: tuple(made[k](**value) for value in v) if k in made else v for k, v in given.items()})
 
 

@@ -26,6 +26,7 @@ from passes.regions import Tile, find_region
 from passes.slice_weights import SliceWeights, WeightSlices, slices_of
 from passes.split_norms import SplitNorms, splittable_norms
 from passes.tile_regions import TileRegions, stretch_of
+from passes.unroll_slices import UnrollSlices
 from passes.write_over import more_of
 from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.decisions import Tiling
@@ -77,11 +78,16 @@ def tile_program(program: Program, tiling: Tiling) -> Program:
     passes: tuple[Pass, ...] = (
         FuseAttention(tiling.attention),  # first, as the next: others name what they leave
         ChannelsLast(tiling.channels_last),  # others cut and replace what regions are named by
+        *(_unrolling(tiling) if tiling.unrolled else ()),  # what follows is done in each slice
         HostLookup(tiling.lookups),
         SliceWeights(tiling.slices),
         CastWeights(tiling.casts),
     )
     return run_passes(program, (*passes, *_tile_passes(tiling)) if tiling.norms or tiling.tiles else passes)
+
+
+def _unrolling(tiling: Tiling) -> tuple[Pass, ...]:
+    return GatherWrites(), Functionalise(), UnrollSlices(tiling.unrolled)  # the first two as below
 
 
 def _tile_passes(tiling: Tiling) -> tuple[Pass, ...]:

@@ -48,7 +48,9 @@ def reuses_of(program: Program) -> tuple[str, ...]:
     """The passes of `reuse_memory` that changed something."""
     loops = [loop for node in program.ops() if (loop := loop_of(node)) is not None]
     nodes = itertools.chain(program.ops(), *(run.operators for loop in loops for run in loop.runs))
-    users = [user for node in nodes if node.target is torch.ops.aten.alias.default for user in node.users]
-    written = any(written_nodes(user) for user in users)
-    joined = any(user.target is torch.ops.aten.slice.Tensor and any(map(written_nodes, user.users)) for user in users)
+    aliases = [node for node in nodes if node.target is torch.ops.aten.alias.default]
+    written = any(written_nodes(user) for node in aliases for user in node.users)
+    buffers = [node for node in aliases if str(node.args[0]) == f"{node.name}_buffer"]
+    parts = [user for node in buffers for user in node.users if user.target is torch.ops.aten.slice.Tensor]
+    joined = any(written_nodes(user) for part in parts for user in part.users)
     return (*(["write_in_place"] if written else []), *(["cat_in_place"] if joined else []))

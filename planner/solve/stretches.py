@@ -1,4 +1,4 @@
-"""Equal stretches of a program: the same calls on each other's results, with the same ones read afterwards.
+"""Equal stretches of a program: the same calls on each other's results, with the same ones (but for weights) read afterwards.
 
 Models repeat their blocks; what is found for a stretch in one of them holds in all, once its nodes are put in their places.
 """
@@ -54,8 +54,9 @@ class Stretches:
                     if start <= at:
                         links.append(i - at)
                         continue
-                    lasts = any(self.position.get(user, stop) >= stop for user in n.users)
-                    links += (-1 - outside.setdefault(n, len(outside)), lasts, n.name in self.weights)
+                    weight = n.name in self.weights
+                    lasts = not weight and any(self.position.get(user, stop) >= stop for user in n.users)
+                    links += (-1 - outside.setdefault(n, len(outside)), lasts, weight)
                 leaves = any(self.position.get(user, stop) >= stop for user in node.users)
                 flags = node in self.marked, tuple(n in self.marked for n in node.all_input_nodes)
                 rows.append((self.calls.number(node), tuple(links), leaves, flags))

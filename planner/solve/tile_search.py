@@ -15,7 +15,8 @@ from functools import cached_property
 import numpy as np
 from torch import fx
 
-from passes.regions import Tile
+from passes.mark_state import written_nodes
+from passes.regions import Tile, is_view
 from passes.tile_rules.base import REDUCTIONS
 from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.tile_cost import Estimate, TileCosts
@@ -115,7 +116,7 @@ class TileSearch:
         for first, last in self._hot(cap_bytes):
             found: list[_Choice] = []
             if last >= free:
-                begin, end = max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(needed))
+                begin, end = self._within(first, last, max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(needed)))
                 found = self._equal_cover(max(first, free), last + 1, begin, end, cap_bytes)
             for choice in found:
                 needed[choice.start : choice.stop] = False
@@ -127,11 +128,22 @@ class TileSearch:
         hot = [int(i) for i in np.flatnonzero((self.costs.total > cap_bytes) | self.costs.touching | self.forced)]
         runs: list[list[int]] = []
         for i in hot:
-            if runs and i - runs[-1][1] <= 4:
+            if runs and i - runs[-1][1] <= 4 and not self._writes[runs[-1][1] : i + 1].any():
                 runs[-1][1] = i
             else:
                 runs.append([i, i])
         return [(a, b) for a, b in runs]
+
+    @cached_property
+    def _writes(self) -> np.ndarray:
+        """Whether an operator writes to its argument, so that no region has it, or gives what is written; bool[n]."""
+        places = {n for node in self.costs.nodes for n in written_nodes(node) if is_view(n)}
+        return np.array([node in places or bool(written_nodes(node)) for node in self.costs.nodes], dtype=bool)
+
+    def _within(self, first: int, last: int, begin: int, end: int) -> tuple[int, int]:
+        """As much of [begin, end) around the operators from first to last as regions there can reach."""
+        before, behind = np.flatnonzero(self._writes[begin:first]), np.flatnonzero(self._writes[last + 1 : end])
+        return begin + int(before[-1]) + 1 if len(before) else begin, last + 1 + int(behind[0]) if len(behind) else end
 
     def _equal_cover(self, first: int, stop: int, begin: int, end: int, cap_bytes: int) -> list[_Choice]:
         """As `_cover`, which is asked once for all that are equal, as those of a model's blocks are."""

@@ -23,6 +23,7 @@ from planner.solve.homes import HostMemory
 from planner.solve.levels import NONE, Freedom, Levels, tile_program
 from planner.solve.problem import Problem
 from planner.solve.search import NEAR
+from planner.solve.unrolling import Slicing, slicing_of
 from runtime.errors import InfeasibleBudget
 
 # What a tiling needs in the end may be less than its cap by this share.
@@ -75,12 +76,12 @@ class Branch:
                 return solver.minimum.peak_bytes
         return self.minimum.minimum.peak_bytes
 
-    def solve(self, budget_bytes: int, host: HostMemory | None) -> Found | None:
-        """The fastest schedule of these tilings, None where none fits the host.
+    def solve(self, budget_bytes: int, host: HostMemory | None, known: Found | None = None) -> Found | None:
+        """The fastest schedule of these tilings, None where none fits the host or is faster than what is `known`.
 
         Requires `budget_bytes >= minimum.minimum.peak_bytes`.
         """
-        best: Found | None = None
+        best = known
         perfect: float | None = None
         for solver in self.candidates(budget_bytes):
             least = solver.problem.compute_seconds
@@ -98,7 +99,7 @@ class Branch:
             if step <= perfect or step <= self._worthwhile(budget_bytes, host):  # the second analyses another program
                 break
         if best is not None:
-            return best
+            return best if best is not known else None
         return (self.minimum, self.minimum.solve(budget_bytes, host)) if _fits(self.minimum, host) else None
 
     def _worthwhile(self, budget_bytes: int, host: HostMemory | None) -> float:
@@ -186,7 +187,7 @@ class Tilings:
         found: list[Found] = []
         for branch in self._in_turn(budget_bytes, found):
             if branch.least_bytes(budget_bytes) <= budget_bytes:
-                solved = branch.solve(budget_bytes, host)
+                solved = branch.solve(budget_bytes, host, _fastest(found) if branch.start.tiling.unrolled else None)
                 found += [solved] if solved is not None else []
         if not found:
             assert host is not None
@@ -201,16 +202,18 @@ class Tilings:
         Each only where it could be faster than what was found before.
         """
         yield from self._cast_in_turn(budget_bytes, found)
-        if self.layout is None or not found:
+        yield from self._unrolled_in_turn(budget_bytes, found)
+        fastest = _fastest(found)
+        if self.layout is None or fastest is None:
             return
-        solver, schedule = min(found, key=lambda each: each[1].time.step_seconds)
-        tiling, step = solver.problem.tiling, schedule.time.step_seconds
-        start = Tiling(casts=tiling.casts, attention=tiling.attention)
+        tiling, step = fastest[0].problem.tiling, fastest[1].time.step_seconds
+        start = Tiling(casts=tiling.casts, attention=tiling.attention, unrolled=tiling.unrolled)
         own = self.branch(start).base.problem
         copies = (own.total_weight_bytes + own.memory.fixed_bytes - budget_bytes) / own.machine.link_peak_bandwidth
         if max(step - self.layout.most_seconds, copies) * _ENOUGH >= step or not self.layout.regions:
             return
-        shorter = self.branch(replace(start, channels_last=self.layout.regions))
+        whole = replace(start, channels_last=self.layout.regions, unrolled=())
+        shorter = self.branch(self._as_unrolled(whole, tiling))
         if shorter.base.problem.compute_seconds * _ENOUGH < own.compute_seconds:
             yield shorter
 
@@ -222,7 +225,7 @@ class Tilings:
         if self.attention:
             fused = self.branch(replace(given, attention=self.attention))
             yield fused
-            fastest = min(found, key=lambda each: each[1].time.step_seconds, default=None)
+            fastest = _fastest(found)
             plain = fused if fastest is None or fastest[0].problem.tiling.attention else plain
         if not self.casting.casts or self.casts is not None:
             return
@@ -237,14 +240,74 @@ class Tilings:
                 return
             yield self.branch(replace(plain.start.tiling, casts=self.casting.casts[:count]))
 
+    def _unrolled_in_turn(self, budget_bytes: int, found: Sequence[Found]) -> Iterator[Branch]:
+        """The fastest with samples one after another, where that could be faster; all of them where nothing else fits.
+
+        No step takes less than whole operators do, nor than copies of what does not fit.
+        """
+        fastest = _fastest(found)
+        if fastest is None:
+            for start in self._starts:
+                yield from self._in_slices(start, budget_bytes)
+            return
+        tiling = fastest[0].problem.tiling
+        start = Tiling(casts=tiling.casts, attention=tiling.attention)
+        problem = self.branch(start).start
+        over = problem.total_weight_bytes + problem.memory.fixed_bytes - budget_bytes
+        least = max(problem.compute_seconds, over / problem.machine.link_peak_bandwidth)
+        if fastest[1].time.step_seconds > _ENOUGH * least:
+            yield from self._in_slices(start, budget_bytes)
+
+    def _in_slices(self, start: Tiling, budget_bytes: int) -> Iterator[Branch]:
+        """In as few slices as fit without tiles, then in fewer, with tiles; sample by sample where none fit so."""
+        wider: Branch | None = None
+        for tiling in (slices := self._unrolled(start)):
+            branch = self.branch(tiling)
+            fits = branch.base.minimum.peak_bytes <= budget_bytes
+            if fits or tiling is slices[-1]:
+                yield branch
+                if fits and wider is not None:
+                    yield wider
+                return
+            wider = branch
+
     @cached_property
-    def _extremes(self) -> list[Branch]:
-        """What needs the least memory is among them: as it is, with fused attention, with all casts."""
+    def _starts(self) -> tuple[Tiling, ...]:
+        """Of the rewritings that all else goes on from: none, fused attention, all casts."""
         given = Tiling(casts=self.casts or ())
         starts = [given, replace(given, attention=self.attention)]
         if self.casts is None:
             starts.append(Tiling(attention=self.attention, casts=self.casting.casts))
-        return [self.branch(start) for start in dict.fromkeys(starts)]
+        return tuple(dict.fromkeys(starts))
+
+    @cached_property
+    def _extremes(self) -> list[Branch]:
+        """What needs the least memory is among them: all that can be started from, and each of them sample by sample."""
+        one_by_one = [tiling for start in self._starts for tiling in self._unrolled(start)[-1:]]
+        return [self.branch(start) for start in (*self._starts, *one_by_one)]
+
+    def _unrolled(self, start: Tiling) -> list[Tiling]:
+        """A rewriting in more and more slices of samples; none where that cannot be."""
+        slicing = self._slicing(start)
+        return [replace(start, unrolled=(tile,)) for tile in slicing.tiles()] if slicing is not None else []
+
+    def _as_unrolled(self, start: Tiling, like: Tiling) -> Tiling:
+        """A rewriting in as many slices as another one has, by its own names; as it is where that cannot be."""
+        count = like.unrolled[0].count if like.unrolled else 1
+        return next((each for each in self._unrolled(start) if each.unrolled[0].count == count), start)
+
+    def _slicing(self, start: Tiling) -> Slicing | None:
+        """Which stretch of the program can run sample by sample, as far as it is rewritten before that."""
+        named = Tiling(attention=start.attention, channels_last=start.channels_last)
+        if named not in self._slicings:
+            allowed = self.build is not None and self.freedom.tiles
+            program = tile_program(self.base.problem.program, named) if allowed else None
+            self._slicings[named] = slicing_of(program, self.freedom.constraint) if program is not None else None
+        return self._slicings[named]
+
+    @cached_property
+    def _slicings(self) -> dict[Tiling, Slicing | None]:
+        return {}
 
     def branch(self, start: Tiling) -> Branch:
         """The tilings that go on from a rewriting."""
@@ -282,18 +345,19 @@ class Tilings:
 
     @cached_property
     def what_stops(self) -> str:
-        """The operator without a rule that keeps the least peak from being lower; empty where it is something else."""
+        """What keeps the least peak from being lower: an operator without a rule, samples that are too many; else empty."""
         if self.branch(UNTILED).levels is None:
             return ""
-        least = self.minimum
+        least, slicing = self.minimum, self._slicing(UNTILED)
         captured = {node.name: node.target for node in self.base.problem.liveness.nodes}
         node = least.problem.liveness.nodes[least.minimum.peak_position]
         for near in (node, *node.all_input_nodes, *node.users):
             reason = _refusal(near)
-            if reason and captured.get(near.name) == near.target:  # not what rewriting put there
+            if reason and captured.get(near.name.partition("_of_")[0]) == near.target:  # not what rewriting put there
                 where = f" in {module_path(near)}" if module_path(near) else ""
                 return f"{near.name}{where} runs whole: {operator_name(near.target)} {reason}"
-        return ""
+        mostly = 2 * least.problem.activation_bytes[least.minimum.peak_position] > least.minimum.peak_bytes
+        return slicing.too_long if slicing is not None and mostly else ""
 
     def of(self, tiling: Tiling) -> Solver:
         """The solver of a given tiling.
@@ -318,9 +382,13 @@ class Tilings:
         return {}
 
 
-def _changes(tiling: Tiling) -> tuple[int, bool, bool]:
+def _fastest(found: Sequence[Found]) -> Found | None:
+    return min(found, key=lambda each: each[1].time.step_seconds, default=None)
+
+
+def _changes(tiling: Tiling) -> tuple[int, bool, bool, bool]:
     """What is done besides tiles and copies, the less the better of what is as fast."""
-    return len(tiling.casts), bool(tiling.channels_last), bool(tiling.attention)
+    return len(tiling.casts), bool(tiling.channels_last), bool(tiling.attention), bool(tiling.unrolled)
 
 
 def _fits(solver: Solver, host: HostMemory | None) -> bool:

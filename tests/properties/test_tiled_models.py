@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from planner import PlannerError
+from planner import Plan, PlannerError
+from planner.solve.decisions import UNTILED
 from tests.properties.tiled import (
     MODELS,
     Subject,
@@ -108,8 +109,14 @@ def test_a_budget_below_what_the_whole_needs_is_kept_by_tiles(name: str) -> None
     budget = int(BUDGETS[name] * untiled.minimum_bytes)
     p = subject.plan(budget)
     assert p.minimum_bytes <= p.peak_bytes <= budget < untiled.minimum_bytes
-    assert tile_counts(p)
+    assert tile_counts(p) or p.decisions.tiling.unrolled  # the two samples in turn may be enough
     assert error_of(subject.run(p), subject.whole()) <= EXACT
+    found = p._tilings.branch(UNTILED).solve(budget, None)
+    assert found is not None
+    together = Plan(p.target, p.options, p._tilings, found[1].decisions(found[0].problem))
+    assert tile_counts(together)
+    assert together.peak_bytes <= budget
+    assert error_of(subject.run(together), subject.whole()) <= EXACT
 
 
 # What makes diffusers decode images of this size in tiles of its own.
