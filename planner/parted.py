@@ -42,7 +42,10 @@ from runtime.signature import CallSignature, bind_call
 
 # What each part has, and a plan in parts has not.
 _OF_PARTS = frozenset(
-    ["decisions", "emitted", "engines", "executable", "layout", "memory_use", "problem", "program", "proof", "timeline"]
+    [
+        *["decisions", "emitted", "engines", "executable", "homes", "layout", "memory_use", "problem", "program", "proof"],
+        *["schedule", "solver", "tilings", "timeline"],
+    ]
 )
 
 

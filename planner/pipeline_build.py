@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from planner.pipeline_host import within
 from planner.pipeline_problem import member_options
 from planner.plan import Plan
 from planner.progress import transferring
+from planner.shared_host import within
 from planner.sizes import format_bytes
 from planner.solve.homes import PAGE_BYTES, HostMemory
 from planner.solve.host_split import spare_bytes

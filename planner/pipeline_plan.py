@@ -16,17 +16,17 @@ from planner.bounds import Bound, PipelineBound, physical_bound
 from planner.budget import Budget
 from planner.dry_run_calls import DryRun
 from planner.frontends import pipelines
-from planner.host_budget import all_bytes
 from planner.machine import Machine
 from planner.options import Options
 from planner.pipeline_build import build_runner
 from planner.pipeline_calls import Components
 from planner.pipeline_folder import PipelineFolder
-from planner.pipeline_host import decide_shares, hosted_bytes, pipeline_host, within
+from planner.pipeline_host import decide_shares, pipeline_host
 from planner.pipeline_problem import Analyses, member_options
 from planner.pipeline_run import PipelineRun
 from planner.pipeline_weights import open_pipeline_weights
 from planner.plan import Plan
+from planner.shared_host import all_in_memory_bytes, within
 from planner.sizes import format_bytes
 from planner.solve.early import Early
 from planner.solve.homes import HostMemory
@@ -101,7 +101,7 @@ class PipelinePlan:
 
     def _prove_host(self, host: HostMemory) -> int:
         if not self.spills:
-            return all_bytes(host.tensors) + hosted_bytes(self._shares)
+            return all_in_memory_bytes(host, self._shares)
         if self.early:
             raise PlanFileError("weights are to come early, and some of them from disk; plan the pipeline again")
         return check_hosts({key: part.emitted for key, part in self.parts.items()}, host.budget_bytes)

@@ -173,12 +173,9 @@ class Phases:
 
 
 def cache_as_state(program: Program) -> Program:
-    """The cache's tensors are state of every phase, also of one that only reads some of them."""
-    weights = {
-        key: replace(weight, state=weight.state or weight.name.startswith(f"{CACHE}."))
-        for key, weight in program.weights.items()
-    }
-    return replace(program, weights=weights)
+    """The cache's tensors are state of every phase, also of one that only reads some of them, and the host has none of them."""
+    cache = {k: replace(w, state=True, made=True) for k, w in program.weights.items() if w.name.startswith(f"{CACHE}.")}
+    return replace(program, weights={**program.weights, **cache})
 
 
 class _Held(TorchDispatchMode):

@@ -1,8 +1,8 @@
-"""One budget of the host's memory for all members of a pipeline, split once and for all before it runs.
+"""One budget of the host's memory for programs that share it, split once and for all before they run.
 
-The homes of weights are chosen for all members together, so that those that share a component agree. Memory has first what is
-read most often in a run; of what is read as often and does not fit, what goes to disk is spread over the time. Every member has
-a ring of its own and room for its values on the host, also while others run.
+The homes of weights are chosen for all members together, so that those that read the same agree. Memory has first what is read
+most often in a run; of what is read as often and does not fit, what goes to disk is spread over the time. Every member has a
+ring of its own and room for its values on the host: also while others run, or, where one is loaded at a time, in its turn.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ _Uses = tuple[dict[str, int], dict[str, float]]
 class HostSplit:
     """The problem: schedules as they were decided for the device alone. `host` is what was declared for all of them.
 
-    Where `host` says what is in memory already, of a pipeline that is built, that stays there.
+    Where `host` says what is in memory already, of what is built, that stays there. `in_turn`: one member is loaded at a time.
     """
 
     host: HostMemory
     machine: Machine
     members: Mapping[str, Member]
     shares: MemberShares
+    in_turn: bool = False
 
     @cached_property
     def problems(self) -> dict[str, Problem]:
@@ -40,11 +41,13 @@ class HostSplit:
     @property
     def least_bytes(self) -> int:
         """The least budget for these schedules: nothing in memory but what has to be."""
-        return self._given_bytes + self.spare_bytes + sum(self._least.values())
+        return self._given_bytes + self._beside(self._least)
 
-    @property
-    def spare_bytes(self) -> int:
-        return spare_bytes(self.host)
+    def _beside(self, own: Mapping[str, int]) -> int:
+        """What rings and values take that have `own` bytes, with what is kept for a call that is planned later."""
+        if self.in_turn:
+            return max(spare_bytes(self.host), *own.values())
+        return spare_bytes(self.host) + sum(own.values())
 
     def solve(self, *, search: bool = True) -> dict[str, MemberShare]:
         """Schedules with homes, each within memory of its own; requires that the budget is at least the least.
@@ -81,7 +84,7 @@ class HostSplit:
     @cached_property
     def _alone(self) -> HostMemory:
         """What each would have if all had the same."""
-        return HostMemory(self.host.budget_bytes // len(self.shares))
+        return HostMemory(self.host.budget_bytes // (1 if self.in_turn else len(self.shares)))
 
     @cached_property
     def _least(self) -> dict[str, int]:
@@ -96,7 +99,7 @@ class HostSplit:
 
     def _left(self, own: Mapping[str, int]) -> int:
         """For weights."""
-        return self.host.budget_bytes - self._given_bytes - self.spare_bytes - sum(own.values())
+        return self.host.budget_bytes - self._given_bytes - self._beside(own)
 
     def _chosen(self, room: int) -> dict[str, int]:
         """The homes in memory, with their bytes: what is read most often first, then tables, then what is read once."""
@@ -126,6 +129,8 @@ class HostSplit:
             elapsed = problem.elapsed
             streamed = {w: placed.span.last + 1 for placed in share.schedule.placements for w in placed.span.weights}
             for placeholder, weight in problem.program.weights.items():
+                if weight.made:
+                    continue
                 home, times = home_of(weight), self.members[key].calls
                 if placeholder not in streamed:
                     times = 0 if weight.state else self._loads(key)
@@ -158,5 +163,5 @@ class HostSplit:
 
 
 def spare_bytes(host: HostMemory) -> int:
-    """Kept for the ring of a call that no run makes, the same for every plan of a pipeline."""
+    """Kept for the ring of a call that was not planned, the same for every plan of the same weights."""
     return least_ring_bytes(sum(tensor.nbytes for tensor in host.tensors))

@@ -218,6 +218,10 @@ def test_saved_plans_keep_their_shares(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(PlanFileError, match=r"and not of transformer\.forward"):
         PipelinePlan.load(tmp_path / "plan.json", p.target)
+    del data["held"]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanFileError, match=r"I1: .* nothing says which are on disk"):
+        PipelinePlan.load(tmp_path / "plan.json", p.target)
 
 
 def changed(program: Program, **changes: object) -> Program:
