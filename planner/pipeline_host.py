@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from planner.dry_run_calls import DryRun
-from planner.host_budget import module_tensors
+from planner.host_budget import module_tensors, refuse_too_many
 from planner.options import Options
 from planner.pipeline import placements_of
 from planner.pipeline_folder import PipelineFolder
@@ -46,6 +46,9 @@ def decide_shares(
     """
     spills = has_to_spill(host)
     problem, shares = _on_device(run, options, analyses, host, given, spills)
+    if host is not None and problem.parted:
+        why = f"{', '.join(problem.parted)} cannot be captured whole, and a pipeline with calls in parts"
+        refuse_too_many(host.tensors, host.budget_bytes, why, hosted_bytes(shares))
     if host is None or given is not None:
         return problem, shares
     if not spills and has_to_spill(host, hosted_bytes(shares)):

@@ -91,7 +91,7 @@ class OwnPython:
 
     @contextlib.contextmanager
     def without_interception(self, path: str) -> Iterator[None]:
-        """Within it, the module at `path` and those below run as they are: somebody looks at them."""
+        """Within it, the module at `path` and those below are as they were: somebody looks at them."""
         inner = [p for p in (path, *self._within(path)) if "forward" in self._modules[p].__dict__]
         shims = {p: self._modules[p].__dict__.pop("forward") for p in inner}
         try:
