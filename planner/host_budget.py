@@ -119,13 +119,10 @@ def refuse_spilling(target: nn.Module, options: Options, why: str, hosted_bytes:
 
     `why`: what such a plan is. `hosted_bytes`: what values take there besides.
     """
-    if options.budget.host_bytes is not None:
-        refuse_too_many(_tensors_of(target, options), options.budget.host_bytes, why, hosted_bytes)
-
-
-def refuse_too_many(tensors: Iterable[ModuleTensor], host: int, why: str, hosted_bytes: int = 0) -> None:
-    """As `refuse_spilling`, of these tensors."""
-    least = all_bytes(tensors) + align(hosted_bytes, PAGE_BYTES)
+    host = options.budget.host_bytes
+    if host is None:
+        return
+    least = all_bytes(_tensors_of(target, options)) + align(hosted_bytes, PAGE_BYTES)
     if least > host:
         raise InfeasibleBudget(
             f"host budget {format_bytes(host)} ({host} B); {why} has all weights in the host's memory: {format_bytes(least)} "

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from planner.dry_run_calls import DryRun
-from planner.host_budget import module_tensors, refuse_too_many
+from planner.host_budget import module_tensors
 from planner.options import Options
 from planner.pipeline import placements_of
 from planner.pipeline_folder import PipelineFolder
@@ -46,16 +46,13 @@ def decide_shares(
     """
     spills = has_to_spill(host)
     problem, shares = _on_device(run, options, analyses, host, given, spills)
-    if host is not None and problem.parted:
-        why = f"{', '.join(problem.parted)} cannot be captured whole, and a pipeline with calls in parts"
-        refuse_too_many(host.tensors, host.budget_bytes, why, hosted_bytes(shares))
     if host is None or given is not None:
         return problem, shares
     if not spills and has_to_spill(host, hosted_bytes(shares)):
         problem, shares = _on_device(run, options, analyses, host, given, spills=True)
     elif not spills:
         return problem, shares
-    split = HostSplit(host, options.machine, problem.budget.members, shares)
+    split = HostSplit(host, options.machine, problem.budget.members, shares, needed=problem.opaque)
     shares = shares_with_homes(split, options.budget)
     if max(problem.budget.peaks(shares).values()) > options.budget.device_bytes:
         shares = shares_with_homes(split, options.budget, search=False)

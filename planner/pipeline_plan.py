@@ -105,6 +105,9 @@ class PipelinePlan:
     def _prove_host(self, host: HostMemory) -> int:
         if not self.spills:
             return all_in_memory_bytes(host, self._shares)
+        lacking = min(self._problem.opaque - (self.held or {}).keys(), default=None)
+        if lacking is not None:
+            raise PlanFileError(f"I3: the Python of a component reads {lacking}, which is on disk; plan the pipeline again")
         if self.early:
             raise PlanFileError("weights are to come early, and some of them from disk; plan the pipeline again")
         return check_hosts({key: part.emitted for key, part in self.parts.items()}, host.budget_bytes)

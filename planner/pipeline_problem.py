@@ -82,6 +82,11 @@ class PipelineProblem:
     within_bytes: Mapping[str, int]
     steps: tuple[tuple[str, int], ...]
 
+    @property
+    def opaque(self) -> frozenset[str]:
+        """The names of the weights that components' own Python reads."""
+        return frozenset(name for call in self.parted.values() for names in call.opaque.values() for name in names)
+
 
 def member_options(options: Options, made: ProgramOfCall, repeats: int = 1) -> MemberOptions:
     """What was declared for the pipeline, as of one member."""

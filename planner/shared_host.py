@@ -12,7 +12,7 @@ from planner.sizes import format_bytes
 from planner.solve.homes import PAGE_BYTES, HostMemory
 from planner.solve.host_split import HostSplit
 from planner.solve.phases import MemberShares
-from runtime.errors import InfeasibleBudget, PlanFileError
+from runtime.errors import InfeasibleBudget, PlanFileError, PlannerError
 from runtime.layout import align
 
 Own = TypeVar("Own", bound=Options)
@@ -55,8 +55,14 @@ def shares_with_homes(split: HostSplit, budget: Budget, *, search: bool = True) 
     """The shares with homes for their weights. Without `search` the copies stay as they were decided.
 
     Raises:
-        InfeasibleBudget: memory or disk has too little.
+        InfeasibleBudget: memory or disk has too little. PlannerError: what has to be in memory was put on disk before.
     """
+    there = split.needed if split.host.held is None else split.host.held.keys()
+    lacking = min(split.needed - there, default=None)
+    if lacking is not None:
+        raise PlannerError(
+            f"{lacking} is on disk since p.build(), and Python reads it in this call; p.restore(), and plan with that call"
+        )
     if split.least_bytes > split.host.budget_bytes:
         raise _too_little(split, budget)
     shares = split.solve(search=search)
@@ -76,6 +82,7 @@ def _too_little(split: HostSplit, budget: Budget) -> InfeasibleBudget:
     hosted = max(values) if split.in_turn else sum(values)
     rings = "a ring through which in turn" if split.in_turn else "rings through which"
     said = f", and {format_bytes(hosted)} of values on the host" if hosted else ""
+    said += f", and {format_bytes(split.needed_bytes)} of weights that Python reads" if split.needed else ""
     return InfeasibleBudget(
         f"host budget {format_bytes(host)} ({host} B); the least possible beside {format_bytes(budget.device_bytes)} on the "
         f"device is {format_bytes(least)} ({least} B) of host memory: {rings} the weights of {len(split.shares)} "

@@ -81,7 +81,7 @@ class PipelineRunner(Runner):
         Whatever goes wrong, the pipeline is as before.
         """
         try:
-            self._move_weights([each.program for each in programs.programs], lookup, together=True)
+            self._move_weights([each.program for each in programs.programs], lookup, together=True, wanted=programs.opaque)
             self._known[call_key(call)] = programs
             self._activate(programs)
             self._take_over(programs)
@@ -205,7 +205,8 @@ class PipelineRunner(Runner):
     def _computes(self, path: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether it takes tensors itself; dicts of them are weights that somebody loads."""
         parted = () if self._active is None else self._active.parted
-        if any((each.path, each.method) == (path, method) for each in (*(own for own, _, _ in self._members), *parted)):
+        known = [(each.path, each.method) for each, _, _ in self._members] + [(call.path, call.method) for call in parted]
+        if (path, method) in known:
             return True
         values = [v for value in (*args, *kwargs.values()) for v in (value if isinstance(value, list | tuple) else [value])]
         return any(isinstance(value, torch.Tensor) for value in values)

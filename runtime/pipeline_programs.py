@@ -62,6 +62,11 @@ class PipelinePrograms:
     early: Mapping[tuple[int, int], Pieces] = field(default_factory=dict)
     parted: tuple[PartedCall, ...] = ()
 
+    @property
+    def opaque(self) -> set[str]:
+        """The names of the weights that components' own Python reads."""
+        return {name for call in self.parted for names in call.opaque.values() for name in names}
+
 
 @dataclass(frozen=True)
 class Planners:

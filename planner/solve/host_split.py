@@ -26,6 +26,7 @@ class HostSplit:
     """The problem: schedules as they were decided for the device alone. `host` is what was declared for all of them.
 
     Where `host` says what is in memory already, of what is built, that stays there. `in_turn`: one member is loaded at a time.
+    `needed`: the names of weights that have to be in memory, since no program reads them there.
     """
 
     host: HostMemory
@@ -33,6 +34,7 @@ class HostSplit:
     members: Mapping[str, Member]
     shares: MemberShares
     in_turn: bool = False
+    needed: frozenset[str] = frozenset()
 
     @cached_property
     def problems(self) -> dict[str, Problem]:
@@ -79,7 +81,17 @@ class HostSplit:
 
     @property
     def _given_bytes(self) -> int:
-        return align(sum((self.host.held or {}).values()), PAGE_BYTES)
+        return align(sum((self._needed if self.host.held is None else self.host.held).values()), PAGE_BYTES)
+
+    @property
+    def needed_bytes(self) -> int:
+        return sum(self._needed.values())
+
+    @cached_property
+    def _needed(self) -> dict[str, int]:
+        alignment = max(problem.memory.weight_alignment for problem in self.problems.values())
+        tensors = {name: align(tensor.nbytes, alignment) for tensor in self.host.tensors for name in tensor.names}
+        return {name: tensors[name] for name in sorted(self.needed)}
 
     @cached_property
     def _alone(self) -> HostMemory:
@@ -108,10 +120,13 @@ class HostSplit:
         for problem in self.problems.values():
             nbytes |= homes_of(problem)
         tables = {name for problem in self.problems.values() for name in problem.program.tables}
-        held: dict[str, int] = {}
+        held = dict(self._needed)
         left = room // PAGE_BYTES * PAGE_BYTES
         for rank in sorted({(reads[home], home in tables) for home in nbytes}, reverse=True):
-            alike = {home: at[home] for home in sorted(at, key=at.__getitem__) if (reads[home], home in tables) == rank}
+            order = [home for home in sorted(at, key=at.__getitem__) if home not in self._needed]
+            alike = {home: at[home] for home in order if (reads[home], home in tables) == rank}
+            if not alike:
+                continue
             excess = sum(nbytes[home] for home in alike) - left
             spilled = spread(alike, nbytes, excess, max(alike.values())) if excess > 0 else set()
             for home in alike:
