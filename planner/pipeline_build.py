@@ -12,15 +12,13 @@ import torch
 from planner.pipeline_problem import member_options
 from planner.plan import Plan
 from planner.progress import transferring
-from planner.shared_host import within
+from planner.shared_host import one_more, within
 from planner.sizes import format_bytes
-from planner.solve.homes import PAGE_BYTES, HostMemory
-from planner.solve.host_split import spare_bytes
+from planner.solve.homes import HostMemory
 from planner.solve.phases import arenas_of
 from planner.weights import Lookup
 from runtime.devices import open_device
 from runtime.errors import CaptureError, InfeasibleBudget, PlannerError, UnknownSize
-from runtime.layout import align
 from runtime.origins import has_no_bytes, named_tensors
 from runtime.pipeline import PipelineRunner
 from runtime.pipeline_programs import PipelineProgram, Planners
@@ -128,8 +126,7 @@ def _beside(plan: PipelinePlan) -> HostMemory | None:
     host = next((share.host for share in plan._shares.values() if share.host is not None), None)
     if host is None:
         return None
-    held = plan.held_now or {}
-    return dataclasses.replace(host, budget_bytes=align(sum(held.values()), PAGE_BYTES) + spare_bytes(host), held=held)
+    return one_more(host, plan.held_now or {})
 
 
 def _no_room_on_the_host(plan: PipelinePlan, call: str, error: InfeasibleBudget) -> InfeasibleBudget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TypeVar
 
 from planner.budget import Budget
@@ -10,7 +11,7 @@ from planner.host_budget import all_bytes, too_little_disk
 from planner.options import Options
 from planner.sizes import format_bytes
 from planner.solve.homes import PAGE_BYTES, HostMemory
-from planner.solve.host_split import HostSplit
+from planner.solve.host_split import HostSplit, spare_bytes
 from planner.solve.phases import MemberShares
 from runtime.errors import InfeasibleBudget, PlanFileError, PlannerError
 from runtime.layout import align
@@ -51,6 +52,11 @@ def within(options: Own, room: int, host: HostMemory | None) -> Own:
     return dataclasses.replace(options, budget=budget, held=host.held, tensors=host.tensors)
 
 
+def one_more(host: HostMemory, held: Mapping[str, int]) -> HostMemory:
+    """What is kept of the host's memory for one more program, beside those of any plan of what is built."""
+    return dataclasses.replace(host, budget_bytes=align(sum(held.values()), PAGE_BYTES) + spare_bytes(host), held=held)
+
+
 def shares_with_homes(split: HostSplit, budget: Budget, *, search: bool = True) -> MemberShares:
     """The shares with homes for their weights. Without `search` the copies stay as they were decided.
 
@@ -77,16 +83,20 @@ def shares_with_homes(split: HostSplit, budget: Budget, *, search: bool = True) 
 
 
 def _too_little(split: HostSplit, budget: Budget) -> InfeasibleBudget:
-    host, least = split.host.budget_bytes, split.least_bytes
+    host = split.host.budget_bytes
     values = [share.solver.problem.hosted[1] for share in split.shares.values()]
     hosted = max(values) if split.in_turn else sum(values)
     rings = "a ring through which in turn" if split.in_turn else "rings through which"
+    made_of = f"{rings} the weights of {len(split.shares)} programs come from disk"
+    least, everything = split.least_bytes, all_bytes(split.host.tensors) + hosted_bytes(split.shares)
+    if split.host.held is None and everything <= least:
+        least, made_of = everything, "all weights"
+    elif split.needed:
+        made_of += f", and {format_bytes(split.needed_bytes)} of weights that Python reads"
     said = f", and {format_bytes(hosted)} of values on the host" if hosted else ""
-    said += f", and {format_bytes(split.needed_bytes)} of weights that Python reads" if split.needed else ""
     return InfeasibleBudget(
         f"host budget {format_bytes(host)} ({host} B); the least possible beside {format_bytes(budget.device_bytes)} on the "
-        f"device is {format_bytes(least)} ({least} B) of host memory: {rings} the weights of {len(split.shares)} "
-        f"programs come from disk{said}. Write budget={{..., 'cpu': {least}}}"
+        f"device is {format_bytes(least)} ({least} B) of host memory: {made_of}{said}. Write budget={{..., 'cpu': {least}}}"
         + (", or give the device more" if hosted else ""),
         budget_bytes=host,
         minimum_bytes=least,

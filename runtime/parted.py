@@ -94,7 +94,8 @@ class PartedRunner(Runner):
         Whatever goes wrong, the module is as before.
         """
         try:
-            self._move_weights([part.program for part in parted.parts], lookup)
+            wanted = {name for names in parted.opaque.values() for name in names}
+            self._move_weights([part.program for part in parted.parts], lookup, together=True, wanted=wanted)
             assert self.store is not None
             self._own = OwnPython(self.module, self.device, self.store, self.state, self._answer)
             self.executor = self._new_executor()  # for all parts that are not kept, one after the other
