@@ -56,6 +56,7 @@ class PartedPlan(Plan):
         parts: a plan for every captured call, by key. kept: the keys of those whose arenas stay on the device between calls.
         exploration: what the Python between them was found to do.
         repeats: 1 whatever was asked for: no copies go over the seam between calls of a plan in parts.
+        locked_bytes: the most that is taken of the host's memory, weights, rings and values; None where that has no budget.
     """
 
     def __init__(

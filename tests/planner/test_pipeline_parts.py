@@ -16,7 +16,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from planner import InfeasibleBudget, PlanFileError, PlannerError, plan
+from planner import InfeasibleBudget, PlanFileError, PlannerError, UnknownSize, plan
 from planner.host_budget import all_bytes, module_tensors
 from planner.pipeline_plan import PipelinePlan
 from runtime.origins import named_tensors
@@ -252,6 +252,32 @@ def test_what_no_explored_path_calls_is_planned_then(replans: list[str]) -> None
     p.restore()
     assert turns == pipe.unet.turns == 3
     assert pipe.unet.seen.unique().tolist() == [6.0]  # three calls of two pictures
+
+
+class Told(nn.Module):
+    """Goes on in NumPy: nobody but the user knows how many bytes that takes."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(self.inner(x).numpy() * 2)
+
+
+def test_bytes_that_depend_on_values_are_told(tmp_path: Path) -> None:
+    pipe, call, _ = made()
+    pipe.unet.conv_out = Told(pipe.unet.conv_out).eval()
+    own = picture_of(pipe, call)
+    with pytest.raises(UnknownSize, match=r"opaque_bytes=\{'conv_out'.*leave unet out of the pipeline"):
+        plan(pipe, "1GB", call=call, **WHAT)
+    p = plan(pipe, "1GB", call=call, opaque_bytes={"unet.conv_out": "40kB"}, **WHAT)
+    p = p.replan(p.minimum_bytes)
+    assert torch.equal(picture_of(built(p), call), own)
+    assert p.report().peak_bytes <= p.peak_bytes <= p.budget_bytes
+    p.save(tmp_path / "plan.json")
+    p.restore()
+    assert PipelinePlan.load(tmp_path / "plan.json", pipe) == p
 
 
 def test_plans_are_saved_and_loaded(tmp_path: Path) -> None:
