@@ -42,10 +42,11 @@ def check_host(program: Program) -> int:
     return nbytes
 
 
-def check_hosts(programs: Mapping[str, Program], budget_bytes: int) -> int:
+def check_hosts(programs: Mapping[str, Program], budget_bytes: int, *, in_turn: bool = False) -> int:
     """Proves programs that share one budget of the host's memory; gives the bytes that they take there at most, whole pages.
 
-    Weights are there once; the ring and the values of each are there beside those of all others.
+    Weights are there once; the ring and the values of each are there beside those of all others, or `in_turn`, where one
+    program is loaded at a time.
 
     Raises:
         CheckError: as `check_host`; or cites the program.
@@ -64,7 +65,8 @@ def check_hosts(programs: Mapping[str, Program], budget_bytes: int) -> int:
                 raise CheckError(f"I3: {name} has one home for {other}, and another for {key}")
         held |= own
         pages = _pages(sum(own.values()) + layout.host.other_bytes)
-        weights, beside = max(weights, pages), beside + nbytes - pages
+        rest = nbytes - pages
+        weights, beside = max(weights, pages), max(beside, rest) if in_turn else beside + rest
     if sum(held.values()) > weights:
         raise CheckError(
             f"I1: all programs hold weights of {sum(held.values())} B together, and each counts {weights} B at most"
@@ -72,7 +74,7 @@ def check_hosts(programs: Mapping[str, Program], budget_bytes: int) -> int:
     if weights + beside > budget_bytes:
         raise CheckError(
             f"I1: the host's memory takes {weights + beside} B of {budget_bytes} B: weights {weights} B, "
-            f"values and rings of {len(programs)} programs {beside} B"
+            f"values and rings of {len(programs)} programs {'in turn ' if in_turn else ''}{beside} B"
         )
     return weights + beside
 
@@ -81,6 +83,8 @@ def _check_names(program: Program, host: HostLayout) -> None:
     for name in host.held:
         if name not in program.weights:
             raise CheckError(f"I3: {name} has its home in memory, and the program has no such weight")
+        if program.weights[name].made:
+            raise CheckError(f"I3: {name} is the program's own, and cannot have a home in memory")
     for name in host.tables:
         if name not in program.tables:
             raise CheckError(f"I3: the table {name} has its home in memory, and the program looks up no such table")

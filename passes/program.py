@@ -31,8 +31,9 @@ class Weight:
     """A tensor that belongs to the module: parameter, buffer or constant.
 
     `name` is the module's own dotted name, `aliases` the other names of the same tensor (tied weights), `node` the name of
-    its placeholder. `state` says that the program writes it (I6). With `rows` it is that part of the module's weight: `spec` is
-    the part's, and the parts of one weight share its name; so do the two tensors as which a weight is `stored` in another type.
+    its placeholder. `state` says that the program writes it (I6); `made` that the runtime makes it on the device, such as a
+    cache, and the host has none. With `rows` it is that part of the module's weight: `spec` is the part's, and the parts of one
+    weight share its name; so do the two tensors as which a weight is `stored` in another type.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Weight:
     aliases: tuple[str, ...] = ()
     persistent: bool = True
     state: bool = False
+    made: bool = False
     rows: Rows | None = None
     stored: Stored | None = None
 

@@ -84,6 +84,7 @@ def plan(
     max_error: float | None = None,
     keep: Mapping[str, Mapping[str, Any]] | None = None,
     profile: bool = False,
+    opaque_bytes: int | str | Mapping[str, int | str] | None = None,
     dtype: str | torch.dtype | None = None,
     variant: str | None = None,
 ) -> PipelinePlan: ...
@@ -146,7 +147,8 @@ def plan(
             calls: the end of one fetches what the beginning of the next needs, and bundles stay on the device in between.
             A model that is planned in parts is planned for one call.
         opaque_bytes: what the Python of modules that cannot be captured takes at most, besides inputs and weights, by pattern
-            of their paths: {"blocks.*.moe": "200MB"}. Asked for by UnknownSize where it cannot be found out.
+            of their paths: {"blocks.*.moe": "200MB"}, of a pipeline {"unet.blocks.*.moe": "200MB"}. Asked for by UnknownSize
+            where it cannot be found out.
         dtype: of a folder's model; default: what its config says, else that of most of its weights. Weights in other dtypes
             are converted as they are read; parts that the library keeps in float32 stay so.
         variant: of a folder's files: "fp16" for model.fp16.safetensors.

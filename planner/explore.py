@@ -36,7 +36,7 @@ from planner.capture import capture, fake_inputs, refuse_leftovers
 from planner.isolate import fake_weights, random_draws, untouched_by_hooks
 from planner.names import Names
 from planner.plain_state import PlainState
-from planner.stand_ins import apply_nothing, detached, is_known, like, outline, run_on_random
+from planner.stand_ins import apply_nothing, detached, is_known, like, on_meta, outline, run_on_random
 from planner.watch import Answers, Numbers, Watch
 from runtime.errors import CaptureError, InputError, InvalidCall, PlannerError, UnknownSize
 from runtime.signature import CallSignature, bind_call
@@ -69,6 +69,7 @@ class Exploration:
         outside: by part, bytes of tensors besides its inputs that Python holds at its call, likewise.
         weights: by path of an opaque module, the names of the weights that its Python reads.
         reasons: by path of an opaque module, why it is.
+        left: bytes of tensors that the module still holds when a run is over.
         paths: how many were explored; complete: whether these are all there are.
     """
 
@@ -78,6 +79,7 @@ class Exploration:
     outside: dict[str, dict[Running, int]] = field(default_factory=dict)
     weights: dict[str, tuple[str, ...]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    left: int = 0
     paths: int = 0
     complete: bool = True
 
@@ -170,7 +172,7 @@ class _Explorer:
         if any(answers.sizes for answers in rehearsal):
             self._find_dependent_sizes(taken)
         # Measured anew, now that parts are captured; an attempt before may have been given up.
-        self.found.python, self.found.outside, self.found.calls = {}, {}, {}
+        self.found.python, self.found.outside, self.found.calls, self.found.left = {}, {}, {}, 0
         for answers in taken:
             self._run(Answers(answers.prefix, answers.default), captured=True)
         self.found.weights = {path: tuple(names) for path, names in self.weights.items() if path in self.found.reasons}
@@ -220,6 +222,10 @@ class _Explorer:
             try:
                 with self.mode, self.watch, self.numbers:
                     self._opaque("", function, args, kwargs)
+                if captured:
+                    given = {storage_id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+                    left = self.watch.live_bytes - sum(self.watch.bytes_of(storage) for storage in given)
+                    self.found.left = max(self.found.left, left)
             except (_Unsized, CaptureError):
                 raise
             except UnknownSize as error:
@@ -325,7 +331,9 @@ class _Explorer:
             else:
                 count = sum(1 for p in self.found.parts.values() if p.path == path)
                 key = f"{path}#{count}" if count else path
-                part = Part(key, path, signature, call, self.names.rename(program, path))
+                with _disable_current_modes():  # not these tensors themselves, which would count as long as the part is known
+                    example = on_meta(call)
+                part = Part(key, path, signature, example, self.names.rename(program, path))
                 self.known[path, signature] = self.found.parts[key] = part
         return self.known[path, signature]
 

@@ -13,8 +13,8 @@ from planner.budget import Budget
 from planner.compare import Comparison
 from planner.frontier import POINTS, Frontier
 from planner.generation_facts import GenerationFacts
-from planner.generation_problem import GenerationProblem, given_phases, plan_phases, prepare_generation
-from planner.host_budget import refuse_spilling
+from planner.generation_host import given_phases, proved_bytes, with_homes
+from planner.generation_problem import GenerationProblem, plan_phases, prepare_generation
 from planner.machine import Machine
 from planner.options import Options
 from planner.plan import Plan
@@ -43,6 +43,7 @@ class GenerationPlan(GenerationFacts):
     Attributes:
         phases: a plan for each kind of call of the model, by name: "prefill", "decode"; where a window of attention fills up
             while tokens are generated, "decode_2" from then on.
+        locked_bytes: the most that is taken of the host's memory, weights, rings and values; None where that has no budget.
         rehearsal: what a call was found to do.
     """
 
@@ -52,9 +53,9 @@ class GenerationPlan(GenerationFacts):
         self._target, self._options, self._generation = target, options, problem
         self._runner, self._lookup, self.validation = None, None, None
         self.rehearsal = problem.rehearsal
-        self.phases = plan_phases(problem) if given is None else given_phases(problem, given)
-        hosted = max(phase.problem.hosted[1] for phase in self.phases.values())
-        refuse_spilling(target, options, f"a plan of {type(target).__name__}.generate", hosted)
+        self._host = problem.host
+        self.phases = with_homes(problem, plan_phases(problem)) if given is None else given_phases(problem, given)
+        self.locked_bytes = proved_bytes(problem, self.phases)
         if self.reserved_bytes > self.budget_bytes:
             raise PlanFileError(
                 f"the decisions need {format_bytes(self.reserved_bytes)} here, more than their budget of "
@@ -86,19 +87,24 @@ class GenerationPlan(GenerationFacts):
     def replan(
         self, budget: int | str | Mapping[str | int, int | str] | Budget, *, machine: str | Machine | None = None
     ) -> Plan:
-        options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
+        options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device), held=None)
         if machine is None:
             return GenerationPlan(self._target, options, dataclasses.replace(self._generation, options=options))
         options = dataclasses.replace(options, machine=Machine.of(machine).on(self.device))
         return GenerationPlan(self._target, options, self._generation.for_machine(options))
 
     def save(self, path: str | Path) -> None:
-        phases = {name: {"budget_bytes": plan.budget_bytes, **plan.decisions.to_json()} for name, plan in self.phases.items()}
+        host = {name: {"host_bytes": plan.budget.host_bytes} if self.spills else {} for name, plan in self.phases.items()}
+        phases = {
+            name: {"budget_bytes": plan.budget_bytes, **host[name], **plan.decisions.to_json()}
+            for name, plan in self.phases.items()
+        }
+        held = {} if self.held is None else {"held": dict(self.held)}
         write_plan(
             path,
             name=self.title,
             fingerprint=[f"{name}/{entry}" for name, plan in self.phases.items() for entry in fingerprint(plan.program)],
-            decisions={"phases": phases, "padded": self.padded},
+            decisions={"phases": phases, "padded": self.padded, **held},
             budget=self.budget,
             machine=self.machine,
             device=self.device,
@@ -122,6 +128,9 @@ class GenerationPlan(GenerationFacts):
         Raises:
             PlanFileError: they are for another model.
         """
+        if "held" in decisions:
+            held = {str(name): int(nbytes) for name, nbytes in decisions["held"].items()}
+            options = dataclasses.replace(options, held=held)
         problem = prepare_generation(model, options, padded=bool(decisions["padded"]))
         own = [f"{phase.name}/{entry}" for phase in problem.phases for entry in fingerprint(phase.program)]
         check_fingerprint(saved, own)
@@ -161,9 +170,15 @@ class GenerationPlan(GenerationFacts):
         return Generation(programs, cache, self._generation.alignment, self.rehearsal.shape.length, predicted)
 
     def _replan_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Generation:
-        options = dataclasses.replace(self._options, args=args, kwargs=kwargs)
+        options = dataclasses.replace(self._options, args=args, kwargs=kwargs, held=self.held_now)
         problem = prepare_generation(self._target, options, self._generation.known)
         return GenerationPlan(self._target, options, problem)._runnable()
+
+    @property
+    def held_now(self) -> Mapping[str, int] | None:
+        """As `held`, and what calls that were planned since have brought; where it is built, that does not move."""
+        store = None if self._runner is None else self._runner.store
+        return self.held if store is None or not self.spills else store.held
 
     def report(self) -> GenerationReport:
         found = super().report()

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from planner.bounds import Bound
+from planner.bounds import Bound, physical_bound
+from planner.generation_host import shares_of
 from planner.generation_problem import GenerationProblem, held_bytes
 from planner.plan import Plan
 from planner.profile_ops import counts_of
+from planner.solve.homes import HostMemory
+from planner.solve.phases import MemberShare
 from planner.solve.problem import Problem
 from planner.solve.simulate import StepTime
 
 # What each phase has, and a plan of several has not.
 _OF_PHASES = frozenset(
-    ["decisions", "emitted", "engines", "executable", "layout", "memory_use", "problem", "program", "proof", "timeline"]
+    [
+        *["decisions", "emitted", "engines", "executable", "homes", "layout", "memory_use", "problem", "program", "proof"],
+        *["schedule", "solver", "tilings", "timeline"],
+    ]
 )
 
 
@@ -44,19 +51,15 @@ class GenerationFacts(Plan):
     @cached_property
     def peak_bytes(self) -> int:
         """Predicted: the most bytes that are live in a call of `generate`, what its Python holds included."""
-        return max(self._peaks("peak_bytes").values())
+        return max(self._live.values())
 
     @cached_property
     def reserved_bytes(self) -> int:
-        return max(self._peaks("reserved_bytes").values())
+        return max(self._generation.peaks(self.phases).values())
 
-    def _peaks(self, which: str) -> dict[str, int]:
-        """Of the programs by their phases, and of Python after each as "after ..."."""
-        peaks = {}
-        for name, plan in self.phases.items():
-            peaks[name] = self.outside_bytes(name) + int(getattr(plan, which))
-            peaks[f"after {name}"] = self._generation.python_bytes(name) + held_bytes(plan.layout)
-        return peaks
+    @cached_property
+    def _live(self) -> dict[str, int]:
+        return self._generation.peaks(self.phases, "peak_bytes")
 
     @property
     def minimum_bytes(self) -> int:
@@ -74,14 +77,14 @@ class GenerationFacts(Plan):
     @property
     def peak_at(self) -> str:
         """The phase, with operator and module; or Python after it."""
-        peaks = self._peaks("peak_bytes")
+        peaks = self._live
         name = max(peaks, key=lambda each: peaks[each])
         return f"{self.phases[name].peak_at}, {name}" if name in self.phases else f"the Python of generate, {name}"
 
     @property
     def peak_parts(self) -> dict[str, int]:
         """What the peak is made of, in bytes."""
-        peaks = self._peaks("peak_bytes")
+        peaks = self._live
         name = max(peaks, key=lambda each: peaks[each])
         if name not in self.phases:
             held = held_bytes(self.phases[name.removeprefix("after ")].layout)
@@ -169,13 +172,50 @@ class GenerationFacts(Plan):
     @cached_property
     def load_seconds(self) -> dict[str, float]:
         """Predicted, by phase: the copies of what it keeps on the device, when it follows another one."""
-        order = list(self.phases)
         found = {}
-        for index, name in enumerate(order):
-            before, own = self.phases[order[index - 1]].layout, self.phases[name].layout
-            fresh = 0 if index == 0 and len(order) == 1 else own.resident_bytes
-            found[name] = (0 if before.resident == own.resident else fresh) / self.machine.link_peak_bandwidth
+        for name, share in self._shares.items():
+            copied = self.phases[name].layout.resident_bytes / self.machine.link_peak_bandwidth
+            found[name] = max(copied, share.loaded_read_bytes / self.machine.disk_bandwidth) if self._loads[name] else 0.0
         return found
+
+    @cached_property
+    def _loads(self) -> dict[str, bool]:
+        """By phase, whether what it keeps on the device is copied when it follows another one."""
+        order = list(self.phases)
+        layouts = [plan.layout.resident for plan in self.phases.values()]
+        return {name: layouts[i - 1] != layouts[i] for i, name in enumerate(order)}
+
+    @cached_property
+    def _shares(self) -> dict[str, MemberShare]:
+        return shares_of(self.phases)
+
+    @property
+    def spills(self) -> bool:
+        """Whether some weights come from disk, since the host's memory has a budget and not all of them fit."""
+        return self.decode.host is not None
+
+    @cached_property
+    def held(self) -> Mapping[str, int] | None:
+        """The weights in the host's memory, with their bytes; None where all are."""
+        return None if self.decode.host is None else self.decode.host.held
+
+    @cached_property
+    def read_bytes(self) -> int:
+        """Predicted: of weights, from disk in one call of `generate`.
+
+        What is read ahead for a token that does not come is not in it, nor are rows that are looked up.
+        """
+        streamed = [self.rehearsal.moments[n].calls * share.streamed_read_bytes for n, share in self._shares.items()]
+        return sum(streamed) + sum(self.loaded_read_bytes(name) for name in self.phases)
+
+    def loaded_read_bytes(self, phase: str) -> int:
+        """What of that a phase reads before its calls."""
+        return self._shares[phase].loaded_read_bytes if self._loads[phase] else 0
+
+    @property
+    def written_bytes(self) -> int:
+        """Of weights, to disk by `build()`: what is neither in the host's memory nor in a checkpoint's files."""
+        return max((plan.homes.scratch_bytes for plan in self.phases.values() if plan.homes is not None), default=0)
 
     @property
     def generate_seconds(self) -> float:
@@ -202,9 +242,10 @@ class GenerationFacts(Plan):
         return {}
 
     def bound_at(self, budget_bytes: int) -> Bound:
-        """What no schedule can beat for a token after the first."""
+        """What no schedule can beat for a token after the first, if its phase had all of the host's memory."""
         name = next(name for name, plan in self.phases.items() if plan is self.decode)
-        return self.decode.bound_at(budget_bytes - self.outside_bytes(name))
+        host = HostMemory(self.budget.host_bytes) if self.spills and self.budget.host_bytes is not None else None
+        return physical_bound(self.decode.problem, budget_bytes - self.outside_bytes(name), host)
 
     @property
     def gap(self) -> Any:

@@ -12,13 +12,14 @@ from torch import nn
 
 from passes.calibrate import calibrating
 from passes.probe import Prober
+from planner.host_budget import host_memory, module_tensors
 from planner.memory import MemoryModel
 from planner.options import Options, check_patterns
 from planner.prepare import casting_for, tilings_of
 from planner.progress import working
 from planner.sizes import format_bytes
 from planner.solve.decide import Schedule
-from planner.solve.decisions import Decisions
+from planner.solve.homes import HostMemory, ModuleTensor
 from planner.solve.tilings import Tilings
 from runtime.errors import InfeasibleBudget, PlannerError
 from runtime.layout import Layout, align
@@ -83,14 +84,33 @@ class GenerationProblem:
     def minimum_bytes(self) -> int:
         return max(self.least.values())
 
-    def options_of(self, phase: Phase, room: int) -> Options:
-        """Those of a phase that has so many bytes to itself."""
-        budget = dataclasses.replace(self.options.budget, device_bytes=room, host_bytes=None)  # held by all phases together
+    @cached_property
+    def host(self) -> HostMemory | None:
+        """What was declared of the host for all phases together; None where nothing was."""
+        return host_memory(self.model, self.options)
+
+    @cached_property
+    def _tensors(self) -> tuple[ModuleTensor, ...]:
+        """The model's own: the cache has no home on the host."""
+        return module_tensors(self.model, None if self.options.folder is None else self.options.folder.weights)
+
+    def options_of(self, phase: Phase, room: int, host: HostMemory | None = None) -> Options:
+        """Those of a phase that has so many bytes to itself, and `host` of the host's memory where not all weights fit."""
+        budget = dataclasses.replace(
+            self.options.budget, device_bytes=room, host_bytes=None if host is None else host.budget_bytes
+        )
         calls = self.moment(phase).calls
         repeats = calls if phase.name.startswith("decode") else 1
-        return dataclasses.replace(
-            self.options, budget=budget, method=phase.name, args=(), kwargs=phase.kwargs, repeats=repeats
-        )
+        own = dataclasses.replace(self.options, budget=budget, method=phase.name, args=(), kwargs=phase.kwargs, repeats=repeats)
+        return dataclasses.replace(own, tensors=self._tensors, held=None if host is None else host.held)
+
+    def peaks(self, plans: Mapping[str, Plan], which: str = "reserved_bytes") -> dict[str, int]:
+        """The most bytes in the programs by their phases, and in Python after each as "after ..."."""
+        peaks = {}
+        for name, plan in plans.items():
+            peaks[name] = self.outside_bytes(name) + int(getattr(plan, which))
+            peaks[f"after {name}"] = self.python_bytes(name) + held_bytes(plan.layout)
+        return peaks
 
     def for_machine(self, options: Options) -> GenerationProblem:
         """The same for the machine and device of the options."""
@@ -208,19 +228,3 @@ def _plan_phase(problem: GenerationProblem, phase: Phase, tilings: Tilings) -> P
         return Plan(phase.module, problem.options_of(phase, budget - python), tilings)
     solver = tilings.minimum
     return Plan(phase.module, problem.options_of(phase, room), tilings, solver.minimum.decisions(solver.problem))
-
-
-def given_phases(problem: GenerationProblem, given: Mapping[str, Any]) -> dict[str, Plan]:
-    """The plans that a file says, by phase.
-
-    Raises:
-        PlanFileError: the decisions need more than their budget.
-    """
-    from planner.plan import Plan
-
-    plans = {}
-    for phase in problem.phases:
-        said = given[phase.name]
-        options = problem.options_of(phase, int(said["budget_bytes"]))
-        plans[phase.name] = Plan(phase.module, options, problem.tilings[phase.name], Decisions.from_json(said))
-    return plans

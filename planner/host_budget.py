@@ -112,23 +112,3 @@ def too_little_disk(disk_bytes: int, least: int, beside: str, other: str) -> Inf
 def all_bytes(tensors: Iterable[ModuleTensor]) -> int:
     """What all weights take in the host's memory, in whole pages."""
     return align(sum(align(tensor.nbytes, _MOST_ALIGNMENT) for tensor in tensors), PAGE_BYTES)
-
-
-def refuse_spilling(target: nn.Module, options: Options, why: str, hosted_bytes: int = 0) -> None:
-    """Raises InfeasibleBudget where not all weights fit the host's memory, of plans that have them all there.
-
-    `why`: what such a plan is. `hosted_bytes`: what values take there besides.
-    """
-    host = options.budget.host_bytes
-    if host is None:
-        return
-    least = all_bytes(_tensors_of(target, options)) + align(hosted_bytes, PAGE_BYTES)
-    if least > host:
-        raise InfeasibleBudget(
-            f"host budget {format_bytes(host)} ({host} B); {why} has all weights in the host's memory: {format_bytes(least)} "
-            f"({least} B). Write budget={{..., 'cpu': {least}}}, or device='cpu', where weights are read from disk",
-            budget_bytes=host,
-            minimum_bytes=least,
-            node="",
-            memory="cpu",
-        )

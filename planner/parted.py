@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,39 +11,41 @@ from typing import Any, Literal
 
 from torch import nn
 
-from passes.base import run_passes
-from passes.canonicalise import CANONICALISE
 from planner.bounds import Bound
 from planner.budget import Budget
-from planner.capture import capture, refuse_leftovers
 from planner.cast_fit import fitted
 from planner.gap import PartedGap
-from planner.host_budget import refuse_spilling
+from planner.host_budget import host_memory
 from planner.machine import Machine
 from planner.memory import MemoryModel
 from planner.names import Names
 from planner.options import Options
+from planner.parted_host import decide, given
+from planner.parted_part import replan_part
 from planner.parted_problem import PartedProblem, given_shares, infeasible_parts, prepare_parts, problem_of
 from planner.plan import Plan
 from planner.plan_file import check_fingerprint, fingerprint, write_plan
 from planner.profile_ops import counts_of
 from planner.progress import transferring
+from planner.shared_host import within
 from planner.sizes import format_bytes
-from planner.solve.decide import Solver
-from planner.solve.problem import Problem, build_problem
+from planner.solve.problem import Problem
 from planner.solve.share import Share
 from planner.solve.simulate import StepTime
 from planner.solve.tilings import Tilings
 from planner.weights import Lookup
 from runtime.devices import open_device
-from runtime.errors import CaptureError, InfeasibleBudget, InputError, InvalidCall, PlanFileError, PlannerError, UnknownSize
+from runtime.errors import CaptureError, InputError, InvalidCall, PlanFileError, PlannerError
 from runtime.module import PlannedModule, planned
 from runtime.parted import Parted, PartedRunner, PartProgram
 from runtime.signature import CallSignature, bind_call
 
 # What each part has, and a plan in parts has not.
 _OF_PARTS = frozenset(
-    ["decisions", "emitted", "engines", "executable", "layout", "memory_use", "problem", "program", "proof", "timeline"]
+    [
+        *["decisions", "emitted", "engines", "executable", "homes", "layout", "memory_use", "problem", "program", "proof"],
+        *["schedule", "solver", "tilings", "timeline"],
+    ]
 )
 
 
@@ -53,6 +56,7 @@ class PartedPlan(Plan):
         parts: a plan for every captured call, by key. kept: the keys of those whose arenas stay on the device between calls.
         exploration: what the Python between them was found to do.
         repeats: 1 whatever was asked for: no copies go over the seam between calls of a plan in parts.
+        locked_bytes: the most that is taken of the host's memory, weights, rings and values; None where that has no budget.
     """
 
     def __init__(
@@ -61,16 +65,19 @@ class PartedPlan(Plan):
         # Each part is planned for one call, for Python runs in between: nothing is fetched over that seam.
         self._target, self._options, self._parted = target, dataclasses.replace(options, repeats=1), problem
         self._runner, self.validation = None, None
-        kind = type(target).__name__
-        refuse_spilling(target, options, f"{kind} cannot be captured whole, and what is planned in parts")
+        self._host = host_memory(target, options)
         self.exploration = problem.exploration
         budget = options.budget.device_bytes
         if budget < problem.shared.minimum_bytes:
             raise infeasible_parts(target, options, problem)
-        shares = problem.shared.solve(budget) if decisions is None else given_shares(problem, decisions)
-        self._shares = shares
+        if decisions is None:
+            self._homes = decide(problem, self._options, self._host)
+        else:
+            self._homes = given(problem, given_shares(problem, decisions), decisions, self._host)
+        self._shares = shares = self._homes.shares
         self.kept = frozenset(key for key, share in shares.parts.items() if share.kept)
         self.parts = {key: self._part(key, share) for key, share in shares.parts.items()}
+        self.locked_bytes = self._homes.prove(self.parts)
         if self.reserved_bytes > budget:
             raise PlanFileError(
                 f"the decisions need {format_bytes(self.reserved_bytes)} here, more than their budget of "
@@ -81,9 +88,8 @@ class PartedPlan(Plan):
         part = self.exploration.parts[key]
         child = self._target.get_submodule(part.path)
         solver = self._parted.solvers[key]
-        options = dataclasses.replace(
-            self._options, budget=Budget(share.budget_bytes), method="forward", args=part.call[0], kwargs=part.call[1]
-        )
+        options = dataclasses.replace(self._options, method="forward", args=part.call[0], kwargs=part.call[1])
+        options = within(options, share.budget_bytes, self._homes.memory.get(key))
         return Plan(child, options, Tilings(solver), share.schedule.decisions(solver.problem))
 
     def __getattr__(self, name: str) -> Any:
@@ -174,7 +180,31 @@ class PartedPlan(Plan):
     @cached_property
     def time(self) -> StepTime:
         """Of all calls of parts, simulated, and of the copies around them; what Python itself takes is not known."""
-        return self._parted.shared.time(self._shares)
+        found, more = self._parted.shared.time(self._shares), self._homes.load_seconds
+        return StepTime(found.step_seconds + more, found.stall_seconds + more, found.copy_seconds + more)
+
+    @property
+    def spills(self) -> bool:
+        """Whether some weights come from disk, since the host's memory has a budget and not all of them fit."""
+        return bool(self._homes.memory)
+
+    @property
+    def held(self) -> Mapping[str, int] | None:
+        """The weights in the host's memory, with their bytes; None where all are."""
+        return self._homes.held
+
+    @property
+    def read_bytes(self) -> int:
+        """Of weights, from disk in one call, its parts called as often as they are at most; looked-up rows are not known."""
+        return sum(
+            self.exploration.calls[key] * (share.streamed_read_bytes + self._homes.loaded_read_bytes(key))
+            for key, share in self._homes.members.items()
+        )
+
+    @property
+    def written_bytes(self) -> int:
+        """Of weights, to disk by `build()`: what is neither in the host's memory nor in a checkpoint's files."""
+        return max((part.homes.scratch_bytes for part in self.parts.values() if part.homes is not None), default=0)
 
     @property
     def profiled(self) -> tuple[int, int] | None:
@@ -230,6 +260,11 @@ class PartedPlan(Plan):
         return f"{type(self._target).__name__}.{self._options.method}"
 
     @property
+    def python_bytes(self) -> int:
+        """What Python holds at most between parts, the weights that it reads included."""
+        return self._parted.shared.python_need(self._shares.opaque)
+
+    @property
     def opaque(self) -> Mapping[str, str]:
         """Paths of the modules whose Python runs as it is, with the reason; "" is the module itself."""
         return self.exploration.reasons
@@ -247,22 +282,24 @@ class PartedPlan(Plan):
     def replan(
         self, budget: int | str | Mapping[str | int, int | str] | Budget, *, machine: str | Machine | None = None
     ) -> Plan:
-        options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device))
+        options = dataclasses.replace(self._options, budget=Budget.parse(budget, self.device), held=None)
         if machine is None:
             return PartedPlan(self._target, options, self._parted)
         options = dataclasses.replace(options, machine=Machine.of(machine).on(self.device))
         return PartedPlan(self._target, options, problem_of(self._target, options, self.exploration))
 
     def save(self, path: str | Path) -> None:
-        parts = {
-            key: {"kept": key in self.kept, "budget_bytes": self._shares.parts[key].budget_bytes, **plan.decisions.to_json()}
-            for key, plan in self.parts.items()
-        }
+        parts = {}
+        for key, plan in self.parts.items():
+            own: dict[str, Any] = {"kept": key in self.kept, "budget_bytes": self._shares.parts[key].budget_bytes}
+            own |= {"host_bytes": plan.budget.host_bytes} if self.spills else {}
+            parts[key] = own | plan.decisions.to_json()
+        held = {} if self.held is None else {"held": dict(self.held)}
         write_plan(
             path,
             name=self.title,
             fingerprint=[f"{key}/{entry}" for key, plan in self.parts.items() for entry in fingerprint(plan.program)],
-            decisions={"parts": parts, "opaque": sorted(self._shares.opaque)},
+            decisions={"parts": parts, "opaque": sorted(self._shares.opaque), **held},
             budget=self.budget,
             machine=self.machine,
             device=self.device,
@@ -286,6 +323,8 @@ class PartedPlan(Plan):
         """
         own = [f"{k}/{entry}" for k, part in problem.exploration.parts.items() for entry in fingerprint(part.program)]
         check_fingerprint(saved, own)
+        if "held" in decisions:
+            options = dataclasses.replace(options, held={str(name): int(n) for name, n in decisions["held"].items()})
         return cls(model, options, problem, decisions)
 
     def _build(self, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PlannedModule:
@@ -296,7 +335,7 @@ class PartedPlan(Plan):
             self.budget_bytes,
             self.machine.link_peak_bandwidth,
             self._replan_all,
-            self._replan_part,
+            functools.partial(replan_part, self),
             concurrent,
         )
         with transferring(f"moving the weights of {type(self._target).__name__} into the host arena") as runner.moved:
@@ -323,36 +362,15 @@ class PartedPlan(Plan):
         return Parted(programs, weights, kept, memory.weight_alignment, predicted)
 
     def _replan_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Parted:
-        options = dataclasses.replace(self._options, args=args, kwargs=kwargs)
+        options = dataclasses.replace(self._options, args=args, kwargs=kwargs, held=self.held_now)
         problem = prepare_parts(self._target, options, self.exploration.reasons[""])
         return PartedPlan(self._target, options, problem)._runnable()
 
-    def _replan_part(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PartProgram | None:
-        """A call that no explored path has made: planned within what is left beside the arenas and the Python around it."""
-        child = self._target.get_submodule(path)
-        memory = MemoryModel.of(self.device.partition(":")[0], self.machine.capability)
-        try:
-            program = Names(self._target).rename(run_passes(capture(child, args, kwargs), CANONICALISE), path)
-            refuse_leftovers(program)
-            solver = Solver(build_problem(program, self.machine, memory, self._options.keeps_resident), pool=False)
-        except (CaptureError, UnknownSize):
-            return None
-        kept = [self.parts[key].layout for key in self.kept]
-        arenas = sum(layout.resident_bytes + layout.staging_bytes + layout.state_bytes for layout in kept)
-        room = self.budget_bytes - arenas - self._parted.shared.python_need(self._shares.opaque)
-        if room < solver.minimum.peak_bytes:
-            raise InfeasibleBudget(
-                f"{path} is called as no explored path has called it, which takes at least "
-                f"{format_bytes(solver.minimum.peak_bytes)}; {format_bytes(max(room, 0))} are left of the budget of "
-                f"{format_bytes(self.budget_bytes)}. Plan with a larger budget, or with inputs that make this call",
-                budget_bytes=room,
-                minimum_bytes=solver.minimum.peak_bytes,
-                node=path,
-            )
-        options = dataclasses.replace(self._options, budget=Budget(room), method="forward", args=args, kwargs=kwargs)
-        schedule = solver.pass_through(room)
-        plan = Plan(child, options, Tilings(solver), schedule.decisions(solver.problem))
-        return PartProgram(path, CallSignature.of(args, kwargs)[0], plan.executable, kept=False)
+    @property
+    def held_now(self) -> Mapping[str, int] | None:
+        """As `held`, and what calls that were planned since have brought; where it is built, that does not move."""
+        store = None if self._runner is None else self._runner.store
+        return self.held if store is None or not self.spills else store.held
 
 
 def _signature(target: nn.Module, options: Options) -> CallSignature | None:

@@ -21,7 +21,7 @@ from planner.sizes import format_bytes
 from planner.solve.decide import Solver
 from planner.solve.decisions import Decisions
 from planner.solve.problem import build_problem
-from planner.solve.share import PartInPlace, Share, SharedBudget, Shares
+from planner.solve.share import Moments, PartInPlace, Share, SharedBudget, Shares
 from runtime.errors import InfeasibleBudget, PlanFileError
 from runtime.layout import align
 from runtime.signature import bind_call
@@ -65,13 +65,20 @@ def problem_of(model: nn.Module, options: Options, found: Exploration) -> Parted
         for key, part in found.parts.items()
     }
     names = Names(model)
-    places = {key: PartInPlace(solver, found.outside[key], found.calls[key]) for key, solver in solvers.items()}
+    around = {key: _with(moments, found.left) for key, moments in found.outside.items()}
+    places = {key: PartInPlace(solver, around[key], found.calls[key]) for key, solver in solvers.items()}
     opaque = {
         path: sum(align(names.nbytes(name), memory.weight_alignment) for name in weights)
         for path, weights in found.weights.items()
         if weights
     }
-    return PartedProblem(found, solvers, SharedBudget(options.machine, places, found.python, opaque, not options.offload))
+    python = _with(found.python, found.left)
+    return PartedProblem(found, solvers, SharedBudget(options.machine, places, python, opaque, not options.offload))
+
+
+def _with(moments: Moments, left: int) -> Moments:
+    """With what the call before has left on the module."""
+    return {running: nbytes + left for running, nbytes in moments.items()}
 
 
 def given_shares(problem: PartedProblem, decisions: Mapping[str, Any]) -> Shares:

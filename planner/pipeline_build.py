@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from planner.pipeline_host import within
 from planner.pipeline_problem import member_options
 from planner.plan import Plan
 from planner.progress import transferring
+from planner.shared_host import one_more, within
 from planner.sizes import format_bytes
-from planner.solve.homes import PAGE_BYTES, HostMemory
-from planner.solve.host_split import spare_bytes
+from planner.solve.homes import HostMemory
 from planner.solve.phases import arenas_of
 from planner.weights import Lookup
 from runtime.devices import open_device
-from runtime.errors import InfeasibleBudget, PlannerError
-from runtime.layout import align
+from runtime.errors import CaptureError, InfeasibleBudget, PlannerError, UnknownSize
 from runtime.origins import has_no_bytes, named_tensors
-from runtime.pipeline import PipelineProgram, PipelineRunner, Planners
+from runtime.pipeline import PipelineRunner
+from runtime.pipeline_programs import PipelineProgram, Planners
 
 if TYPE_CHECKING:
     from planner.pipeline_plan import PipelinePlan
@@ -35,6 +34,7 @@ def build_runner(plan: PipelinePlan, lookup: Lookup | None, concurrent: Literal[
     planners = Planners(
         again=lambda call: plan.of_call(call).programs(),
         one=functools.partial(_plan_one, plan),
+        part=functools.partial(_plan_part, plan),
         anew=functools.partial(_plan_anew, plan, concurrent),
     )
     runner = PipelineRunner(
@@ -55,10 +55,16 @@ def _plan_one(plan: PipelinePlan, path: str, method: str, args: tuple[Any, ...],
     """A single call of a component that no run of the pipeline makes so, within what is left beside what stays.
 
     Raises:
-        InfeasibleBudget: it does not fit.
+        InfeasibleBudget: it does not fit. PlannerError: it cannot be captured.
     """
     analyses, shared = plan._analyses, plan._problem.budget
-    made = analyses.captures.of(path, method, args, kwargs)
+    try:
+        made = analyses.captures.of(path, method, args, kwargs)
+    except CaptureError as error:
+        raise PlannerError(
+            f"{path}.{method} is called as the pipeline does not call it, and so it cannot be captured whole ({error}); spell "
+            "the call as the pipeline does, or call it before p.build()"
+        ) from error
     tilings = analyses.tilings(made, plan.options, 1)
     kept = arenas_of(share for share in plan._shares.values() if share.stay == "always")
     held = max([shared.python_bytes, *(member.outside_bytes for member in shared.members.values())])
@@ -83,13 +89,44 @@ def _plan_one(plan: PipelinePlan, path: str, method: str, args: tuple[Any, ...],
     return PipelineProgram(f"{path}.{method}", path, method, made.signature, own.executable, "call")
 
 
+def _plan_part(plan: PipelinePlan, key: str, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineProgram:
+    """A call that a component's own Python makes and no explored path has made: beside that Python alone, with no arenas.
+
+    Raises:
+        InfeasibleBudget: it does not fit. PlannerError: it cannot be captured.
+    """
+    analyses, problem = plan._analyses, plan._problem
+    try:
+        made = analyses.captures.of_part(path, args, kwargs)
+    except (CaptureError, UnknownSize) as error:
+        raise PlannerError(
+            f"{path} is called as no explored path of {key} has called it, and cannot be captured so ({error}); plan the "
+            "pipeline with a call that takes this path, or p.restore() and call it without a plan"
+        ) from error
+    tilings = analyses.tilings(made, plan.options, 1)
+    room = plan.budget_bytes - problem.within_bytes[key] - problem.budget.state_bytes
+    least = tilings.least_bytes(room)
+    if room < least:
+        raise InfeasibleBudget(
+            f"{path} is called as no explored path of {key} has called it, which takes at least {format_bytes(least)}; "
+            f"{format_bytes(max(room, 0))} are left of the budget of {format_bytes(plan.budget_bytes)}. Plan with a larger "
+            "budget, or with a call that takes this path",
+            budget_bytes=room,
+            minimum_bytes=least,
+            node=path,
+        )
+    solver, schedule = tilings.solve(room)
+    options = within(member_options(plan.options, made), room, None)
+    own = Plan(analyses.root.get_submodule(path), options, tilings, schedule.decisions(solver.problem))
+    return PipelineProgram(f"{path}.forward", path, "forward", made.signature, own.executable, "call")
+
+
 def _beside(plan: PipelinePlan) -> HostMemory | None:
     """What is kept of the host's memory for one more program, beside those of any plan; None where all weights are there."""
     host = next((share.host for share in plan._shares.values() if share.host is not None), None)
     if host is None:
         return None
-    held = plan.held_now or {}
-    return dataclasses.replace(host, budget_bytes=align(sum(held.values()), PAGE_BYTES) + spare_bytes(host), held=held)
+    return one_more(host, plan.held_now or {})
 
 
 def _no_room_on_the_host(plan: PipelinePlan, call: str, error: InfeasibleBudget) -> InfeasibleBudget:

@@ -12,31 +12,21 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from passes.base import run_passes
 from passes.canonicalise import CANONICALISE
-from passes.program import Program, storage_id
-from planner.capture import capture
+from passes.program import Program
+from planner.capture import capture, refuse_leftovers
 from planner.dry_run_calls import ComponentCall, DryRun
 from planner.names import Names
+from planner.options import Options
+from planner.pipeline_captured import ProgramOfCall, with_own_constants
+from planner.pipeline_parts import PartsOfCall, parts_of_call
 from planner.progress import stepping
 from planner.refuse import refuse_shared_state
-from runtime.errors import CaptureError, PlannerError
+from runtime.errors import CaptureError, InvalidCall, PlannerError
 from runtime.loose_signature import LooseSignature, as_inputs
 from runtime.signature import bind_call
 
-
-@dataclass(frozen=True, eq=False)
-class ProgramOfCall:
-    """A captured call. `path`: of the module that is called, from the root; `args` and `kwargs` are those of the capture."""
-
-    path: str
-    method: str
-    signature: LooseSignature
-    program: Program
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    @property
-    def component(self) -> str:
-        return self.path.partition(".")[0]
+Captured = ProgramOfCall | PartsOfCall
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Components(nn.Module):
@@ -51,23 +41,25 @@ class Components(nn.Module):
 
 @dataclass(eq=False)
 class Captures:
-    """Captured calls of the components under a root; an equal call is captured once."""
+    """Captured calls of the components under a root, whole or in parts; an equal call is captured once."""
 
     root: nn.Module
     _known: list[ProgramOfCall] = field(default_factory=list)
+    _parted: list[PartsOfCall] = field(default_factory=list)
+    _single: list[ProgramOfCall] = field(default_factory=list)
 
-    def of_run(self, run: DryRun) -> tuple[list[ProgramOfCall], list[int]]:
-        """The programs of a dry run, in the order of their first call, and for each step the index of its program.
+    def of_run(self, run: DryRun, options: Options) -> tuple[list[Captured], list[int]]:
+        """The calls of a dry run, in the order of their first time, and for each step the index of its call.
 
         Raises:
-            PlannerError: a call cannot be captured; names it, and says what can be done.
+            PlannerError: a call cannot be captured, not even in parts; names it, and says what can be done.
         """
-        programs: list[ProgramOfCall] = []
+        programs: list[Captured] = []
         chosen: dict[tuple[int, Any], int] = {}
         with stepping(f"capturing {run.name}", len(run.calls)) as step:
             for index, call in enumerate(run.calls):
                 step(call.name)
-                for floats, made in self._of_call(run, index, call).items():
+                for floats, made in self._of_call(run, index, call, options).items():
                     if made not in programs:
                         programs.append(made)
                     chosen[index, floats] = programs.index(made)
@@ -75,7 +67,7 @@ class Captures:
         assert min(order, default=0) >= 0
         return programs, order
 
-    def _of_call(self, run: DryRun, index: int, call: ComponentCall) -> dict[Any, ProgramOfCall]:
+    def _of_call(self, run: DryRun, index: int, call: ComponentCall, options: Options) -> dict[Any, Captured]:
         """By the floats among the arguments; one for all of them (None) where these can be inputs."""
         self._refuse(call)
         path, _, method = f"{call.component.replace('.', '_')}.{call.method}".rpartition(".")
@@ -87,7 +79,27 @@ class Captures:
                 return {None: self.of(path, method, *_with_floats(call, steps[0].floats), varying)}
             except CaptureError:
                 pass  # what it does depends on the numbers
-        return {floats: self.of(path, method, *_with_floats(call, floats)) for floats in seen}
+        return {floats: self._whole_or_parts(path, method, _with_floats(call, floats), options) for floats in seen}
+
+    def _whole_or_parts(self, path: str, method: str, call: Call, options: Options) -> Captured:
+        """The program of a call, or its parts where it cannot be captured whole.
+
+        Raises:
+            PlannerError: neither.
+        """
+        bound = bind_call(getattr(self.root.get_submodule(path), method), *call)
+        exact = LooseSignature.of(*bound)
+        for known in self._parted:
+            if (known.path, known.method) == (path, method) and known.signature.accepts(exact):
+                return known
+        try:
+            return self.of(path, method, *call)
+        except InvalidCall:
+            raise
+        except CaptureError as error:
+            made = parts_of_call(self.root, path, method, bound, options, error, len(self._parted))
+        self._parted.append(made)
+        return made
 
     def of(
         self, path: str, method: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], varying: list[bool] | None = None
@@ -116,12 +128,24 @@ class Captures:
         self._known.append(made)
         return made
 
+    def of_part(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramOfCall:
+        """The program of a call that a component's own Python makes.
+
+        Raises:
+            CaptureError: it cannot be captured.
+        """
+        module = self.root.get_submodule(path)
+        program = run_passes(capture(module, args, kwargs), CANONICALISE)
+        refuse_leftovers(program)
+        refuse_shared_state(module, program)
+        renamed = with_own_constants(self.root, Names(self.root).rename(program, path), f"single {len(self._single)}")
+        program = replace(renamed, name=f"{path}.forward")
+        self._single.append(ProgramOfCall(path, "forward", LooseSignature.of(args, kwargs), program, args, kwargs, part=True))
+        return self._single[-1]
+
     def _renamed(self, program: Program, path: str, method: str) -> Program:
         """With the root's names; constants that the module has no name for get one that no other program has."""
-        named = dict(Names(self.root).rename(program, path).weights)
-        for key, weight in named.items():
-            if weight.kind == "constant" and not _is_attribute(self.root, weight.name):
-                named[key] = replace(weight, name=f"{weight.name}@{len(self._known)}")
+        named = with_own_constants(self.root, Names(self.root).rename(program, path), len(self._known)).weights
         leftovers = program.leftovers
         if leftovers is not None:
             before, after = ({(_join(path, at), n): v for (at, n), v in t.items()} for t in (leftovers.before, leftovers.after))
@@ -178,13 +202,6 @@ def _with_floats(call: ComponentCall, floats: tuple[float, ...]) -> tuple[tuple[
     return tree_unflatten([next(given) if isinstance(leaf, float) else leaf for leaf in leaves], spec)
 
 
-def argument_bytes(program: ProgramOfCall) -> int:
-    """Of the storages behind a call's arguments as its program counts them, floats that are inputs of it aside."""
-    leaves = tree_flatten((program.args, program.kwargs))[0]
-    given = [x for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and i not in program.signature.floats]
-    return sum({storage_id(x): int(x.untyped_storage().nbytes()) for x in given}.values())
-
-
 def _draws(node: fx.Node) -> bool:
     """Whether an operator draws random numbers; attention has the tag for a dropout that is zero in inference."""
     target = node.target
@@ -192,13 +209,6 @@ def _draws(node: fx.Node) -> bool:
         return False
     given = {own.name: value for own, value in zip(target._schema.arguments, node.args, strict=False)} | dict(node.kwargs)
     return bool(given.get("dropout_p", 0.0)) or all(own.name != "dropout_p" for own in target._schema.arguments)
-
-
-def _is_attribute(root: nn.Module, name: str) -> bool:
-    owner: Any = root
-    for part in name.split("."):
-        owner = getattr(owner, part, None)
-    return isinstance(owner, torch.Tensor)
 
 
 def _join(path: str, inner: str) -> str:

@@ -14,7 +14,7 @@ from planner.machine import machine_from_mapping
 from planner.options import Options, check_keep
 from planner.pipeline_calls import Components
 from planner.pipeline_folder import open_pipeline_target
-from planner.pipeline_problem import Analyses
+from planner.pipeline_problem import Analyses, programs_of
 from planner.plan_file import FORMAT, PIPELINE_FORMAT, check_fingerprint, fingerprint
 from planner.solve.early import Early
 from runtime.errors import PlanFileError
@@ -54,6 +54,8 @@ def save_pipeline(plan: PipelinePlan, path: str | Path) -> None:
         "parts": parts,
         "early": [each.to_json() for each in plan.early],
     }
+    if options.opaque_bytes:
+        data["opaque_bytes"] = dict(options.opaque_bytes)
     if plan.held is not None:
         data["held"] = dict(plan.held)
     if plan.folder is not None:  # not where it is: how it is opened
@@ -84,6 +86,7 @@ def load_pipeline(path: str | Path, pipe: Any, call: Mapping[str, Any] | None) -
             kwargs=dict(data["call"] if call is None else call),
             keep=check_keep(data["keep"]),
             casts=tuple(data["casts"]),
+            opaque_bytes={str(p): int(n) for p, n in data.get("opaque_bytes", {}).items()},
             held=None if "held" not in data else {str(name): int(nbytes) for name, nbytes in data["held"].items()},
             **declared,
         )
@@ -95,8 +98,8 @@ def load_pipeline(path: str | Path, pipe: Any, call: Mapping[str, Any] | None) -
         raise PlanFileError(f"{str(path)!r} is damaged ({error!r}); save it again with p.save(...)") from error
     analyses = Analyses.of(Components(pipelines.components_of(pipe)))
     run = pipelines.record(pipe, options.kwargs)
-    made, _ = analyses.captures.of_run(run)
-    for key, program in zip(parts, made, strict=False):
+    made, _ = analyses.captures.of_run(run, options)
+    for key, program in zip(parts, programs_of(made), strict=False):
         check_fingerprint(saved[key], fingerprint(program.program))
     try:
         return PipelinePlan(pipe, options, analyses, run, parts, early, opened)

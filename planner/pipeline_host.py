@@ -8,21 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from planner.budget import Budget
 from planner.dry_run_calls import DryRun
-from planner.host_budget import all_bytes, module_tensors, too_little_disk
+from planner.host_budget import module_tensors
 from planner.options import Options
 from planner.pipeline import placements_of
 from planner.pipeline_folder import PipelineFolder
-from planner.pipeline_problem import Analyses, MemberOptions, PipelineProblem, infeasible_pipeline, problem_of
+from planner.pipeline_problem import Analyses, PipelineProblem, infeasible_pipeline, problem_of
 from planner.pipeline_weights import ComponentWeights
-from planner.sizes import format_bytes
+from planner.shared_host import has_to_spill, hosted_bytes, shares_with_homes
 from planner.solve.decisions import Decisions
-from planner.solve.homes import PAGE_BYTES, HostMemory
+from planner.solve.homes import HostMemory
 from planner.solve.host_split import HostSplit
 from planner.solve.phases import MemberShare, MemberShares
-from runtime.errors import InfeasibleBudget, PlanFileError
-from runtime.layout import align
+from runtime.errors import PlanFileError
 
 
 def pipeline_host(root: nn.Module, options: Options, folder: PipelineFolder | None) -> HostMemory | None:
@@ -46,31 +44,19 @@ def decide_shares(
     Raises:
         InfeasibleBudget: the device, the host or the disk has too little. PlanFileError: what is given is of another pipeline.
     """
-    spills = host is not None and (host.held is not None or all_bytes(host.tensors) > host.budget_bytes)
+    spills = has_to_spill(host)
     problem, shares = _on_device(run, options, analyses, host, given, spills)
     if host is None or given is not None:
         return problem, shares
-    if not spills and all_bytes(host.tensors) + hosted_bytes(shares) > host.budget_bytes:
+    if not spills and has_to_spill(host, hosted_bytes(shares)):
         problem, shares = _on_device(run, options, analyses, host, given, spills=True)
     elif not spills:
         return problem, shares
-    split = HostSplit(host, options.machine, problem.budget.members, shares)
-    if split.least_bytes > host.budget_bytes:
-        raise _too_little(split, options.budget)
-    return problem, _checked(split, problem, options.budget)
-
-
-def within(options: MemberOptions, room: int, host: HostMemory | None) -> MemberOptions:
-    """The options of a member that has `room` on the device, and so much of the host's memory, where not all weights fit."""
-    if host is None:
-        return dataclasses.replace(options, budget=Budget(room))
-    budget = Budget(room, host.budget_bytes, host.disk_bytes)
-    return dataclasses.replace(options, budget=budget, held=host.held, tensors=host.tensors)
-
-
-def hosted_bytes(shares: MemberShares) -> int:
-    """The most that the values of a call take on the host, in whole pages."""
-    return align(max((share.solver.problem.hosted[1] for share in shares.values()), default=0), PAGE_BYTES)
+    split = HostSplit(host, options.machine, problem.budget.members, shares, needed=problem.opaque)
+    shares = shares_with_homes(split, options.budget)
+    if max(problem.budget.peaks(shares).values()) > options.budget.device_bytes:
+        shares = shares_with_homes(split, options.budget, search=False)
+    return problem, shares
 
 
 def _on_device(
@@ -81,37 +67,6 @@ def _on_device(
     if budget < problem.budget.least_bytes(budget):
         raise infeasible_pipeline(problem, budget)
     return problem, problem.budget.solve(budget) if given is None else given_shares(problem, given, host)
-
-
-def _checked(split: HostSplit, problem: PipelineProblem, budget: Budget) -> MemberShares:
-    """The shares with homes, where they fit device and disk."""
-    shares = split.solve()
-    held = next(iter(shares.values())).host
-    assert held is not None
-    assert held.held is not None
-    written = split.scratch_bytes(held.held)
-    if budget.disk_bytes is not None and written > budget.disk_bytes:
-        beside = f"beside {format_bytes(split.host.budget_bytes)} of host memory "
-        raise too_little_disk(budget.disk_bytes, written, beside, ", or give 'cpu' more")
-    if max(problem.budget.peaks(shares).values()) > budget.device_bytes:
-        return split.solve(search=False)
-    return shares
-
-
-def _too_little(split: HostSplit, budget: Budget) -> InfeasibleBudget:
-    host, least = split.host.budget_bytes, split.least_bytes
-    hosted = sum(share.solver.problem.hosted[1] for share in split.shares.values())
-    said = f", and {format_bytes(hosted)} of values on the host" if hosted else ""
-    return InfeasibleBudget(
-        f"host budget {format_bytes(host)} ({host} B); the least possible beside {format_bytes(budget.device_bytes)} on the "
-        f"device is {format_bytes(least)} ({least} B) of host memory: rings through which the weights of {len(split.shares)} "
-        f"programs come from disk{said}. Write budget={{..., 'cpu': {least}}}"
-        + (", or give the device more" if hosted else ""),
-        budget_bytes=host,
-        minimum_bytes=least,
-        node="",
-        memory="cpu",
-    )
 
 
 def given_shares(problem: PipelineProblem, given: Mapping[str, Any], host: HostMemory | None) -> MemberShares:

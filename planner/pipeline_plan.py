@@ -17,17 +17,17 @@ from planner.budget import Budget
 from planner.compare import Comparison
 from planner.dry_run_calls import DryRun
 from planner.frontends import pipelines
-from planner.host_budget import all_bytes
 from planner.machine import Machine
 from planner.options import Options
 from planner.pipeline_build import build_runner
 from planner.pipeline_calls import Components
 from planner.pipeline_folder import PipelineFolder
-from planner.pipeline_host import decide_shares, hosted_bytes, pipeline_host, within
+from planner.pipeline_host import decide_shares, pipeline_host
 from planner.pipeline_problem import Analyses, member_options
 from planner.pipeline_run import PipelineRun
 from planner.pipeline_weights import open_pipeline_weights
 from planner.plan import Plan
+from planner.shared_host import all_in_memory_bytes, within
 from planner.sizes import format_bytes
 from planner.solve.early import Early
 from planner.solve.homes import HostMemory
@@ -37,7 +37,8 @@ from planner.solve.simulate import StepTime
 from runtime.call_key import named_call
 from runtime.errors import PlanFileError, PlannerError
 from runtime.executable import RunPace
-from runtime.pipeline import PipelineProgram, PipelinePrograms, PipelineRunner
+from runtime.pipeline import PipelineRunner
+from runtime.pipeline_programs import PartedCall, PipelineProgram, PipelinePrograms
 from runtime.pipeline_report import PipelineReport
 
 
@@ -48,7 +49,8 @@ class PipelinePlan:
         run: the dry run: which calls the pipeline makes on its components, and what its own Python holds meanwhile.
         parts: a plan for every distinct call of a component, in the order of the run, by its name ("unet.forward").
         stays: for each of them whether its arenas stay on the device "always", for a "phase", or for a "call".
-        early: which weights of a part come while the call before it still runs; none where some come from disk.
+        early: which weights of a part come while the call before it still runs; none where some come from disk, or where a
+            component's own Python runs.
         spills: whether some do, since the host's memory has a budget and not all weights fit.
         locked_bytes: the most that is taken of the host's memory, weights, rings and values; None where that has no budget.
         budget, machine, device: what was declared. folder: where the pipeline was opened, if it was.
@@ -73,7 +75,8 @@ class PipelinePlan:
         self.parts = {key: self._part(key, self._shares[key]) for key in problem.programs}
         self._calls = PipelineRun.of(problem, self._shares, self.parts, budget)
         self.spills = any(share.host is not None for share in self._shares.values())
-        self.early = (() if self.spills else self._calls.decide(budget)) if early is None else early
+        plain = not self.spills and not problem.parted
+        self.early = (self._calls.decide(budget) if plain else ()) if early is None else early
         self._calls.check(self.early)
         self.locked_bytes = None if host is None else self._prove_host(host)
         if self.reserved_bytes > budget:
@@ -102,7 +105,10 @@ class PipelinePlan:
 
     def _prove_host(self, host: HostMemory) -> int:
         if not self.spills:
-            return all_bytes(host.tensors) + hosted_bytes(self._shares)
+            return all_in_memory_bytes(host, self._shares)
+        lacking = min(self._problem.opaque - (self.held or {}).keys(), default=None)
+        if lacking is not None:
+            raise PlanFileError(f"I3: the Python of a component reads {lacking}, which is on disk; plan the pipeline again")
         if self.early:
             raise PlanFileError("weights are to come early, and some of them from disk; plan the pipeline again")
         return check_hosts({key: part.emitted for key, part in self.parts.items()}, host.budget_bytes)
@@ -246,6 +252,11 @@ class PipelinePlan:
         """The component of each call of the run, in order."""
         return tuple(self._problem.programs[key].component for key, _ in self._problem.order)
 
+    @property
+    def opaque(self) -> Mapping[str, str]:
+        """The calls of components that cannot be captured whole, with the reason; their own Python runs, and parts in it."""
+        return {key: call.reason for key, call in self._problem.parted.items()}
+
     def held_beside(self, key: str) -> int:
         """Bytes that the pipeline's own Python holds while it runs, beside its arguments."""
         return self._problem.budget.members[key].outside_bytes
@@ -378,9 +389,22 @@ class PipelinePlan:
             "reserved_bytes": float(self.reserved_bytes),
             "step_seconds": self.step_seconds,
         }
-        steps = tuple((order[key], phase) for key, phase in self._problem.order)
+        parted = tuple(
+            PartedCall(
+                key,
+                call.path,
+                call.method,
+                call.signature,
+                tuple(order[part] for part in self._problem.parts[key].values()),
+                call.opaque,
+                self._problem.memory.weight_alignment,
+            )
+            for key, call in self._problem.parted.items()
+        )
+        order |= {call.key: ~index for index, call in enumerate(parted)}
+        steps = tuple((order[key], phase) for key, phase in self._problem.steps)
         early = {(order[each.during], order[each.of]): each.pieces for each in self.early}
-        return PipelinePrograms(tuple(made), steps, predicted, RunPace(self.machine.load_seconds), early)
+        return PipelinePrograms(tuple(made), steps, predicted, RunPace(self.machine.load_seconds), early, parted)
 
     def of_call(self, call: Mapping[str, Any]) -> PipelinePlan:
         """The plan of another call of the same pipeline within the same budget; calls that are known are not captured again.

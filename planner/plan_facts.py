@@ -21,6 +21,7 @@ from planner.prepare import infeasible
 from planner.profile_ops import counts_of
 from planner.sizes import format_bytes
 from planner.solve.bands import band_bytes
+from planner.solve.decide import Schedule, Solver
 from planner.solve.decisions import UNTILED, Decisions
 from planner.solve.homes import HostMemory, HostPlan
 from planner.solve.problem import Problem
@@ -98,6 +99,19 @@ class PlanFacts:
     @property
     def problem(self) -> Problem:
         return self._solver.problem
+
+    @property
+    def tilings(self) -> Tilings:
+        """The solvers of all ways to rewrite the program, `solver` that of the one that was decided, with its `schedule`."""
+        return self._tilings
+
+    @property
+    def solver(self) -> Solver:
+        return self._solver
+
+    @property
+    def schedule(self) -> Schedule:
+        return self._schedule
 
     @property
     def program(self) -> Program:

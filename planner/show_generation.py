@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from planner.show import looked_up_bytes, measured_times, ratio, wrap
+from planner.show_host import disk_rows
 from planner.show_tiles import cast_rows, tile_rows
 from planner.sizes import format_bytes, format_seconds
 
@@ -29,6 +30,7 @@ def describe_generation(plan: GenerationPlan) -> str:
         ("step", f"{format_seconds(plan.step_seconds)} predicted per token after it, {ratio(plan)}"),
         ("call", f"{format_seconds(plan.generate_seconds)} predicted for {plan.tokens} tokens, Python aside"),
     ]
+    rows += _host(plan)
     if plan.profiled is not None:
         rows.append(("times", measured_times(plan.profiled)))
     if plan.validation is not None:
@@ -53,12 +55,31 @@ def _phase(plan: GenerationPlan, name: str, phase: Plan) -> list[str]:
     if load:
         loaded = format_bytes(phase.layout.resident_bytes)
         rows.append(("before it", f"{format_seconds(load)} in which the {loaded} that it keeps are copied"))
-    rows += [("weights", _weights(phase)), *cast_rows(phase), *tile_rows(phase)]
+    rows += [
+        ("weights", _weights(phase)),
+        *disk_rows(phase, plan.loaded_read_bytes(name)),
+        *cast_rows(phase),
+        *tile_rows(phase),
+    ]
     times = "called once" if calls == 1 else f"called {calls} times"
     lines = [f"  {name}, {times}: {len(phase.problem.names)} operators"]
     for label, text in rows:
         lines += [f"  {line}" for line in wrap(label, text)]
     return lines
+
+
+def _host(plan: GenerationPlan) -> list[tuple[str, str]]:
+    """A row for the host's memory, where that has a budget, and one for the disk, where some weights are there."""
+    host = plan.budget.host_bytes
+    if plan.locked_bytes is None or host is None:
+        return []
+    most = max((phase.layout.host.ring_bytes for phase in plan.phases.values() if phase.layout.host is not None), default=0)
+    ring = f", {format_bytes(most)} of them a ring" if most else ""
+    rows = [("host", f"{format_bytes(host)}, of which {format_bytes(plan.locked_bytes)} are taken{ring}")]
+    if plan.spills:
+        written = f"; {format_bytes(plan.written_bytes)} written by build()" if plan.written_bytes else ""
+        rows.append(("disk", f"{format_bytes(plan.read_bytes)} read in a call{written}"))
+    return rows
 
 
 def _weights(phase: Plan) -> str:

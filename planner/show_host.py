@@ -23,9 +23,24 @@ def host_rows(plan: Plan) -> list[tuple[str, str]]:
         return rows
     said = []
     if host.reads:
-        waits = plan.timeline.disk_stall_seconds
-        stall = f", compute waits {format_seconds(waits)}" if waits else ", ahead of use"
-        said.append(f"{format_bytes(host.read_bytes)} read per step in {len(host.reads)} reads{stall}")
+        said.append(f"{format_bytes(host.read_bytes)} read per step in {len(host.reads)} reads{_waits(plan)}")
     if homes is not None and homes.scratch_bytes:
         said.append(f"{format_bytes(homes.scratch_bytes)} written by build()")
     return [*rows, ("disk", "; ".join(said))]
+
+
+def disk_rows(phase: Plan, loaded_bytes: int) -> list[tuple[str, str]]:
+    """A row for one of several programs, where it reads anything: before its calls, `loaded_bytes`, and in each of them."""
+    host, disk = phase.layout.host, phase.machine.disk_bandwidth
+    said = []
+    if loaded_bytes:
+        said.append(f"{format_bytes(loaded_bytes)} read before it in {format_seconds(loaded_bytes / disk)}")
+    if host is not None and host.reads:
+        nbytes, seconds = format_bytes(host.read_bytes), format_seconds(host.read_bytes / disk)
+        said.append(f"{nbytes} read per step in {seconds}{_waits(phase)}")
+    return [("disk", "; ".join(said))] if said else []
+
+
+def _waits(plan: Plan) -> str:
+    waits = plan.timeline.disk_stall_seconds
+    return f", compute waits {format_seconds(waits)}" if waits else ", ahead of use"

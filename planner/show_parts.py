@@ -25,7 +25,7 @@ def describe_parts(plan: PartedPlan) -> str:
         ("peak", f"{format_bytes(plan.peak_bytes)} (the least possible budget is {format_bytes(plan.minimum_bytes)})"),
         ("at", plan.peak_at),
         ("step", f"{format_seconds(plan.step_seconds)} predicted besides its Python, {ratio(plan)}"),
-        ("1 GB more", plan.gap.describe_more()),
+        *_more(plan),
         ("Python", f"{python}; found on fakes, along {paths}"),
         ("because", found.reasons[""]),
     ]
@@ -42,6 +42,19 @@ def describe_parts(plan: PartedPlan) -> str:
         lines.append("  opaque besides")
         lines += _opaque(plan)
     return "\n".join(lines)
+
+
+def _more(plan: PartedPlan) -> list[tuple[str, str]]:
+    """What another GB would buy; or, where the host's memory has a budget, what it holds and what comes from disk."""
+    host = plan.budget.host_bytes
+    rows = [] if plan.spills else [("1 GB more", plan.gap.describe_more())]
+    if plan.locked_bytes is None or host is None:
+        return rows
+    rows.append(("host", f"{format_bytes(host)}, of which {format_bytes(plan.locked_bytes)} are taken"))
+    if plan.spills:
+        written = f"; {format_bytes(plan.written_bytes)} written by build()" if plan.written_bytes else ""
+        rows.append(("disk", f"{format_bytes(plan.read_bytes)} read in a call{written}"))
+    return rows
 
 
 def _parts(plan: PartedPlan) -> list[str]:

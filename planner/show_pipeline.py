@@ -30,6 +30,7 @@ def describe_pipeline(plan: PipelinePlan) -> str:
         ("weights", f"{format_bytes(plan.weight_bytes)} in {len(_components(plan))} components"),
         ("Python", f"holds at most {format_bytes(held)} of tensors beside a call"),
     ]
+    rows += [("in parts", f"{key}, whose own Python runs: {reason.splitlines()[0]}") for key, reason in plan.opaque.items()]
     rows += _host(plan)
     if plan.early:
         rows.append(("early", _early(plan)))

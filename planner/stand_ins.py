@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from passes.program import storage_id
 from planner.names import Names
@@ -36,6 +36,19 @@ def like(tensor: torch.Tensor, homes: dict[int, torch.Tensor]) -> torch.Tensor:
         whole = base.as_strided((nbytes // base.dtype.itemsize,), (1,), 0).view(torch.uint8)
         base = whole[: nbytes - nbytes % tensor.dtype.itemsize].view(tensor.dtype)
     return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def on_meta(tree: Any) -> Any:
+    """The same without values: geometry, and which tensors share a storage of how many bytes."""
+    bases: dict[int, torch.Tensor] = {}
+
+    def empty(tensor: torch.Tensor) -> torch.Tensor:
+        key, nbytes = storage_id(tensor), int(tensor.untyped_storage().nbytes())
+        base = bases.setdefault(key, torch.empty(nbytes, dtype=torch.uint8, device="meta")).untyped_storage()
+        made = torch.empty(0, dtype=tensor.dtype, device="meta")
+        return made.set_(base, int(tensor.storage_offset()), tensor.shape, tensor.stride())
+
+    return tree_map_only(torch.Tensor, empty, tree)
 
 
 def detached(result: Any, weights: Set[int]) -> Any:

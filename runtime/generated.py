@@ -112,7 +112,7 @@ class GenerationRunner(Runner):
             PlannerError: a weight is on the meta device and nothing gives it.
         """
         try:
-            self._move_weights([_without_cache(p, generation.cache) for p in generation.phases.values()], lookup)
+            self._move_weights([_without_cache(p, generation.cache) for p in generation.phases.values()], lookup, together=True)
             self.executor = self._new_executor()
             self._known[self.loop.outline(*call)] = generation
             self._activate(generation)

@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
 from weakref import WeakValueDictionary
 
@@ -24,61 +23,21 @@ from runtime.arena import Arena
 from runtime.call_key import call_key, named_call
 from runtime.components import Taken
 from runtime.devices.base import Device
-from runtime.early import Arriving, Pieces
-from runtime.executable import Executable, RunPace
+from runtime.early import Arriving
+from runtime.executable import Executable
 from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
 from runtime.leftovers import KnownStates
 from runtime.loose_signature import LooseSignature, as_inputs
 from runtime.origins import Lookup, named_tensors
+from runtime.own_python import OwnPython
+from runtime.pipeline_programs import PartedCall, PipelineProgram, PipelinePrograms, Planners, captured_paths
 from runtime.pipeline_report import PhaseReport, PipelineReport
 from runtime.runner import Runner
 from runtime.signature import bind_call
 
 log = logging.getLogger("vramplan")
-Stay = Literal["always", "phase", "call"]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class PipelineProgram:
-    """The program of one call of a component, which is the module at `path`; `phases` are those in which it is called."""
-
-    key: str
-    path: str
-    method: str
-    signature: LooseSignature
-    program: Executable
-    stay: Stay
-    phases: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class PipelinePrograms:
-    """All that a pipeline runs. `steps`: for every component call of a run its program (an index) and its phase.
-
-    `early`: during the call of one program, followed by one of another whose weights are not there, which of them come already.
-    """
-
-    programs: tuple[PipelineProgram, ...]
-    steps: tuple[tuple[int, int], ...]
-    predicted: Mapping[str, float]
-    pace: RunPace
-    early: Mapping[tuple[int, int], Pieces] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Planners:
-    """How a runner asks for what was not planned.
-
-    `again`: the programs of another call of the pipeline, by its keyword arguments. `one`: of a single call of a component,
-    (path, method, args, kwargs). `anew`: what the pipeline gives for a call after it has been planned and built again, because
-    something about its components is different: (what, args, kwargs).
-    """
-
-    again: Callable[[dict[str, Any]], PipelinePrograms]
-    one: Callable[[str, str, tuple[Any, ...], dict[str, Any]], PipelineProgram]
-    anew: Callable[[str, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class PipelineRunner(Runner):
@@ -108,6 +67,8 @@ class PipelineRunner(Runner):
         # Resident arenas of programs that are loaded, and weights of one that is to be called next.
         self._shared: WeakValueDictionary[Any, Arena] = WeakValueDictionary()
         self._arriving: Arriving | None = None
+        self._own: OwnPython | None = None
+        self._parted: PartedCall | None = None  # the call whose own Python runs
 
     def attach_pipeline(self, call: Mapping[str, Any], programs: PipelinePrograms, lookup: Lookup | None = None) -> None:
         """Moves the weights of all components into the host arena, and takes the pipeline's calls over.
@@ -120,7 +81,7 @@ class PipelineRunner(Runner):
         Whatever goes wrong, the pipeline is as before.
         """
         try:
-            self._move_weights([each.program for each in programs.programs], lookup, together=True)
+            self._move_weights([each.program for each in programs.programs], lookup, together=True, wanted=programs.opaque)
             self._known[call_key(call)] = programs
             self._activate(programs)
             self._take_over(programs)
@@ -130,7 +91,8 @@ class PipelineRunner(Runner):
 
     def _take_over(self, programs: PipelinePrograms) -> None:
         components = dict(self.module.named_children())
-        inner = {each.path for each in programs.programs} - components.keys()
+        parts = {index for call in programs.parted for index in call.parts}
+        inner = {each.path for index, each in enumerate(programs.programs) if index not in parts} - components.keys()
         for path in sorted(inner):
             self._taken.take_module(self.module.get_submodule(path), path, self, whole=False)
         for path, component in components.items():
@@ -143,6 +105,11 @@ class PipelineRunner(Runner):
         for executor in self._executors():
             executor.unload()
         self._members, self._states, self._active = [], KnownStates(self.module), programs
+        assert self.store is not None
+        if programs.parted and self._own is None:
+            self._own = OwnPython(self.module, self.device, self.store, self.state, self._answer_part)
+        self._parts = {index for call in programs.parted for index in call.parts}
+        self._captured = captured_paths(self.module, programs) if programs.parted else None
         for each in programs.programs:
             self._add(each)
         self.versions = self._versions()
@@ -152,7 +119,7 @@ class PipelineRunner(Runner):
         executor = self._new_executor()
         self._members.append((each, program, executor))
         self._states.add(program.leftovers)
-        self.fingerprint = Fingerprint(self.module, leftovers=self._states.keys())
+        self.fingerprint = Fingerprint(self.module, self._captured, leftovers=self._states.keys())
         if each.stay == "always":
             executor.load(program)
 
@@ -237,7 +204,9 @@ class PipelineRunner(Runner):
 
     def _computes(self, path: str, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether it takes tensors itself; dicts of them are weights that somebody loads."""
-        if any((each.path, each.method) == (path, method) for each, _, _ in self._members):
+        parted = () if self._active is None else self._active.parted
+        known = [(each.path, each.method) for each, _, _ in self._members] + [(call.path, call.method) for call in parted]
+        if (path, method) in known:
             return True
         values = [v for value in (*args, *kwargs.values()) for v in (value if isinstance(value, list | tuple) else [value])]
         return any(isinstance(value, torch.Tensor) for value in values)
@@ -247,6 +216,8 @@ class PipelineRunner(Runner):
         bound = bind_call(own, args, kwargs)
         with torch.inference_mode(False):
             index = self._find(path, method, bound)
+        if index < 0:
+            return self._answer_in_parts(index, own, bound, began)
         each, program, executor = self._members[index]
         leaves = tree_flatten(as_inputs(*bound, each.signature.floats))[0]
         self._guard([leaf for i, leaf in enumerate(leaves) if i not in each.signature.floats])
@@ -266,9 +237,68 @@ class PipelineRunner(Runner):
         self._drop(following)
         if program.leftovers is not None:
             program.leftovers.leave(self.module)
-        calls, seconds = self._spent.get(each.key, (0, 0.0))
-        self._spent[each.key] = calls + 1, seconds + time.perf_counter() - began
+        self._spend(each.key, began)
         return tree_unflatten(outputs, program.out_spec)
+
+    def _spend(self, key: str, began: float) -> None:
+        calls, seconds = self._spent.get(key, (0, 0.0))
+        self._spent[key] = calls + 1, seconds + time.perf_counter() - began
+
+    def _answer_in_parts(self, index: int, own: Callable[..., Any], bound: Call, began: float) -> Any:
+        """Runs a component's own Python, its parts as programs."""
+        assert self._active is not None
+        assert self._own is not None
+        call = self._active.parted[~index]
+        self._guard(tree_leaves(bound))
+        now, following = self._advance(index)
+        self._drop_early()
+        self._drop(now)
+        self._own.opaque, self._own.alignment = dict(call.opaque), call.alignment
+        self._within, self._parted = True, call
+        try:
+            return self._own.run(call.path, own, *bound)
+        finally:
+            self._within, self._parted = False, None
+            self._drop(following)
+            self._watched = {**self._own.tensors, **self._constants}
+            self.versions = self._versions()  # what the component's own Python wrote is no news
+            if self._own.moved:
+                self._own.moved = False
+                for executor in self._executors():
+                    executor.relocate()
+            self._spend(call.key, began)
+
+    def _answer_part(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any]:
+        """A call of a part, from its component's own Python."""
+        each, program, executor = self._members[self._find_part(path, args, kwargs)]
+        with torch.inference_mode(False):
+            executor.load(program)
+        try:
+            outputs = executor.run(tree_leaves((args, kwargs)))
+        finally:
+            if each.stay == "call":
+                executor.unload()
+        return (tree_unflatten(outputs, program.out_spec),)
+
+    def _find_part(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """The program of a part; planned now where no explored path has called it so, with all arenas gone."""
+        assert self._parted is not None
+        assert self._own is not None
+        signature = LooseSignature.of(args, kwargs)
+        for index in (*self._parted.parts, *(i for i in sorted(self._parts) if i not in self._parted.parts)):
+            each = self._members[index][0]
+            if each.path == path and each.signature.accepts(signature):
+                return index
+        log.info("%s is called as no explored path has called it; planning it", path)
+        with torch.inference_mode(False), self._own.without_interception(self._parted.path):
+            with _disable_current_modes(), self._taken.as_before():
+                made = self._planners.part(self._parted.key, path, args, kwargs)
+            for executor in self._executors():
+                executor.unload()
+            self._add(made)
+            self.versions = self._versions()
+        self._parts.add(len(self._members) - 1)
+        return len(self._members) - 1
 
     def _bring(self, index: int) -> Arriving | None:
         """What comes during this call for the one that is expected next, as far as that has to wait for it."""
@@ -314,7 +344,12 @@ class PipelineRunner(Runner):
 
     def _known_program(self, path: str, method: str, bound: Call) -> int | None:
         signature = LooseSignature.of(*bound)
+        for number, call in enumerate(() if self._active is None else self._active.parted):
+            if (call.path, call.method) == (path, method) and call.signature.accepts(signature):
+                return ~number
         for index, (each, _, _) in enumerate(self._members):
+            if index in self._parts:
+                continue
             same = (each.path, each.method) == (path, method) and each.signature.accepts(signature)
             if same and self._states.fits(index):
                 return index

@@ -39,13 +39,16 @@ def spills(programs: Sequence[Executable], together: bool = False) -> bool:
 
 
 def split_home(
-    programs: Sequence[Executable], order: Sequence[str], together: bool = False
+    programs: Sequence[Executable], order: Sequence[str], together: bool = False, wanted: Set[str] = frozenset()
 ) -> tuple[SplitHome, set[str]] | None:
-    """The home of the weights in `order`, and those of them that are held in memory; None where the host has no budget."""
+    """The home of the weights in `order`, and those of them that are held in memory; None where the host has no budget.
+
+    Those that are `wanted` in memory are there whatever programs say.
+    """
     hosts = [(program, program.layout.host) for program in programs if program.layout.host is not None]
     if not hosts:
         return None
-    held: set[str] = set()
+    held = set(wanted)
     for program, host in hosts:
         held |= {program.weights[key].name for key in host.held} | {program.tables[name].name for name in host.tables}
     if not spills(programs, together):

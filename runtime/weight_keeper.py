@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import torch
 from torch import nn
@@ -54,10 +54,13 @@ class WeightKeeper:
         self._watched: dict[str, torch.Tensor] = {}
         self._undo: list[Callable[[], None]] = []
 
-    def _move_weights(self, programs: Sequence[Executable], lookup: Lookup | None, *, together: bool = False) -> None:
+    def _move_weights(
+        self, programs: Sequence[Executable], lookup: Lookup | None, *, together: bool = False, wanted: Set[str] = frozenset()
+    ) -> None:
         """Moves all weights of the module into the host arena, those of programs first and in the order of their use.
 
-        `together`: the programs share the host's memory, if that has a budget, and what none of them reads is on disk.
+        `together`: the programs share the host's memory, if that has a budget, and what none of them reads is on disk, but
+        for what is `wanted` in memory.
         """
         tensors = named_tensors(self.module)
         order = list(dict.fromkeys(name for program in programs for name in first_use(program)))
@@ -77,7 +80,7 @@ class WeightKeeper:
         sources |= stored_sources([views[name] for name in order if name not in sources], tensors, lookup)
         constants = {v.name: p.constants[node] for p in programs for node, v in p.weights.items() if node in p.constants}
         sources |= {name: source_of(name, views[name], constants, lookup) for name in order if name not in sources}
-        split = split_home(programs, order, together)
+        split = split_home(programs, order, together, wanted)
         home, held = split if split is not None else (self.device.home(), set[str]())
         given = {} if isinstance(home, MemoryHome) else in_files([n for n in order if n not in held], views, tensors, lookup)
         alignment = programs[0].layout.alignment if programs else ALIGNMENT

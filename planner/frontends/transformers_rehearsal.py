@@ -40,7 +40,7 @@ from planner.frontends.transformers_generate import (
 from planner.isolate import random_draws
 from planner.memory import MemoryModel
 from planner.refuse import refuse_shared_state, refuse_unplannable
-from planner.stand_ins import like
+from planner.stand_ins import like, on_meta
 from runtime.errors import CaptureError, PlannerError, UnknownSize
 from runtime.signature import CallSignature
 
@@ -148,7 +148,7 @@ class Phases:
 
     def _capture(self, name: str, kwargs: dict[str, Any], key: Key, counts: tuple[int | None, ...], *, started: bool) -> Phase:
         assert self.shape is not None
-        kwargs = _on_meta(kwargs)
+        kwargs = on_meta(kwargs)
         failed: CaptureError | None = None
         for eager in (True, False):  # some models have a branch for tracing because no other can be traced
             module = phase_module(self.model, name, self.shape, counts, started=started, eager=eager)
@@ -173,12 +173,9 @@ class Phases:
 
 
 def cache_as_state(program: Program) -> Program:
-    """The cache's tensors are state of every phase, also of one that only reads some of them."""
-    weights = {
-        key: replace(weight, state=weight.state or weight.name.startswith(f"{CACHE}."))
-        for key, weight in program.weights.items()
-    }
-    return replace(program, weights=weights)
+    """The cache's tensors are state of every phase, also of one that only reads some of them, and the host has none of them."""
+    cache = {k: replace(w, state=True, made=True) for k, w in program.weights.items() if w.name.startswith(f"{CACHE}.")}
+    return replace(program, weights={**program.weights, **cache})
 
 
 class _Held(TorchDispatchMode):
@@ -298,19 +295,6 @@ class _Rehearsing:
 def _later(length: torch.Tensor, tokens: int, *, started: bool) -> torch.Tensor:
     with _disable_current_modes():
         return length + tokens if started else torch.tensor(tokens)
-
-
-def _on_meta(tree: Any) -> Any:
-    """The same without values: geometry, and which tensors share a storage of how many bytes."""
-    bases: dict[int, torch.Tensor] = {}
-
-    def empty(tensor: torch.Tensor) -> torch.Tensor:
-        key, nbytes = storage_id(tensor), int(tensor.untyped_storage().nbytes())
-        base = bases.setdefault(key, torch.empty(nbytes, dtype=torch.uint8, device="meta")).untyped_storage()
-        made = torch.empty(0, dtype=tensor.dtype, device="meta")
-        return made.set_(base, int(tensor.storage_offset()), tensor.shape, tensor.stride())
-
-    return tree_map_only(torch.Tensor, empty, tree)
 
 
 def _safe_token(model: nn.Module, kwargs: Mapping[str, Any]) -> int:

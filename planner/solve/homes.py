@@ -266,7 +266,7 @@ class HostProblem:
     @cached_property
     def _home(self) -> dict[str, str]:
         """The name under which the host has each weight, by placeholder."""
-        return {key: home_of(weight) for key, weight in self.problem.program.weights.items()}
+        return {key: home_of(weight) for key, weight in self.problem.program.weights.items() if not weight.made}
 
     @cached_property
     def _bytes(self) -> dict[str, int]:
@@ -340,7 +340,7 @@ def spread(at: dict[str, float], nbytes: Mapping[str, int], excess: int, until: 
 def homes_of(problem: Problem) -> dict[str, int]:
     """What the program reads, by the host's names: whole weights, in bytes as they are aligned."""
     weights = (*problem.program.weights.values(), *problem.program.tables.values())
-    return {home_of(w): align(_whole_bytes(w), problem.memory.weight_alignment) for w in weights}
+    return {home_of(w): align(_whole_bytes(w), problem.memory.weight_alignment) for w in weights if not w.made}
 
 
 def rings(host: HostProblem, spans: Sequence[BundleSpan]) -> Iterator[HostPlan]:

@@ -1,8 +1,8 @@
-"""One budget of the host's memory for all members of a pipeline, split once and for all before it runs.
+"""One budget of the host's memory for programs that share it, split once and for all before they run.
 
-The homes of weights are chosen for all members together, so that those that share a component agree. Memory has first what is
-read most often in a run; of what is read as often and does not fit, what goes to disk is spread over the time. Every member has
-a ring of its own and room for its values on the host, also while others run.
+The homes of weights are chosen for all members together, so that those that read the same agree. Memory has first what is read
+most often in a run; of what is read as often and does not fit, what goes to disk is spread over the time. Every member has a
+ring of its own and room for its values on the host: also while others run, or, where one is loaded at a time, in its turn.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ _Uses = tuple[dict[str, int], dict[str, float]]
 class HostSplit:
     """The problem: schedules as they were decided for the device alone. `host` is what was declared for all of them.
 
-    Where `host` says what is in memory already, of a pipeline that is built, that stays there.
+    Where `host` says what is in memory already, of what is built, that stays there. `in_turn`: one member is loaded at a time.
+    `needed`: the names of weights that have to be in memory, since no program reads them there.
     """
 
     host: HostMemory
     machine: Machine
     members: Mapping[str, Member]
     shares: MemberShares
+    in_turn: bool = False
+    needed: frozenset[str] = frozenset()
 
     @cached_property
     def problems(self) -> dict[str, Problem]:
@@ -40,11 +43,13 @@ class HostSplit:
     @property
     def least_bytes(self) -> int:
         """The least budget for these schedules: nothing in memory but what has to be."""
-        return self._given_bytes + self.spare_bytes + sum(self._least.values())
+        return self._given_bytes + self._beside(self._least)
 
-    @property
-    def spare_bytes(self) -> int:
-        return spare_bytes(self.host)
+    def _beside(self, own: Mapping[str, int]) -> int:
+        """What rings and values take that have `own` bytes, with what is kept for a call that is planned later."""
+        if self.in_turn:
+            return max(spare_bytes(self.host), *own.values())
+        return spare_bytes(self.host) + sum(own.values())
 
     def solve(self, *, search: bool = True) -> dict[str, MemberShare]:
         """Schedules with homes, each within memory of its own; requires that the budget is at least the least.
@@ -76,12 +81,22 @@ class HostSplit:
 
     @property
     def _given_bytes(self) -> int:
-        return align(sum((self.host.held or {}).values()), PAGE_BYTES)
+        return align(sum((self._needed if self.host.held is None else self.host.held).values()), PAGE_BYTES)
+
+    @property
+    def needed_bytes(self) -> int:
+        return sum(self._needed.values())
+
+    @cached_property
+    def _needed(self) -> dict[str, int]:
+        alignment = max(problem.memory.weight_alignment for problem in self.problems.values())
+        tensors = {name: align(tensor.nbytes, alignment) for tensor in self.host.tensors for name in tensor.names}
+        return {name: tensors[name] for name in sorted(self.needed)}
 
     @cached_property
     def _alone(self) -> HostMemory:
         """What each would have if all had the same."""
-        return HostMemory(self.host.budget_bytes // len(self.shares))
+        return HostMemory(self.host.budget_bytes // (1 if self.in_turn else len(self.shares)))
 
     @cached_property
     def _least(self) -> dict[str, int]:
@@ -96,7 +111,7 @@ class HostSplit:
 
     def _left(self, own: Mapping[str, int]) -> int:
         """For weights."""
-        return self.host.budget_bytes - self._given_bytes - self.spare_bytes - sum(own.values())
+        return self.host.budget_bytes - self._given_bytes - self._beside(own)
 
     def _chosen(self, room: int) -> dict[str, int]:
         """The homes in memory, with their bytes: what is read most often first, then tables, then what is read once."""
@@ -105,10 +120,13 @@ class HostSplit:
         for problem in self.problems.values():
             nbytes |= homes_of(problem)
         tables = {name for problem in self.problems.values() for name in problem.program.tables}
-        held: dict[str, int] = {}
+        held = dict(self._needed)
         left = room // PAGE_BYTES * PAGE_BYTES
         for rank in sorted({(reads[home], home in tables) for home in nbytes}, reverse=True):
-            alike = {home: at[home] for home in sorted(at, key=at.__getitem__) if (reads[home], home in tables) == rank}
+            order = [home for home in sorted(at, key=at.__getitem__) if home not in self._needed]
+            alike = {home: at[home] for home in order if (reads[home], home in tables) == rank}
+            if not alike:
+                continue
             excess = sum(nbytes[home] for home in alike) - left
             spilled = spread(alike, nbytes, excess, max(alike.values())) if excess > 0 else set()
             for home in alike:
@@ -126,6 +144,8 @@ class HostSplit:
             elapsed = problem.elapsed
             streamed = {w: placed.span.last + 1 for placed in share.schedule.placements for w in placed.span.weights}
             for placeholder, weight in problem.program.weights.items():
+                if weight.made:
+                    continue
                 home, times = home_of(weight), self.members[key].calls
                 if placeholder not in streamed:
                     times = 0 if weight.state else self._loads(key)
@@ -158,5 +178,5 @@ class HostSplit:
 
 
 def spare_bytes(host: HostMemory) -> int:
-    """Kept for the ring of a call that no run makes, the same for every plan of a pipeline."""
+    """Kept for the ring of a call that was not planned, the same for every plan of the same weights."""
     return least_ring_bytes(sum(tensor.nbytes for tensor in host.tensors))

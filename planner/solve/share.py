@@ -76,9 +76,9 @@ class SharedBudget:
             problem = part.solver.problem
             weights |= problem.program.bytes_by_name(problem.weight_bytes)
         everything = Keys(self.opaque_bytes)
-        needs = [_most(p.outside, {}) + p.solver.problem.most_activation_bytes for p in self.parts.values()]
+        needs = [most_bytes(p.outside, {}) + p.solver.problem.most_activation_bytes for p in self.parts.values()]
         opaque = sum(self.opaque_bytes[path] for path in everything)
-        return sum(weights.values()) + opaque + max([_most(self.python, {}), *needs])
+        return sum(weights.values()) + opaque + max([most_bytes(self.python, {}), *needs])
 
     def peak_bytes(self, shares: Shares, peaks: Mapping[str, int]) -> int:
         """The most bytes at any time, where part `key` takes `peaks[key]` itself, its arenas and state included."""
@@ -212,10 +212,10 @@ class SharedBudget:
 
     def python_need(self, opaque: Keys) -> int:
         """What Python holds at most, weights that it reads included, those of kept ones all the time."""
-        return _most(self.python, self._passing(opaque)) + self._kept_weights(opaque)
+        return most_bytes(self.python, self._passing(opaque)) + self._kept_weights(opaque)
 
     def _outside(self, key: str, opaque: Keys) -> int:
-        return _most(self.parts[key].outside, self._passing(opaque)) + self._kept_weights(opaque)
+        return most_bytes(self.parts[key].outside, self._passing(opaque)) + self._kept_weights(opaque)
 
     def _passing(self, opaque: Keys) -> dict[str, int]:
         return {path: nbytes for path, nbytes in self.opaque_bytes.items() if path not in opaque}
@@ -241,7 +241,7 @@ class SharedBudget:
         return sum(state.values())
 
 
-def _most(moments: Moments, passing: Mapping[str, int]) -> int:
+def most_bytes(moments: Moments, passing: Mapping[str, int]) -> int:
     """The most that Python holds, where each running module brings its weights for as long as it runs."""
     return max((nbytes + sum(passing.get(path, 0) for path in running) for running, nbytes in moments.items()), default=0)
 

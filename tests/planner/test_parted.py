@@ -64,6 +64,41 @@ def test_the_prediction_is_exact_where_the_worst_path_is_walked() -> None:
         assert max(agree(made, reference, VALUES)) == made.peak_bytes
 
 
+class Chain(nn.Module):
+    """Parts one after the other, each given what the one before gives and nobody needs later; may keep a tensor."""
+
+    def __init__(self, *, keeps: bool = False) -> None:
+        super().__init__()
+        self.steps, self.keeps, self.last = nn.ModuleList(nn.Linear(32, 32) for _ in range(4)), keeps, torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            x = x * 2
+        for step in self.steps:
+            x = step(x)
+        if self.keeps:
+            self.last = x.repeat(1, 8)
+        return x
+
+
+def test_what_a_part_was_given_counts_as_long_as_somebody_holds_it() -> None:
+    torch.manual_seed(1)
+    module = Chain()
+    reference = copy.deepcopy(module).eval()
+    most = parted(module, torch.ones(64, 32))
+    for budget in (most.minimum_bytes, most.unplanned_bytes):
+        made = most.replan(budget)
+        assert agree(made, reference, [torch.ones(64, 32)]) == [made.peak_bytes]
+
+
+def test_what_the_module_keeps_is_there_in_the_next_call() -> None:
+    plain, keeping = (parted(Chain(keeps=keeps), torch.ones(64, 32)) for keeps in (False, True))
+    kept = 64 * 32 * 8 * 4
+    assert (plain.exploration.left, keeping.exploration.left) == (0, kept)
+    assert keeping.minimum_bytes >= 2 * kept  # the new one, and the one before
+    agree(keeping, copy.deepcopy(keeping.target).eval(), [torch.ones(64, 32)] * 2)
+
+
 def test_the_least_budget_and_one_byte_less() -> None:
     most = parted(Experts(), rows())
     most.replan(most.minimum_bytes)

@@ -218,6 +218,10 @@ def test_saved_plans_keep_their_shares(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(PlanFileError, match=r"and not of transformer\.forward"):
         PipelinePlan.load(tmp_path / "plan.json", p.target)
+    del data["held"]
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(PlanFileError, match=r"I1: .* nothing says which are on disk"):
+        PipelinePlan.load(tmp_path / "plan.json", p.target)
 
 
 def changed(program: Program, **changes: object) -> Program:
@@ -275,7 +279,7 @@ def test_a_call_that_finds_no_room_on_the_host_says_what_would_do(monkeypatch: p
     p = p.replan({"accounting": 2 * p.unplanned_bytes, "cpu": weights_of(p) // 2})
     p.build()
     host = p.budget.host_bytes or 0
-    monkeypatch.setattr("planner.pipeline_build.spare_bytes", lambda memory: 0)
+    monkeypatch.setattr("planner.shared_host.spare_bytes", lambda memory: 0)
     with pytest.raises(InfeasibleBudget, match=r"vae\.encode is called .* Plan with budget=\{\.\.\., 'cpu': ") as caught:
         pipe.vae.encode(torch.randn(1, 3, 32, 32))
     assert (caught.value.memory, caught.value.budget_bytes) == ("cpu", host)
