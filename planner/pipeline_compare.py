@@ -15,13 +15,23 @@ from planner.bounds import physical_bound
 from planner.compare import OURS, Comparison, Row
 from planner.progress import working
 from planner.solve.phases import Member
+from runtime.errors import PlannerError
 
 if TYPE_CHECKING:
     from planner.pipeline_plan import PipelinePlan
 
 
 def compare_pipeline(plan: PipelinePlan) -> Comparison:
-    """Simulates the policies, and plans the pipeline again for the peak of each; nothing is emitted for that."""
+    """Simulates the policies, and plans the pipeline again for the peak of each; nothing is emitted for that.
+
+    Raises:
+        PlannerError: a component is planned in parts.
+    """
+    for key, reason in plan.opaque.items():
+        raise PlannerError(
+            f"{key} of {plan.title} is planned in parts ({reason}), and switches of today move whole modules: compare another "
+            "component, p.parts[...].compare()"
+        )
     budget, least = plan.budget_bytes, plan.minimum_bytes
     own_bound = plan.bound_at(plan.reserved_bytes).seconds
     rows = [Row(OURS, plan.reserved_bytes, plan.step_seconds, own_bound, True, plan.step_seconds)]

@@ -324,7 +324,11 @@ class PipelinePlan:
         return PipelinePlan(self._pipe, options, self._analyses, self.run, folder=self.folder)
 
     def compare(self) -> Comparison:
-        """The plan beside model, sequential and group offloading of the same pipeline, simulated and not run."""
+        """The plan beside model, sequential and group offloading of the same pipeline, simulated and not run.
+
+        Raises:
+            PlannerError: a component is planned in parts.
+        """
         from planner.pipeline_compare import compare_pipeline
 
         return compare_pipeline(self)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from planner import PipelinePlan, plan
+from planner import PipelinePlan, PlannerError, plan
 from planner.baselines import pageable
 from planner.compare import OURS, Comparison, Row
 from tests.pipelines.chain import Chain, chain
@@ -97,3 +97,22 @@ def _nbytes(component: nn.Module) -> int:
 
 def _copy_seconds(component: nn.Module) -> float:
     return sum(pageable(MACHINE).copy_seconds(-(-each.nbytes // 64) * 64) for each in component.parameters())
+
+
+class Branching(nn.Module):
+    """Goes on by a value, which no program can."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.inner(x)
+        return result * 2 if result.sum() > 0 else result
+
+
+def test_what_runs_in_parts_is_not_compared() -> None:
+    pipe = chain(LAYERS)
+    pipe.register_modules(second=Branching(pipe.second).eval())
+    with pytest.raises(PlannerError, match=r"second\.forward of Chain is planned in parts .*: compare another component"):
+        planned(pipe).compare()
