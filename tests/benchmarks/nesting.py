@@ -190,11 +190,20 @@ def main() -> None:
     if arguments.update:
         path = RESULTS / "nesting.json"
         found = {**(json.loads(path.read_text()) if path.exists() else {}), **found}
-        text = [TITLE]
-        for name, each in ((name, found[name]) for name in TABLES if name in found):
-            text += [f"## {name.capitalize()}", "", str(TABLES[name].__doc__), "", *table(each), ""]
         path.write_text(json.dumps(found, indent=1) + "\n")
-        (RESULTS / "nesting.md").write_text("\n".join(text))
+        (RESULTS / "nesting.md").write_text(text(found))
+
+
+def text(found: dict[str, list[Row]]) -> str:
+    """The tables, and what they say together."""
+    lines = [TITLE]
+    for name in (name for name in TABLES if name in found):
+        lines += [f"## {name.capitalize()}", "", str(TABLES[name].__doc__), "", *table(found[name]), ""]
+    bound = [row for each in found.values() for row in each if "there" in row]
+    single = sum(row["elements a tile"] == 1 for row in bound)
+    whole = sum(row["around"] > row["there"] for row in bound)
+    said = f"Of these {len(bound)} plans {single} are bound by a tile of one element, where a loop in a loop would pay"
+    return "\n".join([*lines, f"{said}; in {whole} most is around.", ""])
 
 
 if __name__ == "__main__":
