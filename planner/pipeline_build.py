@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from planner.pipeline_captured import ProgramOfCall
 from planner.pipeline_problem import member_options
 from planner.plan import Plan
 from planner.progress import transferring
@@ -16,6 +17,7 @@ from planner.shared_host import one_more, within
 from planner.sizes import format_bytes
 from planner.solve.homes import HostMemory
 from planner.solve.phases import arenas_of
+from planner.solve.tilings import Tilings
 from planner.weights import Lookup
 from runtime.devices import open_device
 from runtime.errors import CaptureError, InfeasibleBudget, PlannerError, UnknownSize
@@ -79,14 +81,23 @@ def _plan_one(plan: PipelinePlan, path: str, method: str, args: tuple[Any, ...],
             minimum_bytes=least,
             node=path,
         )
-    host = _beside(plan)
+    return _single(plan, made, tilings, room)
+
+
+def _single(plan: PipelinePlan, made: ProgramOfCall, tilings: Tilings, room: int) -> PipelineProgram:
+    """The program of a call that comes once and goes, within so much of the device and what is kept for it of the host.
+
+    Raises:
+        InfeasibleBudget: the host has too little.
+    """
+    key, host = f"{made.path}.{made.method}", _beside(plan)
     try:
         solver, schedule = tilings.solve(room, host)
     except InfeasibleBudget as error:
-        raise _no_room_on_the_host(plan, f"{path}.{method}", error) from None
+        raise _no_room_on_the_host(plan, key, error) from None
     options = within(member_options(plan.options, made), room, host)
-    own = Plan(analyses.root.get_submodule(path), options, tilings, schedule.decisions(solver.problem))
-    return PipelineProgram(f"{path}.{method}", path, method, made.signature, own.executable, "call")
+    own = Plan(plan._analyses.root.get_submodule(made.path), options, tilings, schedule.decisions(solver.problem))
+    return PipelineProgram(key, made.path, made.method, made.signature, own.executable, "call")
 
 
 def _plan_part(plan: PipelinePlan, key: str, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineProgram:
@@ -115,10 +126,7 @@ def _plan_part(plan: PipelinePlan, key: str, path: str, args: tuple[Any, ...], k
             minimum_bytes=least,
             node=path,
         )
-    solver, schedule = tilings.solve(room)
-    options = within(member_options(plan.options, made), room, None)
-    own = Plan(analyses.root.get_submodule(path), options, tilings, schedule.decisions(solver.problem))
-    return PipelineProgram(f"{path}.forward", path, "forward", made.signature, own.executable, "call")
+    return _single(plan, made, tilings, room)
 
 
 def _beside(plan: PipelinePlan) -> HostMemory | None:

@@ -69,6 +69,9 @@ class PipelineRunner(Runner):
         self._arriving: Arriving | None = None
         self._own: OwnPython | None = None
         self._parted: PartedCall | None = None  # the call whose own Python runs
+        # Programs of parts, and those of them that no explored path has called, by the call that has.
+        self._parts: set[int] = set()
+        self._singles: dict[tuple[str, int], int] = {}
 
     def attach_pipeline(self, call: Mapping[str, Any], programs: PipelinePrograms, lookup: Lookup | None = None) -> None:
         """Moves the weights of all components into the host arena, and takes the pipeline's calls over.
@@ -92,7 +95,8 @@ class PipelineRunner(Runner):
     def _take_over(self, programs: PipelinePrograms) -> None:
         components = dict(self.module.named_children())
         parts = {index for call in programs.parted for index in call.parts}
-        inner = {each.path for index, each in enumerate(programs.programs) if index not in parts} - components.keys()
+        inner = {each.path for index, each in enumerate(programs.programs) if index not in parts}
+        inner = (inner | {call.path for call in programs.parted}) - components.keys()
         for path in sorted(inner):
             self._taken.take_module(self.module.get_submodule(path), path, self, whole=False)
         for path, component in components.items():
@@ -108,7 +112,7 @@ class PipelineRunner(Runner):
         assert self.store is not None
         if programs.parted and self._own is None:
             self._own = OwnPython(self.module, self.device, self.store, self.state, self._answer_part)
-        self._parts = {index for call in programs.parted for index in call.parts}
+        self._parts, self._singles = {index for call in programs.parted for index in call.parts}, {}
         self._captured = captured_paths(self.module, programs) if programs.parted else None
         for each in programs.programs:
             self._add(each)
@@ -169,13 +173,12 @@ class PipelineRunner(Runner):
         self.calls += 1
         self._at, self._spent = 0, {}
         self.device.loaded(self._active)
-        arenas = [arena for executor in self._executors() for arena in executor.arenas]
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         try:
             with (
                 torch.inference_mode(False),
                 torch.no_grad(),
-                self.device.call(tensors, [*arenas, *self.state.values()]),
+                self.device.call(tensors, self._there()),
             ):
                 try:
                     yield
@@ -185,6 +188,10 @@ class PipelineRunner(Runner):
         finally:
             self._watched = {**named_tensors(self.module), **self._constants}
             self.versions = self._versions()
+
+    def _there(self) -> list[torch.Tensor]:
+        """What is on the device before a call. Whoever has the list keeps it there."""
+        return [*(arena for executor in self._executors() for arena in executor.arenas), *self.state.values()]
 
     # A call of a component.
 
@@ -270,7 +277,11 @@ class PipelineRunner(Runner):
 
     def _answer_part(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any]:
         """A call of a part, from its component's own Python."""
-        each, program, executor = self._members[self._find_part(path, args, kwargs)]
+        index = self._find_part(path, args, kwargs)
+        each, program, executor = self._members[index]
+        if index in self._singles.values():  # planned for a device that has no arenas
+            for other in self._executors():
+                other.unload()
         with torch.inference_mode(False):
             executor.load(program)
         try:
@@ -281,11 +292,12 @@ class PipelineRunner(Runner):
         return (tree_unflatten(outputs, program.out_spec),)
 
     def _find_part(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """The program of a part; planned now where no explored path has called it so, with all arenas gone."""
+        """The program of a part; planned now where no explored path has called it so."""
         assert self._parted is not None
         assert self._own is not None
         signature = LooseSignature.of(args, kwargs)
-        for index in (*self._parted.parts, *(i for i in sorted(self._parts) if i not in self._parted.parts)):
+        singles = [index for (key, _), index in self._singles.items() if key == self._parted.key]
+        for index in (*self._parted.parts, *singles):
             each = self._members[index][0]
             if each.path == path and each.signature.accepts(signature):
                 return index
@@ -293,12 +305,12 @@ class PipelineRunner(Runner):
         with torch.inference_mode(False), self._own.without_interception(self._parted.path):
             with _disable_current_modes(), self._taken.as_before():
                 made = self._planners.part(self._parted.key, path, args, kwargs)
-            for executor in self._executors():
-                executor.unload()
             self._add(made)
             self.versions = self._versions()
-        self._parts.add(len(self._members) - 1)
-        return len(self._members) - 1
+        index = len(self._members) - 1
+        self._parts.add(index)
+        self._singles[self._parted.key, index] = index
+        return index
 
     def _bring(self, index: int) -> Arriving | None:
         """What comes during this call for the one that is expected next, as far as that has to wait for it."""

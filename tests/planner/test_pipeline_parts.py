@@ -56,15 +56,13 @@ class Keeping(Gated):
 
 
 class Counting(Gated):
-    """From its third call on it does what no run on its first state shows; counts in a buffer and in an attribute."""
+    """From its second call on it does what no run on its first state shows; counts in a buffer and in an attribute."""
 
     def forward(self, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.turns = self.turns + 1
         self.seen += sample.shape[0]
-        if self.turns > 2:
-            return (torch.cat([super(Gated, self).forward(s, *args, **kwargs)[0] for s in sample.chunk(1)]),)
-        if self.turns == 2:
-            self.conv_in(sample[:1])
+        if self.turns > 1:
+            self.conv_in(sample.repeat(1, 1, 4, 4))
         return super().forward(sample, *args, **kwargs)
 
 
@@ -238,16 +236,20 @@ def test_what_its_python_keeps_counts_all_the_time() -> None:
         q.restore()
 
 
-def test_what_no_explored_path_calls_is_planned_then(replans: list[str]) -> None:
+@pytest.mark.parametrize("host", [None, "half"])
+def test_what_no_explored_path_calls_is_planned_then(host: str | None, replans: list[str]) -> None:
     pipe, call, own = made(Counting)
     p = plan(pipe, "1GB", call=call, **WHAT)
-    p = p.replan(p.minimum_bytes)
+    nbytes = all_bytes(module_tensors(p._analyses.root, None)) // 2
+    p = p.replan({"accounting": p.unplanned_bytes, **({"cpu": nbytes} if host else {})})
+    assert p.spills == (host is not None)
     pipe = built(p)
     assert torch.equal(picture_of(pipe, call), own)
     assert p.report().peak_bytes <= p.budget_bytes
     assert [line for line in replans if "no explored path" in line] == [
         "unet.conv_in is called as no explored path has called it; planning it"
     ]
+    assert not host or p.report().locked_bytes <= nbytes
     turns = int(pipe.unet.turns)
     p.restore()
     assert turns == pipe.unet.turns == 3
