@@ -20,7 +20,8 @@ class Tiling:
 
     `norms` are split into statistics and what applies them, of which `recomputed` have their input computed twice; `tiles` are
     the regions that run tile by tile, in program order; of their results `hosted` live on the host, and `over` may be written
-    over values that are larger. `lookups` are the weights whose rows are looked up on the host, `slices` those that come in
+    over values that are larger, or that tiles read through windows. `moved` are operators that run early, to end what they
+    read. `lookups` are the weights whose rows are looked up on the host, `slices` those that come in
     parts, and `casts` those that are stored in a smaller type, by placeholder. `channels_last` are the regions that run
     so, and `attention` the softmaxes that are fused with the products around them.
     """
@@ -35,6 +36,7 @@ class Tiling:
     casts: tuple[Cast, ...] = ()
     channels_last: tuple[ConvRegion, ...] = ()
     attention: tuple[str, ...] = ()
+    moved: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self != UNTILED

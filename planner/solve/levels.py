@@ -20,13 +20,13 @@ from passes.functionalise import Functionalise
 from passes.fuse_attention import FuseAttention
 from passes.gather_writes import GatherWrites
 from passes.host_lookup import HostLookup
+from passes.move_up import MoveUp, movable
 from passes.program import Program
 from passes.recompute import Recompute, recomputable
 from passes.regions import Tile, find_region
 from passes.slice_weights import SliceWeights, WeightSlices, slices_of
 from passes.split_norms import SplitNorms, splittable_norms
 from passes.tile_regions import TileRegions, stretch_of
-from passes.write_over import more_of
 from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.decisions import Tiling
 from planner.solve.problem import Problem
@@ -90,6 +90,7 @@ def _tile_passes(tiling: Tiling) -> tuple[Pass, ...]:
         Functionalise(),
         SplitNorms(tiling.norms),  # regions begin and end at the halves
         Recompute(tiling.recomputed),
+        MoveUp(tiling.moved),
         TileRegions(tiling.tiles, tiling.hosted, tiling.over),
     )
 
@@ -237,7 +238,8 @@ class Levels:
     def _tiled(self, cap: int, parts: Tiling) -> Tiling | None:
         """The regions for a cap, by the first means that keep it.
 
-        Tiles alone; results over larger values; then values that live on the host or are computed twice.
+        Tiles alone; results over larger values; that with operators moved up; then values that live on the host or are computed
+        twice.
         """
         if cap < self._search(parts).costs.floor_bytes:
             return None
@@ -245,6 +247,9 @@ class Levels:
             found = self._kept(cap, parts, self._search(parts, over))
             if found is not None:
                 return found[1]
+        moved = self._moved(cap, parts)
+        if moved != parts and (found := self._kept(cap, moved, self._search(moved, over=True))) is not None:
+            return found[1]
         twice = self._recomputed(cap, parts, self._search(parts, over=True))
         options = [self._kept(cap, twice, self._search(twice, over=True)) if twice != parts else None]
         for hosting in self._hostings(cap, parts):
@@ -264,6 +269,15 @@ class Levels:
             return None
         seconds = search.costs.problem.compute_seconds + found.added_seconds
         return seconds, _with_regions(parts, search.costs, found.tiles)
+
+    def _moved(self, cap: int, parts: Tiling) -> Tiling:
+        """With the operators moved up that end what is there at an operator above the cap."""
+        search = self._search(parts, over=True)
+        places = movable(search.costs.problem.program) if search.costs.over else {}
+        order = {node.name: i for node, i in search.costs.position.items()}
+        left = search.left(cap) if places else []
+        wanted = tuple(name for name, place in places.items() if any(order[place] <= i <= order[name] for i in left))
+        return replace(parts, moved=wanted)
 
     def _recomputed(self, cap: int, parts: Tiling, search: TileSearch) -> Tiling:
         """With the norms whose input can be computed again, and that a search leaves above the cap together with it."""
@@ -323,7 +337,7 @@ class Levels:
 
 def _means(tiling: Tiling) -> tuple[bool, ...]:
     """What a tiling does besides tiles, all of which costs more."""
-    return bool(tiling.slices), bool(tiling.over), bool(tiling.recomputed), bool(tiling.hosted)
+    return tuple(map(bool, (tiling.slices, tiling.over, tiling.moved, tiling.recomputed, tiling.hosted)))
 
 
 def _same_operators(one: Program, other: Program) -> bool:
@@ -342,7 +356,7 @@ def _with_regions(parts: Tiling, costs: TileCosts, tiles: tuple[Tile, ...]) -> T
         names |= {node.name for node in stretch}
         region = find_region(stretch, seed, tile.dim, costs.calls, costs.hosted)
         hosted += [node.name for node in region.results if node in costs.hosted]
-        over += [node.name for node, value in costs.written_over(region).items() if more_of(value, node) is not None]
+        over += [node.name for node in costs.written_over(region).chosen]
     halves = {name: {name, f"{name}_statistics"} for name in costs.problem.tiling.norms}
     norms = tuple(name for name, both in halves.items() if both & names or name in parts.recomputed)
     return replace(parts, norms=norms, tiles=tiles, hosted=tuple(hosted), over=tuple(over))

@@ -19,7 +19,7 @@ from passes.program import storage_id, tensors_of
 from passes.regions import Calls, Region, TileNeeds, find_region
 from passes.tile_rules import Part, Untileable
 from passes.tile_rules.base import Tiled
-from passes.write_over import fits_over, written_over
+from passes.write_over import Places, fits_over, places_over
 from planner.solve.attention_tiles import attention_tile_bytes
 from planner.solve.problem import Problem
 from planner.solve.stretches import Stretches
@@ -61,7 +61,7 @@ class Hosting:
 class TileCosts:
     """Estimates for stretches of one problem; equal stretches are estimated once.
 
-    `over`: results may be written over values that are larger.
+    `over`: results may be written over values that are larger, or that tiles read through windows.
     """
 
     problem: Problem
@@ -212,22 +212,35 @@ class TileCosts:
     def _results(self, region: Region) -> int:
         """Bytes of the memory that results take: none on the host, none where they are written over something else."""
         if region not in self._result_bytes:
-            free = {*self.written_over(region), *self.hosted}
+            free = {*self.written_over(region).over, *self.hosted}
             self._result_bytes[region] = sum(_dense_bytes(node) for node in region.results if node not in free)
         return self._result_bytes[region]
 
-    def written_over(self, region: Region) -> dict[fx.Node, fx.Node]:
-        """The results that are written over values, and those values."""
-        try:
-            tile, _ = region.usual_tile(2)
-        except Untileable:  # no estimate is given then
-            return {}
-        found: dict[fx.Node, fx.Node] = {}
-        for node in region.results:
-            over = written_over(region, (tile,), node, self.over) if node not in self.hosted else None
-            if over is not None and over not in self.hosted and over not in found.values():
-                found[node] = over
-        return found
+    def written_over(self, region: Region) -> Places:
+        """The results that are written over values, and how these are read."""
+        if region not in self._places:
+            results = [node for node in region.results if node not in self.hosted]
+            try:
+                tiles = (region.usual_tile(3)[0],)
+                self._places[region] = places_over(region, tiles, results, lambda node: self.over, self.hosted)
+            except Untileable:  # no estimate is given then
+                self._places[region] = Places()
+        return self._places[region]
+
+    def _windows(self, region: Region, tile: TileNeeds) -> tuple[dict[fx.Node, int], int]:
+        """Bytes of what a tile copies of values that are written over, and of what is kept of all of them."""
+        places, found, kept = self.written_over(region), dict[fx.Node, int](), 0
+        for value, window in places.windows.items():
+            result = next(node for node, over in places.over.items() if over.value is value)
+            size = int(value.meta["val"].shape[window.dim])
+            part = Part(window.dim, 0, min(tile.written[result].size + window.halo, size))
+            found[value] = _part_bytes(value, part)
+            kept += _part_bytes(value, Part(window.dim, 0, window.kept))
+        return found, kept
+
+    @cached_property
+    def _places(self) -> dict[Region, Places]:
+        return {}
 
     @cached_property
     def has_larger(self) -> bool:
@@ -327,10 +340,11 @@ class TileCosts:
         """The tile from the middle, replayed: what it makes, until its last reader has run."""
         tile, number = region.usual_tile(count, grain)
         ratios = {node: _ratio(node, tile) for node in region.nodes}
-        live = most = 0
+        windows, kept = self._windows(region, tile)
+        live = most = sum(windows.values())
         added = 0.0
         launch = self.problem.machine.launch_seconds
-        readers = _readers(region)
+        readers, order = _readers(region), set(region.ordered)
         held: dict[int, int] = {}
         for i, node in enumerate(region.ordered):
             share = ratios.get(node, 1 / number)
@@ -342,13 +356,15 @@ class TileCosts:
             most = max(most, live + workspace + (_partial_bytes(node) if node in region.merged else 0))
             for storage in [s for s in held if readers.get(s, -1) <= i]:
                 live -= held.pop(storage)
+            live -= sum(nbytes for value, nbytes in windows.items() if max(u for u in value.users if u in order) is node)
             seconds = float(self.problem.seconds[self.position[node]])
             if seconds:
                 added += launch * number + max(0.0, seconds - launch) * share * number - seconds
-        results = self._results(region)
+        results = self._results(region) + kept
         results += sum(number * _partial_bytes(node) for node in region.merged)  # kept until all tiles have run
         traffic = self.problem.machine.memory_bandwidth
         added += sum(2 * _dense_bytes(node) / traffic + number * launch for node in region.results)
+        added += sum(2 * number * (nbytes / traffic + launch) for nbytes in windows.values())
         if self.hosting is None:
             return Inner(number, grain, most, results, added)
         coming = [_part_bytes(node, part) for node, part in (self._bands(region, tile) or {}).items()]
