@@ -101,7 +101,7 @@ class _Tiler:
             end = graph.call_function(ops.free, ())  # a place to insert at, taken out below
         with graph.inserting_before(end):
             unhosted = [node for node in region.results if node.name not in self._hosted]
-            places = places_over(region, tiles, unhosted, lambda node: node.name in self._over)
+            places = places_over(region, tiles, unhosted, self._is_over, self._is_over)
             results = self._results(region, places)
             stacks = {node: _stack(graph, region, node, dim, len(tiles)) for node, dim in region.merged.items()}
             loop = self._loop(region, tiles, results, stacks, places, taken)
@@ -116,6 +116,9 @@ class _Tiler:
             del self._nodes[node.name]
         made = (*results.values(), *stacks.values(), *merged.values(), *loop.all_input_nodes, loop)
         self._nodes |= {node.name: node for node in made}
+
+    def _is_over(self, node: fx.Node) -> bool:
+        return node.name in self._over
 
     def _results(self, region: Region, places: Places) -> dict[fx.Node, fx.Node]:
         """Where results are written: over a value that nothing reads any more, where there is one."""

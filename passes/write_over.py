@@ -78,12 +78,13 @@ def places_over(
     tiles: Sequence[TileNeeds],
     results: Sequence[fx.Node],
     allowed: Callable[[fx.Node], bool],
+    windows: Callable[[fx.Node], bool],
     hosted: Collection[fx.Node] = (),
 ) -> Places:
     """Where results can be written over values, each in memory of its own.
 
-    `allowed` says of a result that it may be over part of a value, or over one that is read through windows; `hosted` values
-    live on the host.
+    `allowed` says of a result that it may be over part of a value, `windows` that it may be over one that is read through
+    them; `hosted` values live on the host.
     """
     places, taken, ends = Places(), list[_Range](), dict[fx.Node, bool]()
     candidates = [value for value in _candidates(region) if value not in hosted]
@@ -100,7 +101,7 @@ def places_over(
             if any(tile.written[node] != tile.written[other] for tile in tiles for other in others):
                 continue
             if value not in places.windows and not _reads_in_order(region, tiles, value, node):
-                window = _window(region, tiles, value, node) if windowed and allowed(node) else None
+                window = _window(region, tiles, value, node) if windowed and windows(node) else None
                 if window is None:
                     continue
                 places.windows[value] = window
@@ -138,10 +139,11 @@ def fits_over(value: fx.Node, result: fx.Node, larger: bool = False) -> bool:
 
 
 def _candidates(region: Region) -> Iterator[fx.Node]:
-    """What the region reads, and what else was in the same memory."""
+    """What the region reads, and what else was in the same memory, by its last names: those before are of what is gone."""
     yield from region.operands
-    others = [node for value in region.operands if value.target is aten.alias.default for node in sharing(value)]
-    yield from (node for node in dict.fromkeys(others) if node.target is aten.alias.default and node not in region.operands)
+    others = {node for value in region.operands if value.target is aten.alias.default for node in sharing(value)}
+    found = [node for node in others if node.target is aten.alias.default and node not in region.operands]
+    yield from sorted(found, reverse=True)
 
 
 def _ends(region: Region, value: fx.Node) -> bool:

@@ -6,10 +6,11 @@ Caps do not depend on the budget: a larger budget has all the levels of a smalle
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 from torch import fx
 
 from passes.base import Pass, run_passes
@@ -23,12 +24,14 @@ from passes.host_lookup import HostLookup
 from passes.move_up import MoveUp, movable
 from passes.program import Program
 from passes.recompute import Recompute, recomputable
-from passes.regions import Tile, find_region
+from passes.regions import Region, Tile, find_region
 from passes.slice_weights import SliceWeights, WeightSlices, slices_of
 from passes.split_norms import SplitNorms, splittable_norms
 from passes.tile_regions import TileRegions, stretch_of
+from passes.write_in_place import in_place_overload
 from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.decisions import Tiling
+from planner.solve.held_bytes import held_beyond
 from planner.solve.problem import Problem
 from planner.solve.tile_cost import Hosting, TileCosts
 from planner.solve.tile_search import TileSearch
@@ -39,6 +42,8 @@ _RATIO = 0.8
 _BISECTIONS = 4
 # How far above what it comes to a means is also tried.
 _ABOVE = 1.05
+# So many times regions are sought again, where those that were found hold memory beyond their values.
+_ROUNDS = 8
 # A cap that everything keeps.
 _ANY = 1 << 62
 # Values of more than some such share of the cap live on the host, where no tiling without that keeps the cap.
@@ -147,7 +152,7 @@ class Levels:
         """
         if index not in self._between:
             low, high, found = self._cap(index), self._cap(index - 1), None
-            parts = replace(like, norms=(), tiles=(), hosted=(), over=())
+            parts = replace(like, norms=(), tiles=(), hosted=(), over=(), apart=())
             search = self._search(parts, over=bool(like.over))
             for _ in range(_BISECTIONS):
                 middle = (low + high) // 2
@@ -264,11 +269,29 @@ class Levels:
 
     def _kept(self, cap: int, parts: Tiling, search: TileSearch) -> tuple[float, Tiling] | None:
         """What a search finds for a cap: the seconds of the arithmetic by estimate, and the tiling."""
-        found = search.tiles(cap)
-        if found is None:
-            return None
-        seconds = search.costs.problem.compute_seconds + found.added_seconds
-        return seconds, _with_regions(parts, search.costs, found.tiles)
+        first = search
+        search = self._learned.get(first, first)
+        found, rounds = search.tiles(cap), 1
+        while found is not None:
+            tiling = _with_regions(parts, search.costs, found.tiles)
+            again = self._with_held(tiling, search) if search.costs.windows and rounds < _ROUNDS else search
+            if again is search:
+                self._learned[first] = search
+                return search.costs.problem.compute_seconds + found.added_seconds, tiling
+            search, found, rounds = again, again.tiles(cap), rounds + 1
+        return None
+
+    @cached_property
+    def _learned(self) -> dict[TileSearch, TileSearch]:
+        """By search the one that knows what tilings for larger caps hold beyond their values."""
+        return {}
+
+    def _with_held(self, tiling: Tiling, search: TileSearch) -> TileSearch:
+        """A search that knows what a tiling holds of the memory of larger values; the same one where that is known."""
+        costs = search.costs
+        known = np.zeros_like(costs.live_before) if costs.held is None else costs.held
+        held = np.maximum(known, held_beyond(costs, tiling.tiles))
+        return search if (held <= known).all() else TileSearch(costs.with_held(held), self.freedom.constraint)
 
     def _moved(self, cap: int, parts: Tiling) -> Tiling:
         """With the operators moved up that end what is there at an operator above the cap."""
@@ -308,13 +331,16 @@ class Levels:
         return {}
 
     def _search(self, parts: Tiling, over: bool = False) -> TileSearch:
-        """For regions in the program with weights in parts and all norms split; `over`: with results over larger values."""
+        """For regions in the program with weights in parts and all norms split; `over`: with results over larger values.
+
+        Through windows, too, where operators are moved up for that.
+        """
         if over:
             base = self._search(parts).costs
             if not base.has_larger:
                 return self._search(parts)
             if parts not in self._over:
-                costs = TileCosts(base.problem, over=True, calls=base.calls)
+                costs = TileCosts(base.problem, over=True, windows=bool(parts.moved), calls=base.calls)
                 self._over[parts] = TileSearch(costs, self.freedom.constraint)
             return self._over[parts]
         if parts not in self._searches:
@@ -348,15 +374,30 @@ def _same_operators(one: Program, other: Program) -> bool:
 def _with_regions(parts: Tiling, costs: TileCosts, tiles: tuple[Tile, ...]) -> Tiling:
     """With the norms that lie in a region's stretch, and the results that live on the host or are over larger values."""
     names: set[str] = set()
+    regions: list[Region] = []
     hosted: list[str] = []
     over: list[str] = []
+    apart: set[str] = set()
     nodes = {node.name: node for node in costs.problem.program.graph.nodes}
     for tile in tiles:
         stretch, seed = stretch_of(nodes, tile)
         names |= {node.name for node in stretch}
         region = find_region(stretch, seed, tile.dim, costs.calls, costs.hosted)
         hosted += [node.name for node in region.results if node in costs.hosted]
-        over += [node.name for node in costs.written_over(region).chosen]
+        places = costs.written_over(region)
+        over += [node.name for node in places.chosen]
+        apart |= {n.name for node in places.chosen for n in _made_of(places.over[node].value, regions)}
+        regions.append(region)
     halves = {name: {name, f"{name}_statistics"} for name in costs.problem.tiling.norms}
     norms = tuple(name for name, both in halves.items() if both & names or name in parts.recomputed)
-    return replace(parts, norms=norms, tiles=tiles, hosted=tuple(hosted), over=tuple(over))
+    return replace(parts, norms=norms, tiles=tiles, hosted=tuple(hosted), over=tuple(over), apart=tuple(sorted(apart)))
+
+
+def _made_of(value: fx.Node, regions: Sequence[Region]) -> list[fx.Node]:
+    """The results of elementwise operators that are there while a large value comes to be.
+
+    It takes most of the memory: what it is made of should lie where nothing else has been, not within the only room for it.
+    """
+    region = next((region for region in regions if value in region.results), None)
+    made = value.all_input_nodes if region is None else region.operands
+    return [node for node in made if in_place_overload(node.target) is not None]

@@ -62,25 +62,28 @@ WINDOWED = Tiling(
         Tile("conv2d_3", "add", "conv2d_1", 2, 4),
         Tile("silu_1", "conv2d_4", "add", 2, 4),
         Tile("conv2d_5", "add_1", "conv2d_4", 2, 4),
+        Tile("silu_2", "conv2d_6", "add_1", 2, 4),
+        Tile("conv2d_7", "add_2", "conv2d_6", 2, 4),
     ),
     over=("conv2d_1", "conv2d_2"),
 )
 
 
 class Widened(nn.Module):
-    """As a resnet of fewer channels than its input, and one more: [1, 4, 16, 8] to [1, 2, 16, 8]."""
+    """As a resnet of fewer channels than its input, and two more: [1, 4, 16, 8] to [1, 2, 16, 8]."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a = nn.Conv2d(2, 4, 3, padding=1)
         self.shortcut = nn.Conv2d(4, 2, 1)
-        self.convs = nn.ModuleList(nn.Conv2d(channels, 2, 3, padding=1) for channels in (4, 2, 2, 2))
+        self.convs = nn.ModuleList(nn.Conv2d(channels, 2, 3, padding=1) for channels in (4, 2, 2, 2, 2, 2))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide, silu, (b, c, d, e) = self.a(x), nn.functional.silu, self.convs
+        wide, silu, (b, c, d, e, f, g) = self.a(x), nn.functional.silu, self.convs
         narrow, short = b(silu(wide)), self.shortcut(wide)
         y = c(narrow) + short
-        return (y + e(d(silu(y)))).exp()
+        y = y + e(d(silu(y)))
+        return (y + g(f(silu(y)))).exp()
 
 
 class Narrowing(nn.Module):
