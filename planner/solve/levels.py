@@ -40,8 +40,10 @@ from planner.solve.tile_search import TileSearch
 _RATIO = 0.8
 # So many halvings between two caps find what a means comes to.
 _BISECTIONS = 4
-# How far above what it comes to a means is also tried.
-_ABOVE = 1.05
+# How far above what it comes to a means is also tried, rising; with operators moved up at more places, since what an allocator
+# reserves for few large memories jumps.
+_ABOVE = (1.05,)
+_ABOVE_MOVED = (1.02, 1.04, 1.06, 1.08, 1.1, 1.12)
 # So many times regions are sought again, where those that were found hold memory beyond their values.
 _ROUNDS = 8
 # A cap that everything keeps.
@@ -140,6 +142,12 @@ class Levels:
             tiling = self._at(index) if self._cap(index) >= max(self._floor, 1) else None
             if before is not None and not before.hosted and (tiling is None or _means(tiling) != _means(before)):
                 yield from self._finest(index, before)
+                if (
+                    not before.moved
+                    and not (tiling and tiling.moved)
+                    and (moved := self._moved(self._cap(index), before)).moved
+                ):
+                    yield from self._finest(index, moved)
             if tiling is None:
                 return
             yield self._cap(index), tiling
@@ -150,23 +158,25 @@ class Levels:
 
         And what they come to a little above it: the last few bytes take many tiles.
         """
-        if index not in self._between:
+        key = index, bool(like.moved)
+        if key not in self._between:
             low, high, found = self._cap(index), self._cap(index - 1), None
-            parts = replace(like, norms=(), tiles=(), hosted=(), over=(), apart=())
-            search = self._search(parts, over=bool(like.over))
+            parts = _without_regions(like)
+            search = self._search(parts, over=bool(like.over or like.moved))
             for _ in range(_BISECTIONS):
                 middle = (low + high) // 2
                 kept = self._kept(middle, parts, search)
                 low, high, found = (low, middle, kept[1]) if kept is not None else (middle, high, found)
             finest = [(high, found)] if found is not None else []
-            above = int(high * _ABOVE)
-            if finest and above < self._cap(index - 1) and (kept := self._kept(above, parts, search)) is not None:
-                finest.insert(0, (above, kept[1]))
-            self._between[index] = finest
-        yield from self._between[index]
+            for times in (_ABOVE_MOVED if like.moved else _ABOVE) if finest else ():
+                above = int(high * times)
+                if above < self._cap(index - 1) and (kept := self._kept(above, parts, search)) is not None:
+                    finest.insert(0, (above, kept[1]))
+            self._between[key] = finest
+        yield from self._between[key]
 
     @cached_property
-    def _between(self) -> dict[int, list[tuple[int, Tiling]]]:
+    def _between(self) -> dict[tuple[int, bool], list[tuple[int, Tiling]]]:
         return {}
 
     @cached_property
@@ -289,12 +299,13 @@ class Levels:
     def _with_held(self, tiling: Tiling, search: TileSearch) -> TileSearch:
         """A search that knows what a tiling holds of the memory of larger values; the same one where that is known."""
         costs = search.costs
-        known = np.zeros_like(costs.live_before) if costs.held is None else costs.held
-        held = np.maximum(known, held_beyond(costs, tiling.tiles))
-        return search if (held <= known).all() else TileSearch(costs.with_held(held), self.freedom.constraint)
+        held = held_beyond(costs, tiling.tiles)
+        known = np.zeros_like(held) if costs.held is None else costs.held
+        return search if (held == known).all() else TileSearch(costs.with_held(held), self.freedom.constraint)
 
     def _moved(self, cap: int, parts: Tiling) -> Tiling:
         """With the operators moved up that end what is there at an operator above the cap."""
+        parts = _without_regions(parts)
         search = self._search(parts, over=True)
         places = movable(search.costs.problem.program) if search.costs.over else {}
         order = {node.name: i for node, i in search.costs.position.items()}
@@ -369,6 +380,11 @@ def _means(tiling: Tiling) -> tuple[bool, ...]:
 def _same_operators(one: Program, other: Program) -> bool:
     """Whether the passes left everything as it was."""
     return [(n.name, n.target) for n in one.ops()] == [(n.name, n.target) for n in other.ops()]
+
+
+def _without_regions(tiling: Tiling) -> Tiling:
+    """What a search for regions begins with."""
+    return replace(tiling, norms=(), tiles=(), hosted=(), over=(), apart=())
 
 
 def _with_regions(parts: Tiling, costs: TileCosts, tiles: tuple[Tile, ...]) -> Tiling:
