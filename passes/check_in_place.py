@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from passes.check_cuts import Cut, interval, is_whole
-from passes.check_memory import Memory, Storage
+from passes.check_memory import Memory, Place
 from passes.spec import TensorSpec
 from runtime.errors import CheckError
 
@@ -38,39 +38,41 @@ class InPlace:
         if node.target is not torch.ops.aten.alias.default:
             return
         spec, key = self._memory.only(node)
-        storage = self._memory.storages[key]
-        storage.full = storage.over is None and not storage.blank
-        storage.over, storage.place, storage.cuts = spec, node.name, []
-        storage.before = frozenset(storage.values - {node.name})
+        storage, before = self._memory.storages[key], self._memory.names_in(key, spec) - {node.name}
+        again = [place for place in storage.places if place.name in before]  # announced, and not written so far
+        storage.places = [place for place in storage.places if place not in again]
+        storage.places.append(Place(node.name, spec, frozenset(before), full=not again and not storage.blank))
 
     def write(self, node: fx.Node, key: int) -> None:
-        """Notes what an operator writes of a storage, which is complete once all of it is written."""
+        """Notes what an operator writes of a storage, in which a result is complete once all of it is written."""
         storage = self._memory.storages[key]
-        if storage.over is None:
+        if not storage.places:
             return
         leaves = [leaf for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
         mine = [leaf for leaf in leaves if key in self._memory.keys(leaf.name)]
         if len(mine) > 1:
             raise self._error(f"{node.name} reads of {mine[0].name} what it may have written over")
-        target = mine[0]
-        if node.target is not torch.ops.aten.copy_.default and not storage.full:
+        target, spec = mine[0], self._memory.only(mine[0])[0]
+        place = next((place for place in storage.places if _part(spec, place.spec) is not None), storage.places[-1])
+        if node.target is not torch.ops.aten.copy_.default and not place.full:
             raise self._error(f"{node.name} reads {target.name}, which nothing has written")
-        if target.name in storage.before:
-            raise self._error(f"{node.name} writes {target.name}, over which {storage.place} is to be written")
-        part = _part(self._memory.only(target)[0], storage.over)
+        if target.name in place.before:
+            raise self._error(f"{node.name} writes {target.name}, over which {place.name} is to be written")
+        part = _part(spec, place.spec)
         if part is None:
-            raise self._error(f"{node.name} writes no interval of {storage.place}")
-        if any(part.dim != other.dim or _overlap(part, other) for other in storage.cuts):
-            raise self._error(f"{node.name} writes what is written of {storage.place}")
-        storage.cuts.append(part)
-        if is_whole(storage.cuts, storage.over.shape or (1,)):
-            self._complete(storage, target.name)
+            raise self._error(f"{node.name} writes no interval of {place.name}")
+        if any(part.dim != other.dim or _overlap(part, other) for other in place.cuts):
+            raise self._error(f"{node.name} writes what is written of {place.name}")
+        place.cuts.append(part)
+        if is_whole(place.cuts, place.spec.shape or (1,)):
+            self._complete(key, place, target.name)
 
-    def _complete(self, storage: Storage, target: str) -> None:
+    def _complete(self, key: int, place: Place, target: str) -> None:
         """What there was before is gone; so are the names through which it was written over, where the result has its own."""
-        keeps = storage.place if target != storage.place else None
-        storage.gone |= storage.values - {keeps}
-        storage.over, storage.cuts = None, []
+        keeps = place.name if target != place.name else None
+        storage = self._memory.storages[key]
+        storage.gone |= self._memory.names_in(key, place.spec) - {keeps}
+        storage.places.remove(place)
 
     def _error(self, message: str) -> CheckError:
         return self._replay.error("I5", message)

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
-from passes.check_cuts import Cut, begins, interval, is_whole, is_within
-from passes.check_kernels import Kernels, Value
+from passes.check_cuts import Cut, is_whole
+from passes.check_kernels import Kernels
 from passes.check_memory import Memory, Storage
+from passes.check_over import Grounds
 from passes.loop import Run
 from passes.spec import TensorSpec
 from runtime import ops
@@ -47,15 +49,11 @@ class _Room:
 
 @dataclass
 class _Tile:
-    """One round: storages from `first` on are its own, names that are `given` are not.
-
-    By storage what is `written` and `read`, which None stands for where it is more than an interval.
-    """
+    """One round: storages from `first` on are its own, names that are `given` are not. `saved`: where it has saved a band."""
 
     first: int
     given: frozenset[str]
-    written: dict[int, Cut] = field(default_factory=dict)
-    read: dict[int, list[Cut | None]] = field(default_factory=dict)
+    saved: set[int] = field(default_factory=set)
 
 
 @dataclass
@@ -63,16 +61,14 @@ class _Loop:
     """What the tiles of a loop have done so far, by storage.
 
     Attributes:
-        wholes: the operands as they are outside; of those in one memory first that which is written there, then what has the
-            same elements in the same places, and more. written, read: what tiles write and read of what was there before.
+        grounds: what tiles read and write of what was there before. saved: by value on the host the bands that were written.
         slots: what bands come and go through. coming: the band that is on its way. asked: slots to which one has come.
         rooms: by slot, what is written next to the host.
     """
 
     node: fx.Node
-    wholes: dict[int, list[TensorSpec]]
-    written: dict[int, list[Cut]] = field(default_factory=dict)
-    read: set[int] = field(default_factory=set)
+    grounds: Grounds
+    saved: dict[int, list[Cut]] = field(default_factory=dict)
     slots: set[int] = field(default_factory=set)
     coming: dict[int, _Band] = field(default_factory=dict)
     asked: set[int] = field(default_factory=set)
@@ -114,7 +110,8 @@ class Loops:
             self._replay.readable(value)
         memory, operands = self._memory, cast(Sequence[fx.Node], node.args[0])
         outer, freed = memory.values, memory.freed
-        self._now = _Loop(node, self._wholes([value for o in operands for value in outer[o.name] if value is not None]))
+        values = [(o.name, value) for o in operands for value in outer[o.name] if value is not None]
+        self._now = _Loop(node, Grounds(memory, values, self._replay.error))
         for run in node.meta["loop"].runs:
             bound, columns = run.placeholders[: len(operands)], run.placeholders[len(operands) :]
             given = {inner.name: outer[o.name] for inner, o in zip(bound, operands, strict=True)}
@@ -130,15 +127,6 @@ class Loops:
         for operand in operands:
             self._check_operand(done, operand)
 
-    def _wholes(self, values: Sequence[Value]) -> dict[int, list[TensorSpec]]:
-        wholes: dict[int, list[TensorSpec]] = {}
-        for spec, key in values:
-            first = self._memory.storages[key].over or spec
-            known = wholes.setdefault(key, [first])
-            if spec not in known and begins(first, spec):
-                known.append(spec)
-        return wholes
-
     def _check_names(self, run: Run, columns: Sequence[fx.Node], taken: set[str]) -> None:
         """Names of a body are variables like those outside: each has one meaning."""
         known = set(taken)
@@ -150,6 +138,7 @@ class Loops:
     def _tile(self, run: Run) -> None:
         loop, memory = self._loop, self._memory
         loop.tile = tile = _Tile(len(memory.storages), frozenset(memory.values))
+        loop.grounds.next_tile()
         for node in run.operators:
             self._replay.step(node)
             self._check_shape(node)
@@ -161,12 +150,6 @@ class Loops:
         if unsaved:
             raise self._error("I5", f"a tile of {loop.node.name} writes a band and does not save it")
         loop.rooms.clear()
-        for key, part in tile.written.items():
-            loop.written.setdefault(key, []).append(part)
-        for key, parts in tile.read.items():
-            own = tile.written.get(key)
-            if own is None or any(seen is None or not is_within(seen, own) for seen in parts):
-                loop.read.add(key)
 
     def _check_shape(self, node: fx.Node) -> None:
         """A body is for parts of some sizes."""
@@ -178,20 +161,25 @@ class Loops:
             )  # fmt: skip
 
     def _check_operand(self, loop: _Loop, operand: fx.Node) -> None:
-        """What the loop writes it writes whole, and does not read; what is only there to be written, it writes."""
+        """What the loop writes it writes whole; what is only there to be written, it writes. What was kept is nobody's."""
         for key, storage in self._memory.storages_of(operand).items():
             if key in loop.slots:
                 if key in loop.coming:
                     raise self._error("I4", f"a band is on its way to {operand.name} when {loop.node.name} ends")
                 continue
-            if key in loop.written and key in loop.read:
-                raise self._error("I5", f"the tiles of {loop.node.name} read {operand.name}, which they write")
-            unwritten = storage.blank or storage.over is not None or (storage.host is not None and not storage.complete)
-            if (key in loop.written or unwritten) and not is_whole(loop.written.get(key, []), loop.wholes[key][0].shape):
+            if storage.host is not None:
+                written, whole = key in loop.saved, self._memory.only(operand)[0].shape
+                complete = is_whole(loop.saved.get(key, []), whole)
+                unwritten = not storage.complete
+            else:
+                written, complete = loop.grounds.is_written(key), loop.grounds.is_complete(key)
+                unwritten = storage.blank or bool(storage.places)
+            if (written or unwritten) and not complete:
                 raise self._error("I5", f"the tiles of {loop.node.name} do not write every element of {operand.name} once")
-            if key in loop.written:
-                storage.complete, storage.blank, storage.over = True, False, None
-                storage.gone |= storage.before
+            if written:
+                storage.complete, storage.blank = True, storage.host is None and loop.grounds.is_kept(key)
+                storage.gone |= {name for place in storage.places for name in place.before}
+                storage.places = []
 
     # Operators within a tile.
 
@@ -213,36 +201,28 @@ class Loops:
             where = ":".join(map(str, at))
             raise self._error("I5", f"{node.name} takes {where} of the {size} elements of {source} along dimension {dim}")
 
-    def reads(self, node: fx.Node, keys: set[int]) -> None:
-        """Notes what an operator of a tile reads of what was there before."""
+    def reads(self, node: fx.Node, written: Sequence[int]) -> None:
+        """Checks what an operator of a tile reads of what was there before; it writes its first argument, if it writes."""
         if self._now is None:
             return
-        tile = self._now.tile
-        for spec, key in (v for value in node.all_input_nodes for v in self._memory.values[value.name] if v is not None):
-            if key not in keys or key >= tile.first or key in self._now.slots:
-                continue
-            if key in tile.written:
-                raise self._error("I5", f"{node.name} reads what the same tile has written over")
-            parts = (interval(spec, whole) for whole in self._now.wholes.get(key, ()))
-            tile.read.setdefault(key, []).append(next((part for part in parts if part is not None), None))
+        leaves = [leaf for leaf in tree_leaves((node.args, node.kwargs)) if isinstance(leaf, fx.Node)]
+        first = 1 if written and node.target is torch.ops.aten.copy_.default else 0
+        for spec, key in (v for value in leaves[first:] for v in self._memory.values[value.name] if v is not None):
+            if key < self._now.tile.first and key not in self._now.slots and self._memory.storages[key].host is None:
+                self._now.grounds.read(node, key, spec)
 
     def writes(self, node: fx.Node, key: int) -> None:
-        """Notes which interval of which operand an operator of a tile writes."""
+        """Checks what of which operand an operator of a tile writes."""
         if self._now is None or key >= self._now.tile.first:
             return
-        target, tile = self._memory.only(node.all_input_nodes[0])[0], self._now.tile
-        if key in self._now.slots:
-            room = self._now.rooms.get(key)
-            if room is None or target.shape != room.shape:
-                raise self._error("I4", f"{node.name} writes to a slot that was not emptied for it")
-            room.filled = True
+        target = self._memory.only(node.all_input_nodes[0])[0]
+        if key not in self._now.slots:
+            self._now.grounds.write(node, key, target)
             return
-        part = interval(target, self._now.wholes[key][0])
-        if part is None:
-            raise self._error("I5", f"{node.name} writes no interval of its operand")
-        if key in tile.written:
-            raise self._error("I5", f"{node.name} writes what the same tile has written")
-        tile.written[key] = part
+        room = self._now.rooms.get(key)
+        if room is None or target.shape != room.shape:
+            raise self._error("I4", f"{node.name} writes to a slot that was not emptied for it")
+        room.filled = True
 
     # Values on the host: places, and the slots through which their bands come and go.
 
@@ -292,9 +272,10 @@ class Loops:
         room = self._loop.rooms.pop(where, None)
         if room is None or not room.filled or room.band != band:
             raise self._error("I3", f"{node.name} saves a band that is not in its slot")
-        if band.value in self._loop.tile.written:
+        if band.value in self._loop.tile.saved:
             raise self._error("I5", f"{node.name} writes what the same tile has written")
-        self._loop.tile.written[band.value] = Cut(dim, band.start, band.stop)
+        self._loop.tile.saved.add(band.value)
+        self._loop.saved.setdefault(band.value, []).append(Cut(dim, band.start, band.stop))
 
     def _ahead(self, node: fx.Node, band: _Band, where: int) -> None:
         if band.start == band.stop:

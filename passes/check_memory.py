@@ -7,10 +7,26 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from passes.check_cuts import Cut
+from passes.check_cuts import Cut, span
 from passes.check_kernels import Value
 from passes.spec import TensorSpec
 from runtime.layout import HostPlace
+
+
+@dataclass
+class Place:
+    """A result that is to be written over what some memory holds.
+
+    Attributes:
+        name: that of the result. spec: where it is. before: the names of what is there, which only those still read that write
+            it. full: whether there is anything. cuts: what is written of it outside of loops.
+    """
+
+    name: str
+    spec: TensorSpec
+    before: frozenset[str]
+    full: bool
+    cuts: list[Cut] = field(default_factory=list)
 
 
 @dataclass
@@ -21,11 +37,10 @@ class Storage:
         nbytes: what it takes of the device's activations; 0 for weights and for what lives on the host.
         weight, bundle: for weights, resident and staged.
         host, bands: its place, for what lives on the host, and the dimension of its bands.
+        frame: the value that it was made for.
         complete: of what lives on the host all has been written.
         blank: it was made uninitialised, and nothing has written it so far.
-        over: the result that is to be written over what it holds, which only those still read that write it; `before` are the
-            names of that, `full` says whether there is any, `place` is the name of the result, `cuts` is what is written of it
-            outside of loops.
+        places: the results that are to be written over what it holds.
         gone: names of what has been written over.
         values: the names that refer to it.
     """
@@ -35,13 +50,10 @@ class Storage:
     bundle: int | None = None
     host: HostPlace | None = None
     bands: int = 0
+    frame: TensorSpec | None = None
     complete: bool = False
     blank: bool = False
-    over: TensorSpec | None = None
-    full: bool = False
-    place: str = ""
-    cuts: list[Cut] = field(default_factory=list)
-    before: frozenset[str] = frozenset()
+    places: list[Place] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
     values: set[str] = field(default_factory=set)
 
@@ -74,6 +86,16 @@ class Memory:
         value = self.values[node.name][0]
         assert value is not None
         return value
+
+    def names_in(self, key: int, spec: TensorSpec) -> set[str]:
+        """The names that refer to some of the memory of a tensor in a storage."""
+        first, end = span(spec)
+
+        def shares(name: str) -> bool:
+            spans = [span(value[0]) for value in self.values.get(name, ()) if value is not None and value[1] == key]
+            return not spans or any(start < end and first < stop for start, stop in spans)
+
+        return {name for name in self.storages[key].values if shares(name)}
 
     def storages_of(self, node: fx.Node) -> Mapping[int, Storage]:
         """By key."""

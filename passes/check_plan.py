@@ -174,7 +174,7 @@ class _Replay:
             nbytes = int(val.untyped_storage().nbytes())
             identity = int(val.untyped_storage()._cdata)
             if identity not in self.inputs:
-                self.inputs[identity] = self.memory.add(Storage(self._round(nbytes)))
+                self.inputs[identity] = self.memory.add(Storage(self._round(nbytes), frame=TensorSpec.of(val)))
                 self._grow(node, nbytes)
             self.memory.name(node, [(TensorSpec.of(val), self.inputs[identity])])
 
@@ -289,7 +289,7 @@ class _Replay:
             spec, key, (identity, nbytes) = output
             if key is None and identity not in fresh:
                 blank = node.target is torch.ops.aten.empty_strided.default
-                fresh[identity] = self.memory.add(Storage(self._round(nbytes), blank=blank))
+                fresh[identity] = self.memory.add(Storage(self._round(nbytes), frame=spec, blank=blank))
                 self.live += self._round(nbytes)
             result.append((spec, fresh[identity] if key is None else key))
         self._note(node, self._round(int(node.meta.get("workspace_bytes", 0))))
@@ -320,9 +320,9 @@ class _Replay:
             for key, storage in self.memory.storages_of(value).items():
                 if storage.host is not None:
                     raise self.error("I3", f"{node.name} reads {value.name}, which lives on the host, as a whole")
-                if key in read and (storage.blank or (storage.over is not None and self.loops.is_own(key))):
+                if key in read and (storage.blank or (storage.places and self.loops.is_own(key))):
                     raise self.error("I5", f"{node.name} reads {value.name}, which nothing has written")
-        self.loops.reads(node, read)
+        self.loops.reads(node, written)
 
     def readable(self, value: fx.Node) -> None:
         if value.name not in self.memory.values:

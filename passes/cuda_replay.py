@@ -51,10 +51,11 @@ _STEPS_LARGER = (0, 1, 2, 4)
 _EIGHTHS_OF_LIVE = (10, 9, 8, 7, 6, 5, 4, 3, 2)
 _STEPS_FROM_LIVE = 24
 # So many of the largest sizes of blocks may have a pool of their own, where that is at least one such part of what lives, with
-# another pool for the rest: what lives besides, or so many steps more.
+# another pool for the rest: what lives besides, or so many steps more, or so many 64ths of what lives.
 _OWN_POOLS = 2
 _MUCH = 4
 _STEPS_BESIDE = (0, 1, 2, 4, 8, 16)
+_PARTS_BESIDE = (2, 3, 4, 5, 6)
 # Addresses are the low bits of a block's key, its size the high ones: 2**34 units are 8 TiB.
 _ADDRESS_BITS = 34
 _ADDRESS_MASK = (1 << _ADDRESS_BITS) - 1
@@ -174,7 +175,7 @@ class Trace:
         for large in self._largest:
             own = -(-large // _STEP) * _STEP
             rest = -(-(self._live_units - large) // _STEP)
-            for more in _STEPS_BESIDE:
+            for more in (*_STEPS_BESIDE, *(live * part // 64 for part in _PARTS_BESIDE)):
                 yield own, max((rest + more) * _STEP, _LEAST_POOL)
 
     @cached_property

@@ -21,6 +21,7 @@ from passes.loop import Run
 from passes.program import tensors_of
 from passes.regions import Region, TileNeeds
 from passes.tile_rules import Part, Reduced, Tiled, Untileable
+from passes.write_over import Window
 from runtime import ops
 
 aten = torch.ops.aten
@@ -124,12 +125,15 @@ class _Sheet:
 class Buffers:
     """Operands of a loop besides what it reads: whole results by node, stacks of partial results by merged node.
 
-    `slots`: for each operand that lives on the host the device memory for one band of it.
+    `slots`: for each operand that lives on the host the device memory for one band of it. `windows`: the operands that the
+    loop writes over, of which every tile copies what it reads; `kept`: for the rows that a tile keeps of them for the next one.
     """
 
     results: Mapping[fx.Node, fx.Node]
     stacks: Mapping[fx.Node, fx.Node]
     slots: Mapping[fx.Node, fx.Node]
+    kept: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    windows: Mapping[fx.Node, Window] = field(default_factory=dict)
 
 
 def bands_of(region: Region, tile: TileNeeds) -> dict[fx.Node, Part]:
@@ -163,6 +167,7 @@ def note_tile(
     sheet = _Sheet()
     here: dict[fx.Node, _Token] = {}
     known: dict[fx.Node, list[_Token | None]] = {}
+    held = {**bands, **{node: window.parts[index] for node, window in buffers.windows.items()}}
 
     def operand(node: fx.Node) -> _Token:
         return _Token(sheet, _Ref(-1 - operands[node]))
@@ -174,19 +179,19 @@ def note_tile(
             whole = known[node][member] if node in known else operand(node)
             assert whole is not None
             return sheet.note(f"{node.name}_none", aten.slice.Tensor, (whole, need.dim, 0, 0), {})
-        if node in bands:
+        if node in held:
             if node not in here:
                 here[node] = fetch(node, bands[node])
             assert need is not None
-            return sheet.part(f"{node.name}_part", here[node], need.within(bands[node]), bands[node].size, fixed=True)
+            return sheet.part(f"{node.name}_part", here[node], need.within(held[node]), held[node].size, fixed=True)
         if node not in known:
             size = int(node.meta["val"].shape[need.dim]) if need is not None else 0
             return sheet.part(f"{node.name}_part", operand(node), need, size, fixed=False)
-        token, held = known[node][member], tile.parts[node][member]
+        token, part = known[node][member], tile.parts[node][member]
         assert token is not None
-        if need is None or held is None:
+        if need is None or part is None:
             return token
-        return sheet.part(f"{node.name}_part", token, need.within(held), held.size, fixed=True)
+        return sheet.part(f"{node.name}_part", token, need.within(part), part.size, fixed=True)
 
     def fetch(node: fx.Node, band: Part) -> _Token:
         """A band from the host, laid out as the value would be; the slot is free for the next one then."""
@@ -196,6 +201,21 @@ def note_tile(
         following = coming.get(node, Part(band.dim, 0, 0))
         sheet.note(f"{node.name}_ahead", ops.ahead, (*place, *sheet.following(following)), {})
         return part
+
+    def copy(node: fx.Node, window: Window) -> _Token:
+        """What the tile reads of a value that it writes over; its last rows are kept for the next tile."""
+        part, size = window.parts[index], int(node.meta["val"].shape[window.dim])
+        rest = Part(part.dim, part.start + (window.kept if index else 0), part.stop)
+        there = sheet.part(f"{node.name}_rest", operand(node), rest, size, fixed=False)
+        if index and window.kept:
+            made = sheet.note(f"{node.name}_part", aten.cat.default, ([operand(buffers.kept[node]), there], part.dim), {})
+        else:
+            made = sheet.note(f"{node.name}_part", aten.clone.default, (there,), {"memory_format": torch.contiguous_format})
+        if window.kept and index + 1 < len(window.parts):
+            after = window.parts[index + 1].start
+            last = sheet.part(f"{node.name}_last", operand(node), Part(part.dim, after, after + window.kept), size, fixed=False)
+            sheet.note(f"{node.name}_keep", aten.copy_.default, (operand(buffers.kept[node]), last), {})
+        return made
 
     def empty(node: fx.Node, need: Part) -> _Token:
         """Nothing of a value that is not on the device."""
@@ -216,6 +236,8 @@ def note_tile(
         target = sheet.part(f"{node.name}_place", operand(buffer), part, int(buffer.meta["val"].shape[part.dim]), fixed=False)
         sheet.note(f"{node.name}_write", aten.copy_.default, (target, value(node, part)), {})
 
+    for node, window in buffers.windows.items():
+        here[node] = copy(node, window)  # before anything is written over it
     for node in region.ordered:
         step = tile.steps[node]
         if node.target is operator.getitem and node in tile.parts:

@@ -5,7 +5,7 @@ after:   y = empty_strided(...); loop([x, w, y])     y[.., lo:hi, ..] = silu(con
 
 Requires: a canonical program; regions do not overlap.
 Ensures: the same mathematics (I5); results of a region are complete after the loop, in buffers of their own, or over a value
-that nothing reads any more: then they are an `alias` of it, which canonical programs do not have.
+that nothing reads any more: then they are an `alias` of it, or of a part, which canonical programs do not have.
 Raises: Untileable, where a decision cannot be applied; PlanFileError, where it names what is not there.
 """
 
@@ -27,7 +27,7 @@ from passes.regions import Calls, Region, Tile, TileNeeds, find_region
 from passes.tile_body import Buffers, bands_of, make_runs, note_tile
 from passes.tile_rules import Reduced, Untileable, reduce_parts
 from passes.tile_rules.base import Part
-from passes.write_over import more_of, written_over
+from passes.write_over import Over, Places, Window, places_over
 from runtime import ops
 from runtime.errors import PlanFileError
 
@@ -38,7 +38,8 @@ aten = torch.ops.aten
 class TileRegions:
     """`tiles`: the regions, in program order.
 
-    Of their results, `hosted` live on the host, band by band, and `over` may be written over values that are larger.
+    Of their results, `hosted` live on the host, band by band, and `over` may be written over values that are larger, or of
+    which tiles read more than the rows that they write.
     """
 
     tiles: tuple[Tile, ...]
@@ -99,9 +100,11 @@ class _Tiler:
         with graph.inserting_after(stretch[-1]):
             end = graph.call_function(ops.free, ())  # a place to insert at, taken out below
         with graph.inserting_before(end):
-            results = self._results(region, tiles)
+            unhosted = [node for node in region.results if node.name not in self._hosted]
+            places = places_over(region, tiles, unhosted, self._is_over, self._is_over)
+            results = self._results(region, places)
             stacks = {node: _stack(graph, region, node, dim, len(tiles)) for node, dim in region.merged.items()}
-            loop = self._loop(region, tiles, results, stacks, taken)
+            loop = self._loop(region, tiles, results, stacks, places, taken)
             merged = {node: _merge(graph, region, node, dim, stacks[node]) for node, dim in region.merged.items()}
         graph.erase_node(end)
         _replace(graph, region, results, merged)
@@ -114,28 +117,27 @@ class _Tiler:
         made = (*results.values(), *stacks.values(), *merged.values(), *loop.all_input_nodes, loop)
         self._nodes |= {node.name: node for node in made}
 
-    def _results(self, region: Region, tiles: Sequence[TileNeeds]) -> dict[fx.Node, fx.Node]:
+    def _is_over(self, node: fx.Node) -> bool:
+        return node.name in self._over
+
+    def _results(self, region: Region, places: Places) -> dict[fx.Node, fx.Node]:
         """Where results are written: over a value that nothing reads any more, where there is one."""
         results: dict[fx.Node, fx.Node] = {}
-        taken: set[fx.Node] = set()
         for node in region.results:
-            over = written_over(region, tiles, node, node.name in self._over) if node.name not in self._hosted else None
-            if over is None or over in taken:
+            if node not in places.over:
                 results[node] = self._result(node, region.dims[node])
                 continue
-            taken.add(over)
-            results[node] = made = self._alias(over, node)
+            results[node] = made = self._alias(places.over[node], node)
             made.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
         return results
 
-    def _alias(self, over: fx.Node, node: fx.Node) -> fx.Node:
-        """Another name for a value, or for as much of its beginning as a result takes."""
-        dim = more_of(over, node)
-        if dim is not None:
-            over = _call(
-                self._graph, aten.slice.Tensor, over, dim, 0, int(node.meta["val"].shape[dim]), name=f"{node.name}_over"
-            )
-        return _call(self._graph, aten.alias.default, over, name=node.name)
+    def _alias(self, over: Over, node: fx.Node) -> fx.Node:
+        """Another name for a value, or for as much of it as a result takes."""
+        value = over.value
+        if over.dim is not None:
+            bounds = over.start, over.start + int(node.meta["val"].shape[over.dim])
+            value = _call(self._graph, aten.slice.Tensor, value, over.dim, *bounds, name=f"{node.name}_over")
+        return _call(self._graph, aten.alias.default, value, name=node.name)
 
     def _result(self, node: fx.Node, dim: int) -> fx.Node:
         """Where a result is written."""
@@ -153,6 +155,7 @@ class _Tiler:
         tiles: Sequence[TileNeeds],
         results: Mapping[fx.Node, fx.Node],
         stacks: Mapping[fx.Node, fx.Node],
+        places: Places,
         taken: set[str],
     ) -> fx.Node:
         graph = self._graph
@@ -163,8 +166,9 @@ class _Tiler:
         for node, buffer in results.items():
             if buffer in self._on_host:
                 slots[buffer] = _slot(graph, buffer, node.name, max(tile.written[node].size for tile in tiles))
-        buffers = Buffers(results, stacks, slots)
-        operands = [*region.operands, *results.values(), *stacks.values(), *slots.values()]
+        kept = {node: _kept(graph, node, window) for node, window in places.windows.items() if window.kept}
+        buffers = Buffers(results, stacks, slots, kept, places.windows)
+        operands = [*region.operands, *results.values(), *stacks.values(), *slots.values(), *kept.values()]
         index = {node: i for i, node in enumerate(operands)}
         sheets = [note_tile(region, tile, i, index, buffers, bands[i], coming[i]) for i, tile in enumerate(tiles)]
         loop = graph.call_function(ops.loop, (tuple(operands),))
@@ -223,6 +227,13 @@ def _slot(graph: fx.Graph, value: fx.Node, name: str, size: int) -> fx.Node:
     like, dim = value.meta["val"], value.args[2]
     count = like.numel() // like.shape[dim] * size
     return empty_strided(graph, f"{name}_slot", (count,), (1,), like)
+
+
+def _kept(graph: fx.Graph, value: fx.Node, window: Window) -> fx.Node:
+    """Device memory for the rows of a value that a tile keeps for the next one."""
+    like = value.meta["val"]
+    shape = tuple(window.kept if dim == window.dim else int(n) for dim, n in enumerate(like.shape))
+    return empty_strided(graph, f"{value.name}_kept", shape, tuple(torch.empty(shape, device="meta").stride()), like)
 
 
 def _stack(graph: fx.Graph, region: Region, node: fx.Node, dim: int, count: int) -> fx.Node:

@@ -39,6 +39,10 @@ def tile_rows(plan: PlanFacts) -> list[tuple[str, str]]:
         if hosted:
             values = "1 value lives" if hosted == 1 else f"{hosted} values live"
             text += f"; {values} on the host, in bands ({format_bytes(plan.layout.host_bytes)} page-locked)"
+        moved = len(plan.decisions.tiling.moved)
+        if moved:
+            operators = "1 operator runs" if moved == 1 else f"{moved} operators run"
+            text += f"; {operators} earlier, over whose input results are written"
         rows.append(("tiles", text))
     rows += [("unrolled", _unrolled(plan, tile)) for tile in plan.decisions.tiling.unrolled]
     slices = plan.decisions.tiling.slices

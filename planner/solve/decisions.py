@@ -20,10 +20,12 @@ class Tiling:
 
     `norms` are split into statistics and what applies them, of which `recomputed` have their input computed twice; `tiles` are
     the regions that run tile by tile, in program order; of their results `hosted` live on the host, and `over` may be written
-    over values that are larger. `lookups` are the weights whose rows are looked up on the host, `slices` those that come in
-    parts, and `casts` those that are stored in a smaller type, by placeholder. `channels_last` are the regions that run
-    so, and `attention` the softmaxes that are fused with the products around them. `unrolled` are stretches that run once for
-    every slice, before all that names nodes but these two: others name what is in the slices.
+    over values that are larger, or that tiles read through windows. `moved` are operators that run early, to end what they
+    read, and `apart` elementwise ones that give a new value, so that it lies elsewhere. `lookups` are the weights whose rows
+    are looked up on the host, `slices` those that come in parts, and `casts` those that are stored in a smaller type, by
+    placeholder. `channels_last` are the regions that run so, and `attention` the softmaxes that are fused with the products
+    around them. `unrolled` are stretches that run once for every slice, before all that names nodes but these two: others
+    name what is in the slices.
     """
 
     norms: tuple[str, ...] = ()
@@ -37,6 +39,8 @@ class Tiling:
     channels_last: tuple[ConvRegion, ...] = ()
     attention: tuple[str, ...] = ()
     unrolled: tuple[Tile, ...] = ()
+    moved: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self != UNTILED

@@ -6,10 +6,11 @@ Caps do not depend on the budget: a larger budget has all the levels of a smalle
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import numpy as np
 from torch import fx
 
 from passes.base import Pass, run_passes
@@ -20,16 +21,18 @@ from passes.functionalise import Functionalise
 from passes.fuse_attention import FuseAttention
 from passes.gather_writes import GatherWrites
 from passes.host_lookup import HostLookup
+from passes.move_up import MoveUp, movable
 from passes.program import Program
 from passes.recompute import Recompute, recomputable
-from passes.regions import Tile, find_region
+from passes.regions import Region, Tile, find_region
 from passes.slice_weights import SliceWeights, WeightSlices, slices_of
 from passes.split_norms import SplitNorms, splittable_norms
 from passes.tile_regions import TileRegions, stretch_of
 from passes.unroll_slices import UnrollSlices
-from passes.write_over import more_of
+from passes.write_in_place import in_place_overload
 from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.decisions import Tiling
+from planner.solve.held_bytes import held_beyond
 from planner.solve.problem import Problem
 from planner.solve.tile_cost import Hosting, TileCosts
 from planner.solve.tile_search import TileSearch
@@ -38,8 +41,12 @@ from planner.solve.tile_search import TileSearch
 _RATIO = 0.8
 # So many halvings between two caps find what a means comes to.
 _BISECTIONS = 4
-# How far above what it comes to a means is also tried.
-_ABOVE = 1.05
+# How far above what it comes to a means is also tried, rising; with operators moved up at more places, since what an allocator
+# reserves for few large memories jumps.
+_ABOVE = (1.05,)
+_ABOVE_MOVED = (1.02, 1.04, 1.06, 1.08, 1.1, 1.12)
+# So many times regions are sought again, where those that were found hold memory beyond their values.
+_ROUNDS = 8
 # A cap that everything keeps.
 _ANY = 1 << 62
 # Values of more than some such share of the cap live on the host, where no tiling without that keeps the cap.
@@ -96,6 +103,7 @@ def _tile_passes(tiling: Tiling) -> tuple[Pass, ...]:
         Functionalise(),
         SplitNorms(tiling.norms),  # regions begin and end at the halves
         Recompute(tiling.recomputed),
+        MoveUp(tiling.moved),
         TileRegions(tiling.tiles, tiling.hosted, tiling.over),
     )
 
@@ -140,6 +148,12 @@ class Levels:
             tiling = self._at(index) if self._cap(index) >= max(self._floor, 1) else None
             if before is not None and not before.hosted and (tiling is None or _means(tiling) != _means(before)):
                 yield from self._finest(index, before)
+                if (
+                    not before.moved
+                    and not (tiling and tiling.moved)
+                    and (moved := self._moved(self._cap(index), before)).moved
+                ):
+                    yield from self._finest(index, moved)
             if tiling is None:
                 return
             yield self._cap(index), tiling
@@ -150,23 +164,25 @@ class Levels:
 
         And what they come to a little above it: the last few bytes take many tiles.
         """
-        if index not in self._between:
+        key = index, bool(like.moved)
+        if key not in self._between:
             low, high, found = self._cap(index), self._cap(index - 1), None
-            parts = replace(like, norms=(), tiles=(), hosted=(), over=())
-            search = self._search(parts, over=bool(like.over))
+            parts = _without_regions(like)
+            search = self._search(parts, over=bool(like.over or like.moved))
             for _ in range(_BISECTIONS):
                 middle = (low + high) // 2
                 kept = self._kept(middle, parts, search)
                 low, high, found = (low, middle, kept[1]) if kept is not None else (middle, high, found)
             finest = [(high, found)] if found is not None else []
-            above = int(high * _ABOVE)
-            if finest and above < self._cap(index - 1) and (kept := self._kept(above, parts, search)) is not None:
-                finest.insert(0, (above, kept[1]))
-            self._between[index] = finest
-        yield from self._between[index]
+            for times in (_ABOVE_MOVED if like.moved else _ABOVE) if finest else ():
+                above = int(high * times)
+                if above < self._cap(index - 1) and (kept := self._kept(above, parts, search)) is not None:
+                    finest.insert(0, (above, kept[1]))
+            self._between[key] = finest
+        yield from self._between[key]
 
     @cached_property
-    def _between(self) -> dict[int, list[tuple[int, Tiling]]]:
+    def _between(self) -> dict[tuple[int, bool], list[tuple[int, Tiling]]]:
         return {}
 
     @cached_property
@@ -243,7 +259,8 @@ class Levels:
     def _tiled(self, cap: int, parts: Tiling) -> Tiling | None:
         """The regions for a cap, by the first means that keep it.
 
-        Tiles alone; results over larger values; then values that live on the host or are computed twice.
+        Tiles alone; results over larger values; that with operators moved up; then values that live on the host or are computed
+        twice.
         """
         if cap < self._search(parts).costs.floor_bytes:
             return None
@@ -251,6 +268,9 @@ class Levels:
             found = self._kept(cap, parts, self._search(parts, over))
             if found is not None:
                 return found[1]
+        moved = self._moved(cap, parts)
+        if moved != parts and (found := self._kept(cap, moved, self._search(moved, over=True))) is not None:
+            return found[1]
         twice = self._recomputed(cap, parts, self._search(parts, over=True))
         options = [self._kept(cap, twice, self._search(twice, over=True)) if twice != parts else None]
         for hosting in self._hostings(cap, parts):
@@ -265,11 +285,39 @@ class Levels:
 
     def _kept(self, cap: int, parts: Tiling, search: TileSearch) -> tuple[float, Tiling] | None:
         """What a search finds for a cap: the seconds of the arithmetic by estimate, and the tiling."""
-        found = search.tiles(cap)
-        if found is None:
-            return None
-        seconds = search.costs.problem.compute_seconds + found.added_seconds
-        return seconds, _with_regions(parts, search.costs, found.tiles)
+        first = search
+        search = self._learned.get(first, first)
+        found, rounds = search.tiles(cap), 1
+        while found is not None:
+            tiling = _with_regions(parts, search.costs, found.tiles)
+            again = self._with_held(tiling, search) if search.costs.windows and rounds < _ROUNDS else search
+            if again is search:
+                self._learned[first] = search
+                return search.costs.problem.compute_seconds + found.added_seconds, tiling
+            search, found, rounds = again, again.tiles(cap), rounds + 1
+        return None
+
+    @cached_property
+    def _learned(self) -> dict[TileSearch, TileSearch]:
+        """By search the one that knows what tilings for larger caps hold beyond their values."""
+        return {}
+
+    def _with_held(self, tiling: Tiling, search: TileSearch) -> TileSearch:
+        """A search that knows what a tiling holds of the memory of larger values; the same one where that is known."""
+        costs = search.costs
+        held = held_beyond(costs, tiling.tiles)
+        known = np.zeros_like(held) if costs.held is None else costs.held
+        return search if (held == known).all() else TileSearch(costs.with_held(held), self.freedom.constraint)
+
+    def _moved(self, cap: int, parts: Tiling) -> Tiling:
+        """With the operators moved up that end what is there at an operator above the cap."""
+        parts = _without_regions(parts)
+        search = self._search(parts, over=True)
+        places = movable(search.costs.problem.program) if search.costs.over else {}
+        order = {node.name: i for node, i in search.costs.position.items()}
+        left = search.left(cap) if places else []
+        wanted = tuple(name for name, place in places.items() if any(order[place] <= i <= order[name] for i in left))
+        return replace(parts, moved=wanted)
 
     def _recomputed(self, cap: int, parts: Tiling, search: TileSearch) -> Tiling:
         """With the norms whose input can be computed again, and that a search leaves above the cap together with it."""
@@ -300,13 +348,16 @@ class Levels:
         return {}
 
     def _search(self, parts: Tiling, over: bool = False) -> TileSearch:
-        """For regions in the program with weights in parts and all norms split; `over`: with results over larger values."""
+        """For regions in the program with weights in parts and all norms split; `over`: with results over larger values.
+
+        Through windows, too, where operators are moved up for that.
+        """
         if over:
             base = self._search(parts).costs
             if not base.has_larger:
                 return self._search(parts)
             if parts not in self._over:
-                costs = TileCosts(base.problem, over=True, calls=base.calls)
+                costs = TileCosts(base.problem, over=True, windows=bool(parts.moved), calls=base.calls)
                 self._over[parts] = TileSearch(costs, self.freedom.constraint)
             return self._over[parts]
         if parts not in self._searches:
@@ -329,7 +380,7 @@ class Levels:
 
 def _means(tiling: Tiling) -> tuple[bool, ...]:
     """What a tiling does besides tiles, all of which costs more."""
-    return bool(tiling.slices), bool(tiling.over), bool(tiling.recomputed), bool(tiling.hosted)
+    return tuple(map(bool, (tiling.slices, tiling.over, tiling.moved, tiling.recomputed, tiling.hosted)))
 
 
 def _same_operators(one: Program, other: Program) -> bool:
@@ -337,18 +388,38 @@ def _same_operators(one: Program, other: Program) -> bool:
     return [(n.name, n.target) for n in one.ops()] == [(n.name, n.target) for n in other.ops()]
 
 
+def _without_regions(tiling: Tiling) -> Tiling:
+    """What a search for regions begins with."""
+    return replace(tiling, norms=(), tiles=(), hosted=(), over=(), apart=())
+
+
 def _with_regions(parts: Tiling, costs: TileCosts, tiles: tuple[Tile, ...]) -> Tiling:
     """With the norms that lie in a region's stretch, and the results that live on the host or are over larger values."""
     names: set[str] = set()
+    regions: list[Region] = []
     hosted: list[str] = []
     over: list[str] = []
+    apart: set[str] = set()
     nodes = {node.name: node for node in costs.problem.program.graph.nodes}
     for tile in tiles:
         stretch, seed = stretch_of(nodes, tile)
         names |= {node.name for node in stretch}
         region = find_region(stretch, seed, tile.dim, costs.calls, costs.hosted)
         hosted += [node.name for node in region.results if node in costs.hosted]
-        over += [node.name for node, value in costs.written_over(region).items() if more_of(value, node) is not None]
+        places = costs.written_over(region)
+        over += [node.name for node in places.chosen]
+        apart |= {n.name for node in places.chosen for n in _made_of(places.over[node].value, regions)}
+        regions.append(region)
     halves = {name: {name, f"{name}_statistics"} for name in costs.problem.tiling.norms}
     norms = tuple(name for name, both in halves.items() if both & names or name in parts.recomputed)
-    return replace(parts, norms=norms, tiles=tiles, hosted=tuple(hosted), over=tuple(over))
+    return replace(parts, norms=norms, tiles=tiles, hosted=tuple(hosted), over=tuple(over), apart=tuple(sorted(apart)))
+
+
+def _made_of(value: fx.Node, regions: Sequence[Region]) -> list[fx.Node]:
+    """The results of elementwise operators that are there while a large value comes to be.
+
+    It takes most of the memory: what it is made of should lie where nothing else has been, not within the only room for it.
+    """
+    region = next((region for region in regions if value in region.results), None)
+    made = value.all_input_nodes if region is None else region.operands
+    return [node for node in made if in_place_overload(node.target) is not None]

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
+from torch import fx
 
 from passes.calibrate import calibrating
 from passes.liveness import Liveness, analyse_liveness, is_view
 from passes.loop import Loop
 from passes.probe import OpCost, Prober
-from passes.program import Program
+from passes.program import Program, is_symbolic
 from passes.visits import Visit, weight_visits
 from planner.costs import arithmetic_dtype, layout_ratio, lookup_seconds, node_seconds
 from planner.dynamic_bytes import DynamicBytes
@@ -153,6 +155,15 @@ def modelled_seconds(liveness: Liveness, machine: Machine) -> np.ndarray:
         elif not is_view(node, cost):
             assert isinstance(cost, OpCost)  # sizes are numbers here
             family = family_of(node.target)
-            seconds[i] = node_seconds(cost.flops, cost.moved_bytes, arithmetic_dtype(node), machine, family)
+            moved = cost.moved_bytes - _unread_bytes(node)
+            seconds[i] = node_seconds(cost.flops, moved, arithmetic_dtype(node), machine, family)
             seconds[i] *= layout_ratio(node, machine)
     return seconds
+
+
+def _unread_bytes(node: fx.Node) -> int:
+    """Of what an operator is counted to read: a copy does not read what it writes over."""
+    if node.target is not torch.ops.aten.copy_.default or is_symbolic(node.all_input_nodes[0]):
+        return 0
+    target = node.all_input_nodes[0].meta["val"]
+    return int(target.numel() * target.dtype.itemsize)

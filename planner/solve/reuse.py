@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -20,15 +20,17 @@ from planner.memory import MemoryModel
 from runtime.layout import align
 
 
-def reuse_memory(program: Program, machine: Machine, memory: MemoryModel, keep: Callable[[str], bool]) -> Program:
+def reuse_memory(
+    program: Program, apart: Collection[str], *, machine: Machine, memory: MemoryModel, keep: Callable[[str], bool]
+) -> Program:
     """The program with elementwise operators in place and values joined part by part; itself where there is nothing to do.
 
-    `keep` says of a weight, by the module's name, that it stays on the device.
+    `apart` are operators that stay as they are. `keep` says of a weight, by the module's name, that it stays on the device.
 
     Raises:
         UnknownSize: an operator's bytes cannot be known.
     """
-    names = writable_in_place(program)
+    names = tuple(name for name in writable_in_place(program) if name not in apart)
     if names:
         program = run_passes(program, (WriteInPlace(names),))
     if all(node.target is not torch.ops.aten.cat.default for node in program.ops()):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -19,7 +20,7 @@ from passes.program import storage_id, tensors_of
 from passes.regions import Calls, Region, TileNeeds, find_region
 from passes.tile_rules import Part, Untileable
 from passes.tile_rules.base import Tiled
-from passes.write_over import fits_over, written_over
+from passes.write_over import Places, fits_over, places_over
 from planner.solve.attention_tiles import attention_tile_bytes
 from planner.solve.problem import Problem
 from planner.solve.stretches import Stretches
@@ -28,6 +29,9 @@ _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _CONVOLUTIONS = {
     getattr(getattr(torch.ops.aten, f"conv{rank}d"), overload) for rank in (1, 2, 3) for overload in ("default", "padding")
 }
+
+# A result takes the place of what is held for nothing where it needs no less than this share of that.
+_NEARLY = 0.99
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,26 @@ class Hosting:
 class TileCosts:
     """Estimates for stretches of one problem; equal stretches are estimated once.
 
-    `over`: results may be written over values that are larger.
+    `over`: results may be written over values that are larger; with `windows` also over those of which tiles read more than
+    they write. `held`: bytes that are then live between operators beyond those of their values, as `live_before`.
     """
 
     problem: Problem
     hosting: Hosting | None = None
     over: bool = False
+    windows: bool = False
     calls: Calls = field(default_factory=Calls)
+    held: np.ndarray | None = None
     _regions: dict[object, Region | None] = field(default_factory=dict)
     _inner: dict[object, Inner | None] = field(default_factory=dict)
+
+    def with_held(self, held: np.ndarray) -> TileCosts:
+        """The same with other bytes held; what is known of regions is shared."""
+        made = copy(self)
+        made.held = held
+        for name in ("live_before", "total"):
+            made.__dict__.pop(name, None)
+        return made
 
     @cached_property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -106,7 +121,7 @@ class TileCosts:
         for born, dies in zip(live.born, live.dies, strict=True):
             sizes.update((s, 0 if s in self._hosted_storages else n) for s, n in born)
             levels.append(levels[-1] + sum(sizes[s] for s, _ in born) - sum(sizes.pop(storage) for storage in dies))
-        return np.array(levels, dtype=np.int64)
+        return np.array(levels, dtype=np.int64) + (0 if self.held is None else self.held)
 
     @cached_property
     def weights_at(self) -> np.ndarray:
@@ -200,34 +215,60 @@ class TileCosts:
             return None
         before, weights = int(self.live_before[start]), self._weights(start, stop)
         whole, workspace = self._whole(region)
-        return Estimate(inner, weights + before + whole + max(inner.result_bytes + inner.tile_bytes, workspace))
+        results = inner.result_bytes - self._in_held(region, start)
+        return Estimate(inner, weights + before + whole + max(results + inner.tile_bytes, workspace))
 
     def least_bytes(self, start: int, stop: int, seed: fx.Node, dim: int) -> int:
         """What is live at least, in however many tiles."""
         region = self.region(start, stop, seed, dim)
         assert region is not None
         whole, workspace = self._whole(region)
-        return self._weights(start, stop) + int(self.live_before[start]) + whole + max(self._results(region), workspace)
+        results = self._results(region) - self._in_held(region, start)
+        return self._weights(start, stop) + int(self.live_before[start]) + whole + max(results, workspace)
 
     def _results(self, region: Region) -> int:
         """Bytes of the memory that results take: none on the host, none where they are written over something else."""
         if region not in self._result_bytes:
-            free = {*self.written_over(region), *self.hosted}
+            free = {*self.written_over(region).over, *self.hosted}
             self._result_bytes[region] = sum(_dense_bytes(node) for node in region.results if node not in free)
         return self._result_bytes[region]
 
-    def written_over(self, region: Region) -> dict[fx.Node, fx.Node]:
-        """The results that are written over values, and those values."""
-        try:
-            tile, _ = region.usual_tile(2)
-        except Untileable:  # no estimate is given then
-            return {}
-        found: dict[fx.Node, fx.Node] = {}
-        for node in region.results:
-            over = written_over(region, (tile,), node, self.over) if node not in self.hosted else None
-            if over is not None and over not in self.hosted and over not in found.values():
-                found[node] = over
-        return found
+    def _in_held(self, region: Region, start: int) -> int:
+        """Bytes of a result that is just as large as what is held beyond values: it is written there."""
+        held = int(self.held[start]) if self.held is not None else 0
+        free = {*self.written_over(region).over, *self.hosted}
+        fits = (
+            nbytes for node in region.results if node not in free and _NEARLY * held < (nbytes := _dense_bytes(node)) <= held
+        )
+        return next(fits, 0)
+
+    def written_over(self, region: Region) -> Places:
+        """The results that are written over values, and how these are read."""
+        if region not in self._places:
+            results = [node for node in region.results if node not in self.hosted]
+            try:
+                tiles = (region.usual_tile(3)[0],)
+                self._places[region] = places_over(
+                    region, tiles, results, lambda node: self.over, lambda node: self.windows, self.hosted
+                )
+            except Untileable:  # no estimate is given then
+                self._places[region] = Places()
+        return self._places[region]
+
+    def _windows(self, region: Region, tile: TileNeeds) -> tuple[dict[fx.Node, int], int]:
+        """Bytes of what a tile copies of values that are written over, and of what is kept of all of them."""
+        places, found, kept = self.written_over(region), dict[fx.Node, int](), 0
+        for value, window in places.windows.items():
+            result = next(node for node, over in places.over.items() if over.value is value)
+            size = int(value.meta["val"].shape[window.dim])
+            part = Part(window.dim, 0, min(tile.written[result].size + window.halo, size))
+            found[value] = _part_bytes(value, part)
+            kept += _part_bytes(value, Part(window.dim, 0, window.kept))
+        return found, kept
+
+    @cached_property
+    def _places(self) -> dict[Region, Places]:
+        return {}
 
     @cached_property
     def has_larger(self) -> bool:
@@ -327,10 +368,11 @@ class TileCosts:
         """The tile from the middle, replayed: what it makes, until its last reader has run."""
         tile, number = region.usual_tile(count, grain)
         ratios = {node: _ratio(node, tile) for node in region.nodes}
-        live = most = 0
+        windows, kept = self._windows(region, tile)
+        live = most = sum(windows.values())
         added = 0.0
         launch = self.problem.machine.launch_seconds
-        readers = _readers(region)
+        readers, order = _readers(region), set(region.ordered)
         held: dict[int, int] = {}
         for i, node in enumerate(region.ordered):
             share = ratios.get(node, 1 / number)
@@ -342,13 +384,15 @@ class TileCosts:
             most = max(most, live + workspace + (_partial_bytes(node) if node in region.merged else 0))
             for storage in [s for s in held if readers.get(s, -1) <= i]:
                 live -= held.pop(storage)
+            live -= sum(nbytes for value, nbytes in windows.items() if max(u for u in value.users if u in order) is node)
             seconds = float(self.problem.seconds[self.position[node]])
             if seconds:
                 added += launch * number + max(0.0, seconds - launch) * share * number - seconds
-        results = self._results(region)
+        results = self._results(region) + kept
         results += sum(number * _partial_bytes(node) for node in region.merged)  # kept until all tiles have run
         traffic = self.problem.machine.memory_bandwidth
         added += sum(2 * _dense_bytes(node) / traffic + number * launch for node in region.results)
+        added += sum(2 * number * (nbytes / traffic + launch) for nbytes in windows.values())
         if self.hosting is None:
             return Inner(number, grain, most, results, added)
         coming = [_part_bytes(node, part) for node, part in (self._bands(region, tile) or {}).items()]

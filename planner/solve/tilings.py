@@ -158,7 +158,7 @@ class Tilings:
     casting: Casting = NO_CASTS
     layout: Layouts | None = None
     attention: tuple[str, ...] = ()
-    in_place: Callable[[Program], Program] = lambda program: program
+    in_place: Callable[[Program, tuple[str, ...]], Program] = lambda program, apart: program
     casts: tuple[Cast, ...] | None = None
 
     @cached_property
@@ -371,7 +371,7 @@ class Tilings:
         if tiling not in self._solvers:
             program = self.base.problem.program
             tiled = tile_program(program, tiling) if tiling else program
-            final = self.in_place(tiled)
+            final = self.in_place(tiled, tiling.apart)
             changed = final is not program
             made = Solver(self.build(final, tiling), self.base.repeats, self.base.pool) if changed else self.base
             self._solvers[tiling] = made

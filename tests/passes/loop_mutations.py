@@ -12,7 +12,7 @@ from torch import fx
 from passes.loop import Loop, Run
 from passes.program import Program, copy_graph
 from runtime import ops
-from tests.passes.mutations import Broken, Edit, detach, layout_of, with_layout
+from tests.passes.mutations import Broken, Edit, detach, layout_of, with_layout, without_frees
 from tests.passes.programs import nodes_calling
 from tests.passes.tiled import loops
 
@@ -71,6 +71,11 @@ def calls(run: Run, *targets: Any) -> list[fx.Node]:
     return [node for node in run.operators if node.target in targets]
 
 
+# Rows that two tiles write, or one reads after another has written them.
+AGAIN = ("writes what another tile has written", "reads what another tile has written over")
+# What a tile kept is not what the next one needs.
+AGAIN += ("and not what follows it there", "_kept, which nothing has written")
+
 # Tables --------------------------------------------------------------------------------------------------------------
 
 
@@ -79,7 +84,7 @@ def drop_a_row(program: Program) -> Iterator[Callable[[], Broken]]:
     for node, index, run in runs_of(program):
         for i in range(len(run.table)):
             changed = with_run(program, node, index, table=(*run.table[:i], *run.table[i + 1 :]))
-            words = ("do not write every element", "reads another band than the one on its way")
+            words = ("do not write every element", "reads another band than the one on its way", *AGAIN)
             yield lambda changed=changed, words=words: (changed, words)
 
 
@@ -88,7 +93,7 @@ def repeat_a_row(program: Program) -> Iterator[Callable[[], Broken]]:
     for node, index, run in runs_of(program):
         for i, row in enumerate(run.table):
             changed = with_run(program, node, index, table=(*run.table[:i], row, *run.table[i:]))
-            words = ("do not write every element", "reads another band", "reads a band that nobody asked for")
+            words = ("do not write every element", "reads another band", "reads a band that nobody asked for", *AGAIN)
             yield lambda changed=changed, words=words: (changed, words)
 
 
@@ -102,7 +107,7 @@ def _writes(run: Run) -> list[int]:
 
 @mutation("I5", "I3")
 def shift_an_interval_that_is_written(program: Program) -> Iterator[Callable[[], Broken]]:
-    words = ("do not write every element", "takes ", "is no band of a value", "reads another band")
+    words = ("do not write every element", "takes ", "is no band of a value", "reads another band", *AGAIN)
     for node, index, run in runs_of(program):
         for i, row in enumerate(run.table):
             for by in (-1, 1):
@@ -115,7 +120,7 @@ def shift_an_interval_that_is_written(program: Program) -> Iterator[Callable[[],
 def lengthen_an_interval(program: Program) -> Iterator[Callable[[], Broken]]:
     """One end of it: the body is for another size."""
     words = ("has the shape", "takes ", "is no band of a value", "reads another band", "is not in its slot", "on its way")
-    words += ("do not write every element",)
+    words += ("do not write every element", *AGAIN)
     for node, index, run in runs_of(program):
         for i, row in enumerate(run.table):
             for column in range(len(row)):
@@ -128,6 +133,7 @@ def lengthen_an_interval(program: Program) -> Iterator[Callable[[], Broken]]:
 @mutation("I5", "I3")
 def exchange_two_columns(program: Program) -> Iterator[Callable[[], Broken]]:
     words = ("has the shape", "takes ", "is no band of a value", "reads another band", "do not write every", "on its way")
+    words += AGAIN
     for node, index, run in runs_of(program):
         for column in range(len(run.table[0]) - 1):
             table = tuple((*row[:column], row[column + 1], row[column], *row[column + 2 :]) for row in run.table)
@@ -149,7 +155,7 @@ def drop_a_run(program: Program) -> Iterator[Callable[[], Broken]]:
         for index in range(len(loop.runs)):
             edit = Edit(program)
             edit[node].meta["loop"] = replace(loop, runs=(*loop.runs[:index], *loop.runs[index + 1 :]))
-            words = ("do not write every element", "reads another band", "on its way")
+            words = ("do not write every element", "reads another band", "on its way", *AGAIN)
             yield lambda changed=edit.program, words=words: (changed, words)
 
 
@@ -165,7 +171,7 @@ def drop_a_write(program: Program) -> Iterator[Callable[[], Broken]]:
                 body.erase_node(nodes[name])
 
             changed = with_body(program, node, index, change)
-            words = ("do not write every element", "that is not in its slot", "which they write")
+            words = ("do not write every element", "that is not in its slot", *AGAIN)
             yield lambda changed=changed, words=words: (changed, words)
 
 
@@ -199,7 +205,7 @@ def read_what_is_written(program: Program) -> Iterator[Callable[[], Broken]]:
                     body.call_function(aten.neg.default, (place,)).name = "peek"
 
             changed = with_body(program, node, index, change)
-            words = ("which they write", "which nothing has written", "reads what the same tile has written over")
+            words = ("which nothing has written", "reads what the same tile has written over")
             yield lambda changed=changed, words=words: (changed, words)
 
 
@@ -211,19 +217,20 @@ def read_rows_that_another_tile_writes_over(program: Program) -> Iterator[Callab
             place = copy.all_input_nodes[0]
             outside = place.target is not aten.slice.Tensor or place.args[0] not in run.placeholders
             name = "" if outside else place.args[0].name
-            if outside or program.node(name).target is not aten.alias.default:  # a result over what is read
+            if not index or outside or program.node(name).target is not aten.alias.default:  # a result over what is read
                 continue
 
-            def change(nodes: dict[str, fx.Node], body: fx.Graph, name: str = place.name, at: int = 0 if index else 15) -> None:
+            def change(nodes: dict[str, fx.Node], body: fx.Graph, name: str = place.name) -> None:
                 written = nodes[name].all_input_nodes[0]
                 with body.inserting_before(nodes[name]):
-                    row = body.call_function(aten.slice.Tensor, (written, nodes[name].args[1], at, at + 1))
+                    row = body.call_function(aten.slice.Tensor, (written, nodes[name].args[1], 0, 1))
                     row.name = "row"
                     body.call_function(aten.neg.default, (row,)).name = "peek"
                     body.call_function(ops.free, (row,))
 
             changed = with_body(program, node, index, change)
-            yield lambda changed=changed: (changed, ("which they write", "which the same tile has written over"))
+            words = ("reads what another tile has written over", "which nothing has written")
+            yield lambda changed=changed, words=words: (changed, words)
 
 
 @mutation("I5")
@@ -236,6 +243,7 @@ def read_what_was_written_over(program: Program) -> Iterator[Callable[[], Broken
         over = over.all_input_nodes[0] if over.name.endswith("_over") else over
         loop = next(user for user in node.users if "loop" in user.meta)
         edit = Edit(program)
+        without_frees(edit, over.name)
         peek = edit.insert_before(edit[loop].next, aten.neg.default, edit[over])
         peek.append(edit.graph.call_function(ops.free, (peek,)))
         yield lambda edit=edit: (edit.program, ("is read after it was written over",))

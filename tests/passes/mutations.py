@@ -120,3 +120,11 @@ def concurrent(program: Program) -> list[tuple[Bundle, Bundle]]:
         for bundle in layout_of(program).bundles
     ]
     return [(a, b) for a, start, stop in spans for b, first, last in spans if start < first < stop and a is not b]
+
+
+def without_frees(edit: Edit, name: str) -> None:
+    """Nothing frees a value any more: it is read where it would have been freed."""
+    for node in nodes_calling(edit.graph, ops.free):
+        node.args = tuple(value for value in node.args if value.name != name)  # type: ignore[union-attr]
+        if not node.args:
+            edit.graph.erase_node(node)

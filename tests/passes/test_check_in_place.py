@@ -14,7 +14,7 @@ from passes.program import Program
 from planner import Plan, plan
 from runtime import ops
 from runtime.errors import CheckError
-from tests.passes.mutations import Broken, Edit, detach
+from tests.passes.mutations import Broken, Edit, detach, without_frees
 from tests.passes.programs import nodes_calling
 
 aten = torch.ops.aten
@@ -62,14 +62,6 @@ def places(program: Program) -> list[tuple[fx.Node, fx.Node, fx.Node]]:
 
 def copies(program: Program) -> list[fx.Node]:
     return nodes_calling(program.graph, aten.copy_.default)
-
-
-def without_frees(edit: Edit, name: str) -> None:
-    """Nothing frees a value any more: it is read where it would have been freed."""
-    for node in nodes_calling(edit.graph, ops.free):
-        node.args = tuple(value for value in node.args if value.name != name)  # type: ignore[union-attr]
-        if not node.args:
-            edit.graph.erase_node(node)
 
 
 @mutation

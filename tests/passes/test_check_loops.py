@@ -18,12 +18,13 @@ from runtime.errors import CheckError
 from runtime.layout import HostPlace
 from tests.passes.loop_mutations import LOOP_MUTATIONS, LoopMutation
 from tests.passes.mutations import Edit, layout_of, with_layout
+from tests.passes.over_mutations import OVER_MUTATIONS
 from tests.passes.programs import Function, run
 from tests.passes.test_check_plan import shared_kernels  # noqa: F401  # one cache of operators
-from tests.passes.tiled import AMPLE, ON_DEVICE, ON_HOST, OVER, OVER_LARGER, assert_alike, emitted, loops
+from tests.passes.tiled import AMPLE, ON_DEVICE, ON_HOST, OVER, OVER_LARGER, WINDOWED, assert_alike, emitted, loops
 
 TILINGS = {"device": ON_DEVICE, "host": ON_HOST}
-ALL = {**TILINGS, "over": OVER, "over larger": OVER_LARGER}
+ALL = {**TILINGS, "over": OVER, "over larger": OVER_LARGER, "windowed": WINDOWED}
 good = pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS.keys())
 
 
@@ -63,7 +64,7 @@ def test_workspace_in_a_body_counts_in_every_tile(tiling: Tiling) -> None:
         convolution.meta["workspace_bytes"] = before
 
 
-@pytest.mark.parametrize("mutation", LOOP_MUTATIONS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutation", LOOP_MUTATIONS + OVER_MUTATIONS, ids=lambda m: m.name)
 def test_a_broken_program_is_refused(mutation: LoopMutation) -> None:
     places = list(itertools.chain.from_iterable(mutation.make(emitted(tiling).program) for tiling in ALL.values()))
     assert places

@@ -54,6 +54,38 @@ OVER = Tiling(
 OVER_LARGER = Tiling(tiles=(Tile("conv2d_1", "add", "conv2d", 2, 4),), over=("add",))
 
 
+# Two results of which the tiles read more rows than they write, over what they are made of; what follows is over one of them,
+# and another one over what was in the memory of the other.
+WINDOWED = Tiling(
+    tiles=(
+        Tile("silu", "conv2d_2", "conv2d", 2, 4),
+        Tile("conv2d_3", "add", "conv2d_1", 2, 4),
+        Tile("silu_1", "conv2d_4", "add", 2, 4),
+        Tile("conv2d_5", "add_1", "conv2d_4", 2, 4),
+        Tile("silu_2", "conv2d_6", "add_1", 2, 4),
+        Tile("conv2d_7", "add_2", "conv2d_6", 2, 4),
+    ),
+    over=("conv2d_1", "conv2d_2"),
+)
+
+
+class Widened(nn.Module):
+    """As a resnet of fewer channels than its input, and two more: [1, 4, 16, 8] to [1, 2, 16, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(2, 4, 3, padding=1)
+        self.shortcut = nn.Conv2d(4, 2, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(channels, 2, 3, padding=1) for channels in (4, 2, 2, 2, 2, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide, silu, (b, c, d, e, f, g) = self.a(x), nn.functional.silu, self.convs
+        narrow, short = b(silu(wide)), self.shortcut(wide)
+        y = c(narrow) + short
+        y = y + e(d(silu(y)))
+        return (y + g(f(silu(y)))).exp()
+
+
 class Narrowing(nn.Module):
     """As where a resnet's shortcut has fewer channels: [1, 4, 16, 8] to [1, 2, 16, 8], added to what has a halo."""
 
@@ -68,33 +100,36 @@ class Narrowing(nn.Module):
         return (self.b(x) + self.shortcut(wide)).exp()
 
 
-def block(larger: bool = False) -> tuple[nn.Module, Tensor]:
+MODULES: dict[Tiling, type[nn.Module]] = {OVER_LARGER: Narrowing, WINDOWED: Widened}
+
+
+def block(kind: type[nn.Module] = Block) -> tuple[nn.Module, Tensor]:
     """With numbers that differ everywhere."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        module = Narrowing() if larger else Block()
-        return module.double().eval(), torch.randn(1, 2, 16, 8, dtype=torch.float64)
+        return kind().double().eval(), torch.randn(1, 2, 16, 8, dtype=torch.float64)
 
 
 @cache
-def captured(larger: bool = False) -> Plan:
-    """The block with everything resident, nothing tiled; `larger`: with the narrowing one."""
-    module, x = block(larger)
+def captured(kind: type[nn.Module] = Block) -> Plan:
+    """The block with everything resident, nothing tiled."""
+    module, x = block(kind)
     return plan(module, "1MB", inputs=(x,), device="accounting")
 
 
 @cache
 def tiled(tiling: Tiling) -> Plan:
     """The block with a tiling."""
-    p = captured(tiling == OVER_LARGER)
+    p = captured(MODULES.get(tiling, Block))
     return Plan(p.target, p._options, p._tilings, Decisions(tiling=tiling))
 
 
 @cache
 def emitted(tiling: Tiling) -> Emitted:
     """As the checker gets it."""
-    module, x = block(tiling == OVER_LARGER)
-    problem = captured(tiling == OVER_LARGER)._tilings.of(tiling).problem
+    kind = MODULES.get(tiling, Block)
+    module, x = block(kind)
+    problem = captured(kind)._tilings.of(tiling).problem
     program, proof = emit_program(problem, Decisions(tiling=tiling), AMPLE)
     return Emitted(program, proof, (module, (x,), {}))
 
