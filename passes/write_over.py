@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from passes.program import storage_bytes, storage_id
+from passes.program import storage_bytes, storage_id, tensors_of
 from passes.regions import Region, TileNeeds, is_view, sharing
 from passes.tile_rules import Part
 
@@ -163,7 +163,9 @@ def _ends(region: Region, value: fx.Node) -> bool:
 def _overlapping(value: fx.Node) -> list[fx.Node]:
     """The nodes whose values are in the memory of a dense value, itself among them."""
     first, end = _span(value.meta["val"])
-    return [n for n in sharing(value) if (span := _span(n.meta["val"]))[0] < end and first < span[1]]
+    here = storage_id(value.meta["val"])
+    spans = {n: [_span(tensor) for tensor in tensors_of(n) if storage_id(tensor) == here] for n in sharing(value)}
+    return [n for n, each in spans.items() if any(start < end and first < stop for start, stop in each)]
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

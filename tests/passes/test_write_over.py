@@ -76,6 +76,34 @@ def test_the_same_function_in_the_bytes_that_were_said(
     p.restore()
 
 
+class Chunks(nn.Module):
+    """A value that is read whole and in chunks: operators that give several views of its memory at once."""
+
+    def __init__(self, after: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.after = nn.Conv2d(2, 4, 3, padding=1), nn.Conv2d(4, 4, 1), after
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = self.a(x)
+        first, second = value.chunk(2, 1)
+        product = first * second
+        result = self.b(value).sin()
+        return result[:, :2] + (first if self.after else product)
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_chunks_of_a_value_are_part_of_it(after: bool) -> None:
+    module, x = Chunks(after).double().eval(), torch.randn(1, 2, 16, 8, dtype=torch.float64)
+    tiling = Tiling(tiles=(Tile("conv2d_1", "sin", "conv2d", 2, 4, 1),), over=("sin",))
+    p = with_tiling(module, x, tiling)
+    assert bool(over(p.emitted)) != after
+    with torch.no_grad():
+        wanted, m = module(x), p.build()
+        assert_alike(m(x), wanted)
+        assert m.report().peak_bytes == p.peak_bytes
+    p.restore()
+
+
 @pytest.mark.parametrize(("size", "count", "kept"), [(1, 4, None), (3, 4, 1), (5, 4, 2), (9, 4, 4), (11, 4, "too many")])
 def test_as_many_rows_are_kept_as_the_next_tile_reads_of_this_one(size: int, count: int, kept: int | str | None) -> None:
     options = {"kernel_size": (size, 3), "padding": (size // 2, 1), "out_channels": 2}
