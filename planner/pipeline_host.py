@@ -62,7 +62,7 @@ def decide_shares(
 def _on_device(
     run: DryRun, options: Options, analyses: Analyses, host: HostMemory | None, given: Mapping[str, Any] | None, spills: bool
 ) -> tuple[PipelineProblem, MemberShares]:
-    problem = problem_of(run, options, analyses, seams=not spills)
+    problem = problem_of(run, options, analyses, spills=spills)
     budget = options.budget.device_bytes
     if budget < problem.budget.least_bytes(budget):
         raise infeasible_pipeline(problem, budget)

@@ -95,8 +95,8 @@ def member_options(options: Options, made: ProgramOfCall, repeats: int = 1) -> M
     return MemberOptions(**{**fields, **own}, prefix=made.path)
 
 
-def problem_of(run: DryRun, options: Options, analyses: Analyses, *, seams: bool = True) -> PipelineProblem:
-    """Captures and analyses what a dry run has recorded. `seams`: calls may fetch for the next one of the same program.
+def problem_of(run: DryRun, options: Options, analyses: Analyses, *, spills: bool = False) -> PipelineProblem:
+    """Captures and analyses what a dry run has recorded. `spills`: some weights come from disk; no call then fetches for the next.
 
     Raises:
         PlannerError: a call cannot be captured or analysed, or a pattern of `keep` fits nothing.
@@ -121,10 +121,10 @@ def problem_of(run: DryRun, options: Options, analyses: Analyses, *, seams: bool
     for key, program in called.programs.items():
         mine = [turn for turn in turns if turn.key == key]
         within = tuple(dict.fromkeys(turn.phase for turn in mine))
-        alone = seams and not program.part and len(within) == 1 and len(phases[within[0]]) == 1
+        alone = not spills and not program.part and len(within) == 1 and len(phases[within[0]]) == 1
         tilings = analyses.tilings(program, options, len(mine) if alone else 1)
         members[key] = Member(key, tilings, max(turn.outside_bytes for turn in mine), len(mine), within)
-    budget = PhasedBudget(options.machine, members, phases, between, python, keep_all=not options.offload)
+    budget = PhasedBudget(options.machine, members, phases, between, python, keep_all=not options.offload, spills=spills)
     return PipelineProblem(
         run,
         called.programs,

@@ -120,7 +120,8 @@ class PhasedBudget:
     """The problem.
 
     `phases`: the keys of the members of each, in order. `between_bytes`: what Python holds at most between two calls of one
-    phase, for each; `python_bytes`: outside of them. `keep_all`: nothing may leave the device.
+    phase, for each; `python_bytes`: outside of them. `keep_all`: nothing may leave the device. `spills`: some weights come
+    from disk, once where they stay and in every call where they are streamed.
     """
 
     machine: Machine
@@ -129,6 +130,7 @@ class PhasedBudget:
     between_bytes: Sequence[int]
     python_bytes: int
     keep_all: bool = False
+    spills: bool = False
     _solved: dict[tuple[str, int], tuple[Solver, Schedule] | None] = field(default_factory=dict)
     _timed: dict[tuple[int, str], tuple[Schedule, float]] = field(default_factory=dict)
 
@@ -341,7 +343,7 @@ class PhasedBudget:
             return None
         share = MemberShare(*found, "phase", room)
         load = self.load_seconds({key: share})[key]
-        if load <= _WORTH * self._seconds({key: share}):
+        if self.spills or load <= _WORTH * self._seconds({key: share}):
             return share
         smaller = [each for each in self._smaller_rooms(key) if each < room]
         others = [MemberShare(*solved, "phase", each) for each in smaller if (solved := self._solved_within(key, each))]
