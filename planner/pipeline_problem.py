@@ -96,7 +96,7 @@ def member_options(options: Options, made: ProgramOfCall, repeats: int = 1) -> M
 
 
 def problem_of(run: DryRun, options: Options, analyses: Analyses, *, spills: bool = False) -> PipelineProblem:
-    """Captures and analyses what a dry run has recorded. `spills`: some weights come from disk; no call then fetches for the next.
+    """Captures and analyses what a dry run has recorded. `spills`: some weights come from disk, no call fetches for the next.
 
     Raises:
         PlannerError: a call cannot be captured or analysed, or a pattern of `keep` fits nothing.
