@@ -17,7 +17,6 @@ from planner.shared_host import one_more, within
 from planner.sizes import format_bytes
 from planner.solve.homes import HostMemory
 from planner.solve.phases import arenas_of
-from planner.solve.tilings import Tilings
 from planner.weights import Lookup
 from runtime.devices import open_device
 from runtime.errors import CaptureError, InfeasibleBudget, PlannerError, UnknownSize
@@ -67,29 +66,28 @@ def _plan_one(plan: PipelinePlan, path: str, method: str, args: tuple[Any, ...],
             f"{path}.{method} is called as the pipeline does not call it, and so it cannot be captured whole ({error}); spell "
             "the call as the pipeline does, or call it before p.build()"
         ) from error
-    tilings = analyses.tilings(made, plan.options, 1)
     kept = arenas_of(share for share in plan._shares.values() if share.stay == "always")
     held = max([shared.python_bytes, *(member.outside_bytes for member in shared.members.values())])
     room = plan.budget_bytes - kept - held - shared.state_bytes
-    least = tilings.least_bytes(room)
-    if room < least:
-        raise InfeasibleBudget(
-            f"{path}.{method} is called as the pipeline does not call it, which takes at least {format_bytes(least)}; "
-            f"{format_bytes(max(room, 0))} are left of the budget of {format_bytes(plan.budget_bytes)}. Plan with a larger "
-            "budget, or call it before p.build()",
-            budget_bytes=room,
-            minimum_bytes=least,
-            node=path,
-        )
-    return _single(plan, made, tilings, room)
+    return _single(plan, made, room, f"{path}.{method} is called as the pipeline does not call it", "call it before p.build()")
 
 
-def _single(plan: PipelinePlan, made: ProgramOfCall, tilings: Tilings, room: int) -> PipelineProgram:
+def _single(plan: PipelinePlan, made: ProgramOfCall, room: int, what: str, instead: str) -> PipelineProgram:
     """The program of a call that comes once and goes, within so much of the device and what is kept for it of the host.
 
     Raises:
-        InfeasibleBudget: the host has too little.
+        InfeasibleBudget: one of them has too little; says `what` happens, and what to do `instead` of a larger budget.
     """
+    tilings = plan._analyses.tilings(made, plan.options, 1)
+    least = tilings.least_bytes(room)
+    if room < least:
+        raise InfeasibleBudget(
+            f"{what}, which takes at least {format_bytes(least)}; {format_bytes(max(room, 0))} are left of the budget of "
+            f"{format_bytes(plan.budget_bytes)}. Plan with a larger budget, or {instead}",
+            budget_bytes=room,
+            minimum_bytes=least,
+            node=made.path,
+        )
     key, host = f"{made.path}.{made.method}", _beside(plan)
     try:
         solver, schedule = tilings.solve(room, host)
@@ -114,19 +112,9 @@ def _plan_part(plan: PipelinePlan, key: str, path: str, args: tuple[Any, ...], k
             f"{path} is called as no explored path of {key} has called it, and cannot be captured so ({error}); plan the "
             "pipeline with a call that takes this path, or p.restore() and call it without a plan"
         ) from error
-    tilings = analyses.tilings(made, plan.options, 1)
     room = plan.budget_bytes - problem.within_bytes[key] - problem.budget.state_bytes
-    least = tilings.least_bytes(room)
-    if room < least:
-        raise InfeasibleBudget(
-            f"{path} is called as no explored path of {key} has called it, which takes at least {format_bytes(least)}; "
-            f"{format_bytes(max(room, 0))} are left of the budget of {format_bytes(plan.budget_bytes)}. Plan with a larger "
-            "budget, or with a call that takes this path",
-            budget_bytes=room,
-            minimum_bytes=least,
-            node=path,
-        )
-    return _single(plan, made, tilings, room)
+    what = f"{path} is called as no explored path of {key} has called it"
+    return _single(plan, made, room, what, "with a call that takes this path")
 
 
 def _beside(plan: PipelinePlan) -> HostMemory | None:

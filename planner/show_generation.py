@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from planner.show import looked_up_bytes, measured_times, ratio, wrap
-from planner.show_host import disk_rows
+from planner.show_host import disk_rows, shared_host_rows
 from planner.show_tiles import cast_rows, tile_rows
 from planner.sizes import format_bytes, format_seconds
 
@@ -70,16 +70,9 @@ def _phase(plan: GenerationPlan, name: str, phase: Plan) -> list[str]:
 
 def _host(plan: GenerationPlan) -> list[tuple[str, str]]:
     """A row for the host's memory, where that has a budget, and one for the disk, where some weights are there."""
-    host = plan.budget.host_bytes
-    if plan.locked_bytes is None or host is None:
-        return []
     most = max((phase.layout.host.ring_bytes for phase in plan.phases.values() if phase.layout.host is not None), default=0)
     ring = f", {format_bytes(most)} of them a ring" if most else ""
-    rows = [("host", f"{format_bytes(host)}, of which {format_bytes(plan.locked_bytes)} are taken{ring}")]
-    if plan.spills:
-        written = f"; {format_bytes(plan.written_bytes)} written by build()" if plan.written_bytes else ""
-        rows.append(("disk", f"{format_bytes(plan.read_bytes)} read in a call{written}"))
-    return rows
+    return shared_host_rows(plan, "call", ring)
 
 
 def _weights(phase: Plan) -> str:

@@ -8,6 +8,9 @@ from passes.check_host import check_host
 from planner.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from planner.generation import GenerationPlan
+    from planner.parted import PartedPlan
+    from planner.pipeline_plan import PipelinePlan
     from planner.plan import Plan
 
 
@@ -27,6 +30,21 @@ def host_rows(plan: Plan) -> list[tuple[str, str]]:
     if homes is not None and homes.scratch_bytes:
         said.append(f"{format_bytes(homes.scratch_bytes)} written by build()")
     return [*rows, ("disk", "; ".join(said))]
+
+
+def shared_host_rows(plan: GenerationPlan | PartedPlan | PipelinePlan, per: str, ring: str = "") -> list[tuple[str, str]]:
+    """A row for what several programs take of the host together, where that has a budget; one for the disk, as `host_rows`.
+
+    `per`: what is read once "in a ...". `ring`: what is to be said of rings.
+    """
+    host = plan.budget.host_bytes
+    if plan.locked_bytes is None or host is None:
+        return []
+    rows = [("host", f"{format_bytes(host)}, of which {format_bytes(plan.locked_bytes)} are taken{ring}")]
+    if plan.spills:
+        written = f"; {format_bytes(plan.written_bytes)} written by build()" if plan.written_bytes else ""
+        rows.append(("disk", f"{format_bytes(plan.read_bytes)} read in a {per}{written}"))
+    return rows
 
 
 def disk_rows(phase: Plan, loaded_bytes: int) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from planner.names import Names
 from planner.show import WIDTH, measured_times, ratio, wrap
+from planner.show_host import shared_host_rows
 from planner.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -46,15 +47,8 @@ def describe_parts(plan: PartedPlan) -> str:
 
 def _more(plan: PartedPlan) -> list[tuple[str, str]]:
     """What another GB would buy; or, where the host's memory has a budget, what it holds and what comes from disk."""
-    host = plan.budget.host_bytes
     rows = [] if plan.spills else [("1 GB more", plan.gap.describe_more())]
-    if plan.locked_bytes is None or host is None:
-        return rows
-    rows.append(("host", f"{format_bytes(host)}, of which {format_bytes(plan.locked_bytes)} are taken"))
-    if plan.spills:
-        written = f"; {format_bytes(plan.written_bytes)} written by build()" if plan.written_bytes else ""
-        rows.append(("disk", f"{format_bytes(plan.read_bytes)} read in a call{written}"))
-    return rows
+    return [*rows, *shared_host_rows(plan, "call")]
 
 
 def _parts(plan: PartedPlan) -> list[str]:

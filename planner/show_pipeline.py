@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from planner.show import WIDTH, wrap
+from planner.show_host import shared_host_rows
 from planner.sizes import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -62,15 +63,9 @@ def _early(plan: PipelinePlan) -> str:
 
 def _host(plan: PipelinePlan) -> list[tuple[str, str]]:
     """A row for the host's memory, where that has a budget, and one for the disk, where some weights are there."""
-    if plan.locked_bytes is None or plan.budget.host_bytes is None:
-        return []
     layouts = [part.layout.host for part in plan.parts.values() if part.layout.host is not None and part.layout.host.slots]
     ring = f", {format_bytes(sum(each.ring_bytes for each in layouts))} of them {len(layouts)} rings" if layouts else ""
-    rows = [("host", f"{format_bytes(plan.budget.host_bytes)}, of which {format_bytes(plan.locked_bytes)} are taken{ring}")]
-    if plan.spills:
-        written = f"; {format_bytes(plan.written_bytes)} written by build()" if plan.written_bytes else ""
-        rows.append(("disk", f"{format_bytes(plan.read_bytes)} read in a run{written}"))
-    return rows
+    return shared_host_rows(plan, "run", ring)
 
 
 def _peak(plan: PipelinePlan) -> str:

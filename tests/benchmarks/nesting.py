@@ -9,8 +9,6 @@ Every row is the plan of least memory on the memory model of CUDA, for rtx-4090:
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -28,9 +26,9 @@ from passes.loop import Loop
 from passes.program import tensors_of
 from planner import Plan, plan
 from planner.presets import Preset
-from planner.sizes import format_bytes
 from planner.solve.decide import Solver
 from planner.solve.tilings import Tilings
+from tests.benchmarks.tiling import main, sections
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -157,48 +155,11 @@ class _Nothing(dict[Any, None]):
 
 
 TABLES = {"images": images, "budgets": budgets, "others": others}
-_BYTES = {"least", "there", "around", "inputs, results", "weights, libraries"}
-
-
-def table(found: list[Row]) -> list[str]:
-    """Markdown."""
-    names = list(dict.fromkeys(name for row in found for name in row))
-    titles = ["planned in" if name == "seconds" else name for name in names]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(names) + "|"]
-    return lines + ["| " + " | ".join(_cell(name, row.get(name)) for name in names) + " |" for row in found]
-
-
-def _cell(name: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if name in _BYTES:
-        return format_bytes(value)
-    return f"{value:.1f} s" if name == "seconds" else str(value)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(TABLES), action="append", help="this table; may be given again")
-    parser.add_argument("--update", action="store_true", help="write the results")
-    arguments = parser.parse_args()
-    found: dict[str, list[Row]] = {}
-    for name in arguments.only or TABLES:
-        found[name] = []
-        for row in TABLES[name]():
-            found[name].append(row)
-            print(", ".join(f"{key} {_cell(key, value)}" for key, value in row.items()), flush=True)
-    if arguments.update:
-        path = RESULTS / "nesting.json"
-        found = {**(json.loads(path.read_text()) if path.exists() else {}), **found}
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        (RESULTS / "nesting.md").write_text(text(found))
 
 
 def text(found: dict[str, list[Row]]) -> str:
     """The tables, and what they say together."""
-    lines = [TITLE]
-    for name in (name for name in TABLES if name in found):
-        lines += [f"## {name.capitalize()}", "", str(TABLES[name].__doc__), "", *table(found[name]), ""]
+    lines = [TITLE, *sections(TABLES, found)]
     bound = [row for each in found.values() for row in each if "there" in row]
     single = sum(row["elements a tile"] == 1 for row in bound)
     whole = sum(row["around"] > row["there"] for row in bound)
@@ -207,4 +168,4 @@ def text(found: dict[str, list[Row]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "nesting", TABLES, text)

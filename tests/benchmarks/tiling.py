@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,10 @@ def _bf16(*shape: int) -> torch.Tensor:
 
 
 TABLES = {"images": images, "weights": weights, "sequences": sequences}
-_BYTES = {"unplanned", "reserved", "least", "least before", "least untiled", "on the host", "weights", "largest weight"}
+_BYTES = {
+    "unplanned", "reserved", "least", "least before", "least untiled", "on the host", "weights", "largest weight",
+    "there", "around", "inputs, results", "weights, libraries",
+}  # fmt: skip
 
 
 def table(rows: list[Row]) -> list[str]:
@@ -164,26 +167,38 @@ def _cell(name: str, value: Any) -> str:
     return f"{value:.3f}" if name == "slowdown" else f"{value:.1f} s" if name == "seconds" else str(value)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(TABLES), action="append", help="this table; may be given again")
+def main(
+    doc: str | None, name: str, tables: Mapping[str, Callable[[], Iterator[Row]]], text: Callable[[dict[str, list[Row]]], str]
+) -> None:
+    """The command: makes the tables that it is asked for, and with `--update` writes results/<name>.{json,md}."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(tables), action="append", help="this table; may be given again")
     parser.add_argument("--update", action="store_true", help="write the results")
     arguments = parser.parse_args()
     found: dict[str, list[Row]] = {}
-    for name in arguments.only or TABLES:
-        found[name] = []
-        for row in TABLES[name]():
-            found[name].append(row)
+    for each in arguments.only or tables:
+        found[each] = []
+        for row in tables[each]():
+            found[each].append(row)
             print(", ".join(f"{key} {_cell(key, value)}" for key, value in row.items()), flush=True)
     if arguments.update:
-        path = RESULTS / "tiling.json"
+        path = RESULTS / f"{name}.json"
         found = {**(json.loads(path.read_text()) if path.exists() else {}), **found}
-        text = [TITLE]
-        for name, rows in found.items():
-            text += [f"## {name.capitalize()}", "", str(TABLES[name].__doc__), "", *table(rows), ""]
         path.write_text(json.dumps(found, indent=1) + "\n")
-        (RESULTS / "tiling.md").write_text("\n".join(text))
+        (RESULTS / f"{name}.md").write_text(text(found))
+
+
+def sections(tables: Mapping[str, Callable[[], Iterator[Row]]], found: dict[str, list[Row]]) -> list[str]:
+    """Lines of Markdown for every table that was made."""
+    lines: list[str] = []
+    for name in (name for name in tables if name in found):
+        lines += [f"## {name.capitalize()}", "", str(tables[name].__doc__), "", *table(found[name]), ""]
+    return lines
+
+
+def text(found: dict[str, list[Row]]) -> str:
+    return "\n".join([TITLE, *sections(TABLES, found)])
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, "tiling", TABLES, text)

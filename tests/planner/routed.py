@@ -8,17 +8,17 @@ from torch import Tensor, nn
 WIDTH = 32
 
 
-def mlp(hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(WIDTH, hidden), nn.GELU(), nn.Linear(hidden, WIDTH))
+def mlp(hidden: int, width: int = WIDTH) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 class Branch(nn.Module):
     """Two branches of different size, taken by the sign of a sum; the root reads a parameter of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH, hidden: int = 64) -> None:
         super().__init__()
-        self.before, self.small, self.large = nn.Linear(WIDTH, WIDTH), mlp(64), mlp(128)
-        self.scale = nn.Parameter(torch.full((WIDTH,), 1.5))
+        self.before, self.small, self.large = nn.Linear(width, width), mlp(hidden, width), mlp(2 * hidden, width)
+        self.scale = nn.Parameter(torch.full((width,), 1.5))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.before(x) * self.scale

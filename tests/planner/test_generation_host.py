@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +12,19 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from passes.check_host import check_hosts
-from passes.program import Program
 from planner import InfeasibleBudget, Plan, PlanFileError, plan
 from planner.generation import GenerationPlan
 from planner.host_budget import all_bytes, module_tensors
 from runtime.errors import CheckError
 from runtime.origins import has_no_bytes
 from tests.planner.generations import SLOW, llama, planned, prompt
+from tests.planner.hosts import changed
 from tests.planner.test_casting import with_stored_values
+
+pytestmark = pytest.mark.usefixtures("scratch")
 
 TOKENS = 16
 SIZES = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    monkeypatch.setenv("VRAMPLAN_SCRATCH", str(folder))
-    yield folder
-    assert not list(folder.iterdir())
 
 
 @functools.cache
@@ -253,12 +244,6 @@ def test_saved_plans_keep_their_shares(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(PlanFileError, match=r"I1: .* nothing says which are on disk"):
         Plan.load(tmp_path / "plan.json", p.target)
-
-
-def changed(program: Program, **changes: object) -> Program:
-    assert program.layout is not None
-    assert program.layout.host is not None
-    return replace(program, layout=replace(program.layout, host=replace(program.layout.host, **changes)))  # type: ignore[arg-type]
 
 
 def test_the_checker_takes_rings_in_turn() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,10 @@ from planner import InfeasibleBudget, Plan, PlanFileError
 from planner.host_budget import all_bytes, module_tensors
 from planner.parted import PartedPlan
 from tests.planner.routed import Branch as Small
+from tests.planner.routed import mlp
 from tests.planner.test_parted import parted
+
+pytestmark = pytest.mark.usefixtures("scratch")
 
 WIDTH = 256
 
@@ -25,21 +27,11 @@ def rows(count: int = 8, shift: float = 0.0) -> Tensor:
     return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(count)) + shift
 
 
-def mlp(hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(WIDTH, hidden), nn.GELU(), nn.Linear(hidden, WIDTH))
-
-
-class Branch(nn.Module):
-    """Two branches of different size, taken by the sign of a sum; the root reads a parameter of its own."""
+class Branch(Small):
+    """The same, so large that a ring for its weights is little beside them."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.before, self.small, self.large = nn.Linear(WIDTH, WIDTH), mlp(256), mlp(512)
-        self.scale = nn.Parameter(torch.full((WIDTH,), 1.5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.before(x) * self.scale
-        return self.large(h) if h.sum() > 0 else self.small(h)
+        super().__init__(WIDTH, 256)
 
 
 class Loop(nn.Module):
@@ -47,7 +39,7 @@ class Loop(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.step, self.after = mlp(256), mlp(256)
+        self.step, self.after = mlp(256, WIDTH), mlp(256, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         turns = 0
@@ -57,15 +49,6 @@ class Loop(nn.Module):
 
 
 VALUES = [rows(shift=shift) for shift in (-0.5, 0.5, 0.0)]
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    monkeypatch.setenv("VRAMPLAN_SCRATCH", str(folder))
-    yield folder
-    assert not list(folder.iterdir())
 
 
 @functools.cache

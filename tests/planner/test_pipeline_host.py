@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from passes.check_host import check_hosts
-from passes.program import Program
 from planner import InfeasibleBudget, Plan, PlanFileError, plan
 from planner.frontends.diffusers_pipeline import components_of
 from planner.host_budget import all_bytes, module_tensors
@@ -24,19 +21,17 @@ from planner.solve.host_split import HostSplit
 from runtime.errors import CheckError
 from runtime.origins import has_no_bytes, named_tensors
 from tests.pipelines import PIPELINES
+from tests.planner.hosts import changed
+
+pytestmark = pytest.mark.usefixtures("scratch")
 
 NAMES = ("Flux", "FluxImg2Img")  # the second encodes and decodes: two programs of one component
 WHAT = {"device": "accounting", "machine": "rtx-4090", "allow": ("offload",)}
 
 
 @pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DiffusionPipeline, "_progress_bar_config", {"disable": True}, raising=False)
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    monkeypatch.setenv("VRAMPLAN_SCRATCH", str(folder))
-    yield folder
-    assert not list(folder.iterdir())
 
 
 def picture_of(pipe: Any, call: dict[str, Any]) -> torch.Tensor:
@@ -222,12 +217,6 @@ def test_saved_plans_keep_their_shares(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(data))
     with pytest.raises(PlanFileError, match=r"I1: .* nothing says which are on disk"):
         PipelinePlan.load(tmp_path / "plan.json", p.target)
-
-
-def changed(program: Program, **changes: object) -> Program:
-    assert program.layout is not None
-    assert program.layout.host is not None
-    return replace(program, layout=replace(program.layout, host=replace(program.layout.host, **changes)))  # type: ignore[arg-type]
 
 
 def test_the_checker_refuses_shares_that_do_not_go_together() -> None:
