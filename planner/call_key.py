@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,13 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from passes.program import storage_id
 from passes.spec import TensorSpec
+from runtime.leftovers import Key, outline
 
 
 @dataclass(frozen=True)
 class CallKey:
-    """What makes two calls one: component, method, geometry of tensors, Python values, dtypes of the weights, autocast.
+    """What makes two calls one: component, method, geometry of tensors, Python values, dtypes of the weights, autocast, and
+    plain attributes that are not as usual.
 
     Storages are numbered within the call, and where in its storage a tensor lies counts only beside another one of the same
     storage: the timestep of every step, a view into one tensor of all timesteps, is the same argument.
@@ -29,18 +31,23 @@ class CallKey:
     floats: tuple[float, ...]
     dtypes: tuple[torch.dtype, ...]
     autocast: torch.dtype | None
+    settings: tuple[Any, ...] = ()
 
     @classmethod
-    def of(cls, component: str, method: str, args: Any, kwargs: Any, module: nn.Module) -> CallKey:
+    def of(
+        cls, component: str, method: str, args: Any, kwargs: Any, module: nn.Module, settings: Mapping[Key, Any] | None = None
+    ) -> CallKey:
+        """`settings`: plain attributes of the component that are not as usual."""
         leaves, spec = tree_flatten((args, kwargs))
         dtypes = dict.fromkeys(parameter.dtype for parameter in module.parameters())
         autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         floats = tuple(leaf for leaf in leaves if isinstance(leaf, float))
-        return cls(component, method, frozen(leaves), spec, floats, tuple(sorted(dtypes, key=str)), autocast)
+        own = (*(settings or {}), *outline((settings or {}).values()))
+        return cls(component, method, frozen(leaves), spec, floats, tuple(sorted(dtypes, key=str)), autocast, own)
 
     @property
     def without_floats(self) -> tuple[Any, ...]:
-        return self.component, self.method, self.leaves, self.spec, self.dtypes, self.autocast
+        return self.component, self.method, self.leaves, self.spec, self.dtypes, self.autocast, self.settings
 
 
 def call_specs(leaves: Sequence[Any]) -> list[Any]:

@@ -32,6 +32,7 @@ from planner.outermost import Outermost, outermost_calls
 from planner.plain_state import held_objects
 from planner.pretend_device import PretendDevice, plain_devices
 from planner.refuse import refuse_unplannable
+from planner.settings import Settings
 from runtime.errors import PlannerError
 from runtime.fingerprint import Fingerprint
 
@@ -80,6 +81,7 @@ def record(
         try:
             with device.pause():
                 own = _own_call(call, device)
+                recorder.begin()
             run(**own)
         except PlannerError:
             raise
@@ -105,6 +107,11 @@ class _Recorder:
         self._calls: dict[Any, ComponentCall] = {}
         self._order: dict[Any, int] = {}
         self._steps: list[Step] = []
+        self._settings: dict[str, Settings] = {}
+
+    def begin(self) -> None:
+        """From here on the pipeline's Python runs: how components are set now is how they are as usual."""
+        self._settings = {name: Settings(component) for name, component in self.components.items()}
 
     def answer(self, call: Outermost) -> Any:
         given = (call.args, call.kwargs)
@@ -118,11 +125,12 @@ class _Recorder:
             raise refused
         with self.device.pause():
             args, kwargs = plain_devices(given)
-            key = CallKey.of(call.component, call.method, args, kwargs, call.module)
+            settings = self._settings[call.component].differing()
+            key = CallKey.of(call.component, call.method, args, kwargs, call.module, settings)
             result, how, most = self._result(call, key, (args, kwargs))
         held, arguments = self.device.held, self.device.bytes_of(given)
         self.device.answer(result)
-        self._add(key, how, most, given, result, Step(0, key.floats, held - arguments, arguments, between))
+        self._add(key, how, most, settings, given, result, Step(0, key.floats, held - arguments, arguments, between))
         self.device.take_peak()
         return result
 
@@ -148,11 +156,13 @@ class _Recorder:
             known = self._outcomes[exact] = outcome, Fingerprint(call.module)
         return known[0].zeros(given), known[0].how, None
 
-    def _add(self, key: CallKey, how: Any, most: int | None, given: Any, result: Any, step: Step) -> None:
+    def _add(self, key: CallKey, how: Any, most: int | None, settings: Any, given: Any, result: Any, step: Step) -> None:
         same = key.without_floats, ComponentCall.outline(result)
         if same not in self._calls:
             self._order[same] = len(self._order)
-            self._calls[same] = ComponentCall.of(key, given, result, by_values=how == "values", most_steps=most)
+            self._calls[same] = ComponentCall.of(
+                key, given, result, by_values=how == "values", most_steps=most, settings=settings
+            )
         self._steps.append(replace(step, call=self._order[same]))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
@@ -15,6 +15,7 @@ from planner.call_key import CallKey, call_specs, frozen
 from planner.pretend_device import Held
 from planner.show_dry_run import brief, describe
 from runtime.layout import align
+from runtime.leftovers import Key
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,7 @@ class ComponentCall:
         dtypes: those of the parameters at the time of the call: a pipeline may have cast them (SDXL's VAE, to float32).
         autocast: the dtype of autocast around it, or None.
         by_values: its Python cannot run on fakes: shapes are those of runs on zeros and on random numbers.
+        settings: plain attributes of the component that the pipeline has set for it, by path within it and name.
         most_steps: for a method that goes on until values say stop (`generate`), after how many steps it stops at the latest.
     """
 
@@ -41,14 +43,25 @@ class ComponentCall:
     autocast: torch.dtype | None = None
     by_values: bool = False
     most_steps: int | None = None
+    settings: Mapping[Key, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, key: CallKey, given: Any, result: Any, *, by_values: bool, most_steps: int | None) -> ComponentCall:
+    def of(
+        cls,
+        key: CallKey,
+        given: Any,
+        result: Any,
+        *,
+        by_values: bool,
+        most_steps: int | None,
+        settings: Mapping[Key, Any],
+    ) -> ComponentCall:
         (leaves, spec), (outputs, result_spec) = tree_flatten(given), tree_flatten(result)
         both = call_specs([*leaves, *outputs])
         own, others = tuple(both[: len(leaves)]), tuple(both[len(leaves) :])
+        results = others, result_spec
         return cls(
-            key.component, key.method, own, spec, others, result_spec, key.dtypes, key.autocast, by_values, most_steps
+            key.component, key.method, own, spec, *results, key.dtypes, key.autocast, by_values, most_steps, settings
         )  # fmt: skip
 
     @staticmethod

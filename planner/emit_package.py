@@ -33,7 +33,7 @@ from planner.weights import open_weights
 from runtime.errors import PackageError, PlannerError
 from runtime.executable import Executable
 from runtime.package_format import FORMAT, PLAN_FILE, PRELUDE, dump_document, encode_program, encode_signature
-from runtime.signature import CallSignature, Signature, bind_call
+from runtime.signature import CallSignature, Signature, bind_call, sees_spelling
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -119,6 +119,7 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "class": type(module).__name__,
         "method": method,
         "parameters": _parameters(module, method),
+        "sees_spelling": sees_spelling(getattr(module, method)),
         "device": plan.device,
         "machine": plan.machine.name,
         "link_bandwidth": plan.machine.link_peak_bandwidth,

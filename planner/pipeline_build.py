@@ -95,7 +95,7 @@ def _single(plan: PipelinePlan, made: ProgramOfCall, room: int, what: str, inste
         raise _no_room_on_the_host(plan, key, error) from None
     options = within(member_options(plan.options, made), room, host)
     own = Plan(plan._analyses.root.get_submodule(made.path), options, tilings, schedule.decisions(solver.problem))
-    return PipelineProgram(key, made.path, made.method, made.signature, own.executable, "call")
+    return PipelineProgram(key, made.path, made.method, made.signature, own.executable, "call", settings=made.settings)
 
 
 def _plan_part(plan: PipelinePlan, key: str, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> PipelineProgram:
@@ -163,7 +163,7 @@ def _plan_anew(
     try:
         fresh = PipelinePlan.of(pipe, dataclasses.replace(plan.options, kwargs=call, held=None))
         with torch.inference_mode(False):
-            plan._take(fresh, build_runner(fresh, None, concurrent))
+            plan._become(fresh, concurrent)
     except PlannerError as error:
         raise PlannerError(
             f"{changed}, and the pipeline cannot be planned so: {error}. It runs without a plan now. Change it, or plan it "

@@ -21,7 +21,9 @@ from planner.pipeline_captured import ProgramOfCall, with_own_constants
 from planner.pipeline_parts import PartsOfCall, parts_of_call
 from planner.progress import stepping
 from planner.refuse import refuse_shared_state
+from planner.settings import Settings, as_set
 from runtime.errors import CaptureError, InvalidCall, PlannerError
+from runtime.leftovers import Key, is_within, outline
 from runtime.loose_signature import LooseSignature, as_inputs
 from runtime.signature import bind_call
 
@@ -48,6 +50,9 @@ class Captures:
     _parted: list[PartsOfCall] = field(default_factory=list)
     _single: list[ProgramOfCall] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._usual = Settings(self.root)
+
     def of_run(self, run: DryRun, options: Options) -> tuple[list[Captured], list[int]]:
         """The calls of a dry run, in the order of their first time, and for each step the index of its call.
 
@@ -59,7 +64,10 @@ class Captures:
         with stepping(f"capturing {run.name}", len(run.calls)) as step:
             for index, call in enumerate(run.calls):
                 step(call.name)
-                for floats, made in self._of_call(run, index, call, options).items():
+                component = self.root.get_submodule(call.component.replace(".", "_"))
+                with as_set(component, call.settings):
+                    found = self._of_call(run, index, call, options)
+                for floats, made in found.items():
                     if made not in programs:
                         programs.append(made)
                     chosen[index, floats] = programs.index(made)
@@ -97,6 +105,12 @@ class Captures:
         except InvalidCall:
             raise
         except CaptureError as error:
+            if self._settings(path):
+                where, name = next(iter(self._settings(path)))
+                raise PlannerError(
+                    f"{path}.{method} cannot be captured whole ({error}), and its own Python cannot run around parts of it "
+                    f"while the pipeline sets {name!r} of {where}: set it before the call"
+                ) from error
             made = parts_of_call(self.root, path, method, bound, options, error, len(self._parted))
         self._parted.append(made)
         return made
@@ -111,9 +125,11 @@ class Captures:
         """
         module = self.root.get_submodule(path)
         args, kwargs, floats = _bound(getattr(module, method), args, kwargs, varying or [])
-        exact = LooseSignature.of(args, kwargs)
+        exact, settings = LooseSignature.of(args, kwargs), self._settings(path)
         for known in self._known:
             same = (known.path, known.method) == (path, method) and (floats <= known.signature.floats or not floats)
+            same = same and list(known.settings) == list(settings)
+            same = same and outline(known.settings.values()) == outline(settings.values())
             if same and known.signature.accepts(exact):
                 return known
         asks = any(isinstance(leaf, torch.Generator) for leaf in tree_flatten((args, kwargs))[0])
@@ -124,7 +140,8 @@ class Captures:
             raise CaptureError(f"{path}.{method} draws random numbers from a generator that it is given, which no program does")
         signature = replace(LooseSignature.of(args, kwargs, floats), draws=draws)
         refuse_shared_state(module, program)
-        made = ProgramOfCall(path, method, signature, self._renamed(program, path, method), args, dict(kwargs))
+        program = self._renamed(program, path, method)
+        made = ProgramOfCall(path, method, signature, program, args, dict(kwargs), settings=settings)
         self._known.append(made)
         return made
 
@@ -142,6 +159,19 @@ class Captures:
         program = replace(renamed, name=f"{path}.forward")
         self._single.append(ProgramOfCall(path, "forward", LooseSignature.of(args, kwargs), program, args, kwargs, part=True))
         return self._single[-1]
+
+    def _settings(self, path: str) -> dict[Key, tuple[Any, Any]]:
+        """How the module at `path` is set that programs do not leave so: what is usual, and what is now.
+
+        Raises:
+            CaptureError: an attribute is another object than when the pipeline was planned.
+        """
+        other = next((key for key in self._usual.exchanged() if is_within(key, path)), None)
+        if other is not None:
+            raise CaptureError(f"{other[1]!r} of {other[0]} is another object than when the pipeline was planned")
+        left = {key for known in self._known if known.program.leftovers for key in known.program.leftovers.before}
+        now = {key: value for key, value in self._usual.differing().items() if key not in left and is_within(key, path)}
+        return {key: (self._usual.usual(key), value) for key, value in now.items()}
 
     def _renamed(self, program: Program, path: str, method: str) -> Program:
         """With the root's names; constants that the module has no name for get one that no other program has."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass, replace
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from passes.program import Program, storage_id
+from runtime.leftovers import Key
 from runtime.loose_signature import LooseSignature
 
 
@@ -18,7 +19,8 @@ from runtime.loose_signature import LooseSignature
 class ProgramOfCall:
     """A captured call. `path`: of the module that is called, from the root; `args` and `kwargs` are those of the capture.
 
-    `part`: of a component whose own Python runs around it.
+    `part`: of a component whose own Python runs around it. `settings`: plain attributes that the pipeline has set for it, by
+    path from the root and name: what they are as usual, and were at the capture.
     """
 
     path: str
@@ -28,6 +30,7 @@ class ProgramOfCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     part: bool = False
+    settings: Mapping[Key, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def key(self) -> str:

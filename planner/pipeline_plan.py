@@ -386,7 +386,9 @@ class PipelinePlan:
         for key, part in self.parts.items():
             own, member = self._problem.programs[key], self._problem.budget.members[key]
             made.append(
-                PipelineProgram(key, own.path, own.method, own.signature, part.executable, self.stays[key], member.phases)
+                PipelineProgram(
+                    key, own.path, own.method, own.signature, part.executable, self.stays[key], member.phases, own.settings
+                )
             )
         predicted = {
             "peak_bytes": float(self.peak_bytes),
@@ -430,11 +432,17 @@ class PipelinePlan:
         """All arguments of a call of the pipeline by name."""
         return named_call(functools.partial(type(self._pipe).__call__, self._pipe), args, kwargs)
 
-    def _take(self, fresh: PipelinePlan, runner: PipelineRunner) -> None:
-        """Becomes the plan that took the place of this one, since the pipeline had changed."""
+    def _become(self, fresh: PipelinePlan, concurrent: Literal["wait", "raise"]) -> None:
+        """The plan that takes the place of this one, since the pipeline has changed; built, or all is as before."""
+        before = dict(vars(self))
         vars(self).clear()
         vars(self).update(vars(fresh))
-        self._runner = runner
+        try:
+            self._runner = build_runner(self, None, concurrent)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
 
     @property
     def runner(self) -> PipelineRunner | None:

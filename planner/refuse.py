@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 
 from passes.program import Program
 from passes.spec import TensorSpec
@@ -12,7 +14,11 @@ from runtime.errors import PlannerError
 
 
 def refuse_unplannable(module: nn.Module, method: str) -> None:
-    """Raises PlannerError for modules whose plan would be wrong: training, compiled, hooked or quantised ones."""
+    """Raises PlannerError for modules whose plan would be wrong: training, compiled, hooked or quantised ones.
+
+    Adapters that were loaded into a module in eval mode are in training mode themselves: below the root only what computes
+    something else then is refused.
+    """
     kind = type(module).__name__
     if not isinstance(module, nn.Module):
         raise PlannerError(f"plan() takes an nn.Module here, got {kind}; call plan(module, budget=..., inputs=(...,))")
@@ -25,7 +31,7 @@ def refuse_unplannable(module: nn.Module, method: str) -> None:
         )
     for name, child in module.named_modules():
         label = f"{name or 'the module'} ({type(child).__name__})"
-        if child.training:
+        if child.training and (child is module or _trains(child)):
             raise PlannerError(f"{label} is in training mode; plans are for inference: call plan(module.eval(), ...)")
         if hasattr(child, "_hf_hook"):
             raise PlannerError(
@@ -46,6 +52,15 @@ def refuse_unplannable(module: nn.Module, method: str) -> None:
             f"{method} of this {kind} was replaced on the object, where it would run past the plan; "
             f"restore it (del module.{method}), or put the change into a subclass or a forward hook"
         )
+
+
+def _trains(child: nn.Module) -> bool:
+    """Whether one of torch's own modules computes something else in training mode; Python of others is captured as it runs."""
+    if isinstance(child, (_DropoutNd, nn.RNNBase, nn.MultiheadAttention)):
+        return bool(child.p if isinstance(child, _DropoutNd) else child.dropout)
+    if isinstance(child, _NormBase):
+        return isinstance(child, _BatchNorm) or child.track_running_stats
+    return isinstance(child, nn.RReLU)
 
 
 def refuse_shared_state(module: nn.Module, program: Program) -> None:

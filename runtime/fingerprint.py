@@ -6,25 +6,26 @@ costs one pass over the modules' attributes in C.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator, Sequence
 from operator import is_
 from typing import Any
 
 import torch
 from torch import nn
 
-from runtime.leftovers import Key
+from runtime.leftovers import Key, containers_of
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_forward_hooks_with_kwargs")
 _SCALARS = (int, float, bool, str, complex, type(None), torch.dtype)
+_NEW = object()
 _DEPTH = 8  # containers may hold themselves
 _KNOWN = (*_SCALARS, list, tuple, dict, set, frozenset, torch.Tensor)
 # Of every module; hooks, children and weights are looked at by themselves.
-_TABLES = frozenset(nn.Module().__dict__) - {"training"}
+TABLES = frozenset(nn.Module().__dict__) - {"training"}
 
 
 class Fingerprint:
-    """Taken once of a module; `changed()` names what differs now, or gives None.
+    """Taken once of a module; `changed()` names what differs now, or gives None: in all of it, or in the module at a path.
 
     `captured`: paths of the modules that programs were captured of, None for all. The Python of others runs for real: only that
     their parameters and buffers are the same is looked at. `leftovers`: attributes that programs write themselves; whoever
@@ -44,24 +45,52 @@ class Fingerprint:
         self._tensors = [_tensors(child) for _, child in self._modules]
         self._children = [tuple(child._modules.items()) for _, child in self._modules]
         self._hooks = [_hooks(child, child is module) for _, child in self._modules]
+        self._inside: dict[str, list[int]] = {}
 
-    def changed(self) -> str | None:
-        for index, (name, child) in enumerate(self._modules):
+    def changed(self, within: str = "") -> str | None:
+        return next((text for _, text in self._changes(within)), None)
+
+    def only_settings(self, within: str = "") -> bool:
+        """Whether no more has changed than attributes that are plain data now."""
+        return all(what == "setting" for what, _ in self._changes(within))
+
+    def ignore(self, keys: Iterable[Key]) -> None:
+        """From now on these attributes may change: whoever runs programs looks at them."""
+        for path, name in keys:
+            self._leftovers.setdefault(path, set()).add(name)
+            index = next(i for i, (own, _) in enumerate(self._modules) if own == path)
+            self._values[index].pop(name, None)
+
+    def _indices(self, within: str) -> Sequence[int]:
+        """Which modules are in the one at a path; some may be elsewhere too, and have their names from there."""
+        if not within:
+            return range(len(self._modules))
+        if within not in self._inside:
+            inside = set(self._module.get_submodule(within).modules())
+            self._inside[within] = [index for index, (_, child) in enumerate(self._modules) if child in inside]
+        return self._inside[within]
+
+    def _changes(self, within: str) -> Iterator[tuple[str, str]]:
+        for index in self._indices(within):
+            name, child = self._modules[index]
             tensors = _tensors(child)
             if len(tensors) != len(self._tensors[index]) or not all(map(is_, tensors, self._tensors[index])):
-                return f"a parameter or buffer of {name or 'the module'} was replaced"
+                yield "tensor", f"a parameter or buffer of {name or 'the module'} was replaced"
             if self._python[index]:
                 continue
             attributes = self._attributes[index]
             now = child.__dict__
             same = len(now) == len(attributes) and all(map(is_, now.values(), attributes))
-            if (not same or self._filled[index]) and self._values_of(name, child) != self._values[index]:
-                return f"an attribute of {name or 'the module'} changed"
+            if (not same or self._filled[index]) and (values := self._values_of(name, child)) != self._values[index]:
+                others = {
+                    k for k in values.keys() | self._values[index].keys() if values.get(k, _NEW) != self._values[index].get(k)
+                }
+                plain = all(containers_of(now.get(k)) is not None for k in others)
+                yield "setting" if plain else "object", f"an attribute of {name or 'the module'} changed"
             if tuple(child._modules.items()) != self._children[index]:
-                return f"the children of {name or 'the module'} changed"
+                yield "children", f"the children of {name or 'the module'} changed"
             if _hooks(child, child is self._module) != self._hooks[index]:
-                return f"the hooks of {name or 'the module'} changed"
-        return None
+                yield "hooks", f"the hooks of {name or 'the module'} changed"
 
     def _values_of(self, path: str, child: nn.Module) -> dict[str, Any]:
         """What a program may have baked in: scalars and containers of them by value, tensors and callables by identity."""
@@ -69,12 +98,12 @@ class Fingerprint:
         return {
             k: _value(v)
             for k, v in child.__dict__.items()
-            if k not in _TABLES and k not in mine and (isinstance(v, _KNOWN) or callable(v))
+            if k not in TABLES and k not in mine and (isinstance(v, _KNOWN) or callable(v))
         }
 
 
 def _has_containers(child: nn.Module) -> bool:
-    return any(isinstance(v, (list, dict, set)) for k, v in child.__dict__.items() if k not in _TABLES)
+    return any(isinstance(v, (list, dict, set)) for k, v in child.__dict__.items() if k not in TABLES)
 
 
 def _value(value: Any, depth: int = 0) -> Any:

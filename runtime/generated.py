@@ -158,7 +158,7 @@ class GenerationRunner(Runner):
         try:
             leaves = tree_leaves((args, kwargs))
             with torch.inference_mode(False), torch.no_grad():
-                self._guard(leaves)
+                self._guard(leaves, self.fingerprint.changed())
                 self._choose(args, kwargs)
                 return self._run_loop((args, kwargs), [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
         finally:

@@ -102,9 +102,38 @@ class KnownStates:
         return all(outline([attribute(self.module, key)]) == value for key, value in self._fixed[index].items())
 
 
+@dataclass(eq=False)
+class KnownSettings:
+    """Which of several programs may run for how attributes are set from outside: each knows those that are not as usual."""
+
+    module: nn.Module
+    _usual: dict[Key, Any] = field(default_factory=dict)  # outlines, as all that is compared
+    _own: list[tuple[str, dict[Key, Any]]] = field(default_factory=list)
+
+    def keys(self) -> frozenset[Key]:
+        """All attributes that are set for some program."""
+        return frozenset(self._usual)
+
+    def add(self, path: str, settings: Mapping[Key, tuple[Any, Any]]) -> None:
+        """Takes in a program of the module at `path`: what the attributes are as usual, and for it."""
+        self._usual |= {key: outline([usual]) for key, (usual, _) in settings.items()}
+        self._own.append((path, {key: outline([value]) for key, (_, value) in settings.items()}))
+
+    def fits(self, index: int) -> bool:
+        """Whether the program of that index, in the order of `add`, is right for the attributes as they are."""
+        path, own = self._own[index]
+        expected = {key: own.get(key, usual) for key, usual in self._usual.items() if is_within(key, path)}
+        return all(outline([attribute(self.module, key)]) == value for key, value in expected.items())
+
+
 def attribute(module: nn.Module, key: Key) -> Any:
     """The value of a plain attribute of a submodule; ABSENT where it has none."""
     return module.get_submodule(key[0]).__dict__.get(key[1], ABSENT)
+
+
+def is_within(key: Key, path: str) -> bool:
+    """Whether the attribute is of the module at `path`, or of a submodule of it."""
+    return key[0] == path or key[0].startswith(f"{path}.")
 
 
 def refill(container: Any, content: Any) -> None:

@@ -10,7 +10,7 @@ import ast
 import copy
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,7 +163,7 @@ def _stand_in(
     data: Mapping[str, Any], tensors: Mapping[str, WeightView], programs: list[tuple[Signature, Executable]]
 ) -> nn.Module:
     """A module with all tensors on the meta device, under all their names, and with the attributes that programs leave."""
-    kind: Any = type(data["class"], (Packaged,), {data["method"]: _method(data["method"], data["parameters"])})
+    kind: Any = type(data["class"], (Packaged,), {data["method"]: _method(data)})
     module: nn.Module = kind()
     for name, view in tensors.items():
         tensor: torch.Tensor = torch.empty_strided(view.shape, view.stride, dtype=view.dtype, device="meta")
@@ -196,20 +196,22 @@ def _part(module: nn.Module, path: str) -> nn.Module:
     return module
 
 
-def _method(name: str, parameters: Iterable[Mapping[str, Any]]) -> Any:
+def _method(data: Mapping[str, Any]) -> Any:
     """What the planned method is called like; the planned module runs the program in its place."""
+    name = data["method"]
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         raise ModuleUnusable("a package's module runs as what runtime.load gave, and not by itself")
 
     kinds = {str(kind.name): kind for kind in inspect._ParameterKind}
     own = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)]
-    for given in parameters:
+    for given in data["parameters"]:
         default = _Default(given["default"]) if "default" in given else inspect.Parameter.empty
         own.append(inspect.Parameter(given["name"], kinds[given["kind"]], default=default))
     method.__name__ = method.__qualname__ = name
     method.__doc__ = "Runs the emitted program."
     method.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+    method.sees_spelling = data["sees_spelling"]  # type: ignore[attr-defined]
     return method
 
 

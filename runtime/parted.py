@@ -176,7 +176,7 @@ class PartedRunner(Runner):
         self._enter()
         try:
             leaves = tree_leaves((args, kwargs))
-            self._guard(leaves)
+            self._guard(leaves, self.fingerprint.changed())
             with torch.inference_mode(False):
                 self._choose(args, kwargs)
             return self._run_python(args, kwargs, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])

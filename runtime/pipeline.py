@@ -27,7 +27,7 @@ from runtime.early import Arriving
 from runtime.executable import Executable
 from runtime.executor import Executor
 from runtime.fingerprint import Fingerprint
-from runtime.leftovers import KnownStates
+from runtime.leftovers import KnownSettings, KnownStates
 from runtime.loose_signature import LooseSignature, as_inputs
 from runtime.origins import Lookup, named_tensors
 from runtime.own_python import OwnPython
@@ -108,7 +108,8 @@ class PipelineRunner(Runner):
         self._drop_early()
         for executor in self._executors():
             executor.unload()
-        self._members, self._states, self._active = [], KnownStates(self.module), programs
+        self._members, self._active = [], programs
+        self._states, self._settings = KnownStates(self.module), KnownSettings(self.module)
         assert self.store is not None
         if programs.parted and self._own is None:
             self._own = OwnPython(self.module, self.device, self.store, self.state, self._answer_part)
@@ -116,6 +117,8 @@ class PipelineRunner(Runner):
         self._captured = captured_paths(self.module, programs) if programs.parted else None
         for each in programs.programs:
             self._add(each)
+        known = self._states.keys() | self._settings.keys()
+        self.fingerprint = Fingerprint(self.module, self._captured, leftovers=known)
         self.versions = self._versions()
 
     def _add(self, each: PipelineProgram) -> None:
@@ -123,7 +126,7 @@ class PipelineRunner(Runner):
         executor = self._new_executor()
         self._members.append((each, program, executor))
         self._states.add(program.leftovers)
-        self.fingerprint = Fingerprint(self.module, self._captured, leftovers=self._states.keys())
+        self._settings.add(each.path, each.settings)
         if each.stay == "always":
             executor.load(program)
 
@@ -222,12 +225,20 @@ class PipelineRunner(Runner):
         began = time.perf_counter()
         bound = bind_call(own, args, kwargs)
         with torch.inference_mode(False):
+            changed = self.fingerprint.changed(path)
+            if changed is not None and not self.fingerprint.only_settings(path):
+                self._guard([], changed)
             index = self._find(path, method, bound)
+            if changed is not None:
+                changed = self.fingerprint.changed(path)
+            if changed is not None and index >= 0:
+                index = self._plan_one(path, method, bound)
+                changed = self.fingerprint.changed(path)
         if index < 0:
-            return self._answer_in_parts(index, own, bound, began)
+            return self._answer_in_parts(index, own, bound, began, changed)
         each, program, executor = self._members[index]
         leaves = tree_flatten(as_inputs(*bound, each.signature.floats))[0]
-        self._guard([leaf for i, leaf in enumerate(leaves) if i not in each.signature.floats])
+        self._guard([leaf for i, leaf in enumerate(leaves) if i not in each.signature.floats], changed)
         now, following = self._advance(index)
         early = self._came(program)
         self._drop(now, keep=index)
@@ -251,12 +262,12 @@ class PipelineRunner(Runner):
         calls, seconds = self._spent.get(key, (0, 0.0))
         self._spent[key] = calls + 1, seconds + time.perf_counter() - began
 
-    def _answer_in_parts(self, index: int, own: Callable[..., Any], bound: Call, began: float) -> Any:
+    def _answer_in_parts(self, index: int, own: Callable[..., Any], bound: Call, began: float, changed: str | None) -> Any:
         """Runs a component's own Python, its parts as programs."""
         assert self._active is not None
         assert self._own is not None
         call = self._active.parted[~index]
-        self._guard(tree_leaves(bound))
+        self._guard(tree_leaves(bound), changed)
         now, following = self._advance(index)
         self._drop_early()
         self._drop(now)
@@ -340,19 +351,22 @@ class PipelineRunner(Runner):
     def _find(self, path: str, method: str, bound: Call) -> int:
         """The program of a call; planned now where no call of the plan was like it."""
         index = self._known_program(path, method, bound)
-        if index is None and self._current is not None:
+        if index is None and self._current is not None and self.fingerprint.changed() is None:
             log.info("%s.%s is called as the plan did not foresee, planning again", path, method)
             programs = self._known[call_key(self._current, exact=True)] = self._plan_again(self._current)
             self._activate(programs)
             index = self._known_program(path, method, bound)
-        if index is None:
-            log.info("%s.%s is called as the pipeline does not call it, planning that", path, method)
-            with _disable_current_modes(), self._taken.as_before():
-                made = self._planners.one(path, method, *bound)
-            self._add(made)
-            self.versions = self._versions()
-            index = len(self._members) - 1
-        return index
+        return self._plan_one(path, method, bound) if index is None else index
+
+    def _plan_one(self, path: str, method: str, bound: Call) -> int:
+        """A program for this call alone, for attributes as they are now."""
+        log.info("%s.%s is called as the pipeline does not call it, planning that", path, method)
+        with _disable_current_modes(), self._taken.as_before():
+            made = self._planners.one(path, method, *bound)
+        self._add(made)
+        self.fingerprint.ignore(self._states.keys() | self._settings.keys())
+        self.versions = self._versions()
+        return len(self._members) - 1
 
     def _known_program(self, path: str, method: str, bound: Call) -> int | None:
         signature = LooseSignature.of(*bound)
@@ -363,7 +377,7 @@ class PipelineRunner(Runner):
             if index in self._parts:
                 continue
             same = (each.path, each.method) == (path, method) and each.signature.accepts(signature)
-            if same and self._states.fits(index):
+            if same and self._states.fits(index) and self._settings.fits(index):
                 return index
         return None
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from runtime.early import Pieces
 from runtime.executable import Executable, RunPace
+from runtime.leftovers import Key
 from runtime.loose_signature import LooseSignature
 from runtime.own_python import parents_of
 
@@ -18,7 +19,10 @@ Stay = Literal["always", "phase", "call"]
 
 @dataclass(frozen=True)
 class PipelineProgram:
-    """The program of one call of a component, which is the module at `path`; `phases` are those in which it is called."""
+    """The program of one call of a component, which is the module at `path`; `phases` are those in which it is called.
+
+    `settings`: plain attributes that are set for this call from outside: what they are as usual, and here.
+    """
 
     key: str
     path: str
@@ -27,6 +31,7 @@ class PipelineProgram:
     program: Executable
     stay: Stay
     phases: tuple[int, ...] = ()
+    settings: Mapping[Key, tuple[Any, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Runner(WeightKeeper):
         """The program of this call, and its flat inputs."""
         args, kwargs = bind_call(self.function, args, kwargs)
         signature, leaves = CallSignature.of(args, kwargs)
-        self._guard(leaves)
+        self._guard(leaves, self.fingerprint.changed())
         known = enumerate(self.programs)
         program = next((p for i, (s, p) in known if s.accepts(signature) and self._states.fits(i)), None)
         if program is None:
@@ -178,7 +178,8 @@ class Runner(WeightKeeper):
             program.leftovers.leave(self.module)
         return tree_unflatten(outputs, program.out_spec)
 
-    def _guard(self, leaves: list[Any]) -> None:
+    def _guard(self, leaves: list[Any], changed: str | None) -> None:
+        """Raises for what no program can run with; `changed`: what is different about the module, if anything is."""
         device = self.device.torch_device
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor) and leaf.device != device:
@@ -192,7 +193,6 @@ class Runner(WeightKeeper):
             )
         if self.store is not None:
             self.store.check()
-        changed = self.fingerprint.changed()
         if changed is not None:
             raise ModuleUnusable(f"{changed} since the plan was made, which the program does not know; plan and build it again")
         versions = self._versions()

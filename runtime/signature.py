@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,12 +14,15 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 from runtime.errors import InputError
 
 _SCALARS = (int, float, bool, str, complex, type(None), torch.dtype, torch.device, torch.memory_format, torch.layout)
+_PASSING_ON = ("torch", "planner", "runtime")  # whose decorators give arguments on as they come
 
 
 def bind_call(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One spelling for equal calls: what can be positional is positional.
+    """One spelling for equal calls: what can be positional is positional; what is given by name is in the order of parameters.
+
+    Arguments stay by name where a decorator sees them as `**kwargs` first: it may look for a name.
 
     Raises:
         InputError: the arguments do not fit the function.
@@ -28,7 +32,29 @@ def bind_call(
     except TypeError as error:
         wanted = f"{getattr(function, '__name__', 'forward')}{inspect.signature(function)}"
         raise InputError(f"the inputs do not fit {wanted}: {error}; pass inputs=(...) and kwargs={{...}}") from error
-    return bound.args, bound.kwargs
+    if not sees_spelling(function):
+        return bound.args, bound.kwargs
+    order = {name: at for at, name in enumerate(bound.signature.parameters)}
+    named = sorted(kwargs, key=lambda name: order.get(name, len(order)))
+    return args, {name: kwargs[name] for name in named}
+
+
+def sees_spelling(function: Callable[..., Any]) -> bool:
+    """Whether a decorator takes the arguments as they are spelled, before the function does that they are for.
+
+    Functions that stand for others say so in an attribute of this name.
+    """
+    while isinstance(function, functools.partial):
+        function = function.func
+    if hasattr(function, "sees_spelling"):
+        return bool(function.sees_spelling)
+    while hasattr(function, "__wrapped__"):
+        code = getattr(function, "__code__", None)
+        own = getattr(function, "__globals__", {}).get("__name__", "").partition(".")[0]
+        if own not in _PASSING_ON and (code is None or code.co_flags & inspect.CO_VARKEYWORDS):
+            return True
+        function = function.__wrapped__
+    return False
 
 
 @dataclass(frozen=True)

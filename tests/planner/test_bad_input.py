@@ -98,12 +98,39 @@ def test_nothing_to_plan(module: nn.Module) -> None:
     assert "computes nothing" in message or "forward" in message
 
 
-@pytest.mark.parametrize("child", [False, True])
-def test_training_mode(child: bool) -> None:
+def test_training_mode() -> None:
     module = Mlp().eval()
-    (module.up if child else module).train()
-    action = lambda: plan(module, "1GB", inputs=(x(),), device="accounting")  # noqa: E731
-    refused(module, action, PlannerError, "plan(module.eval()", *(["up (Linear)"] if child else []))
+    module.training = True
+    refused(module, lambda: plan(module, "1GB", inputs=(x(),), device="accounting"), PlannerError, "plan(module.eval()")
+
+
+@pytest.mark.parametrize(
+    ("child", "acts"),
+    [
+        (nn.Dropout(0.1), True),
+        (nn.Dropout(0.0), False),
+        (nn.BatchNorm1d(8), True),
+        (nn.BatchNorm1d(8, track_running_stats=False), True),
+        (nn.InstanceNorm1d(8, track_running_stats=True), True),
+        (nn.InstanceNorm1d(8), False),
+        (nn.RReLU(), True),
+        (nn.LSTM(8, 8, 2, dropout=0.5), True),
+        (nn.MultiheadAttention(8, 2, 0.5), True),
+        (nn.Linear(8, 8), False),
+    ],
+    ids=lambda case: type(case).__name__ if isinstance(case, nn.Module) else "",
+)
+def test_training_mode_below_the_root(child: nn.Module, acts: bool) -> None:
+    """Loaders of adapters leave what they add in training mode; only what computes something else then is refused."""
+    module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), child).eval()
+    child.train()
+    action = lambda: plan(module, "1GB", inputs=(torch.ones(4, 8),), device="accounting")  # noqa: E731
+    if acts:
+        refused(module, action, PlannerError, "plan(module.eval()", f"2 ({type(child).__name__})")
+    else:
+        want = module(torch.ones(4, 8, 8))
+        p = plan(module, "1GB", inputs=(torch.ones(4, 8, 8),), device="accounting")
+        assert torch.equal(p.build()(torch.ones(4, 8, 8)), want)
 
 
 def test_target_is_no_module() -> None:

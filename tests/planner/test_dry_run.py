@@ -194,6 +194,24 @@ def test_a_float_that_decides_a_shape_makes_two_calls() -> None:
     assert [call.result_leaves[0].shape for call in run.calls] == [(1, 1, 4), (1, 1, 8)]
 
 
+def test_attributes_that_are_set_around_a_call_make_another_one() -> None:
+    """Where they are set back they are as before; what is no plain data is not noted."""
+    net: Any = Net()
+    x, net.styles, net.hidden = torch.ones(1, 4), {"style": 1.0}, torch.tanh
+
+    def run() -> None:
+        net(x)
+        net.styles["style"] *= 0.5
+        net.hidden = torch.sin
+        net(x)
+        net.styles["style"] /= 0.5
+        net(x)
+
+    found = dry(run, net=net)
+    assert found.sequence == (0, 1, 0)
+    assert [dict(call.settings) for call in found.calls] == [{}, {("", "styles"): {"style": 0.5}}]
+
+
 # Bytes.
 
 

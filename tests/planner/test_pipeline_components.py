@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,7 +15,6 @@ from torch import nn
 from planner import PipelinePlan, PlannerError, plan
 from tests.pipelines import PIPELINES
 
-NO_PEFT = pytest.mark.skipif(importlib.util.find_spec("peft") is not None, reason="what is said without peft")
 Case = tuple[Any, dict[str, Any], torch.Tensor, PipelinePlan]
 
 
@@ -109,27 +107,6 @@ def test_a_cache_that_is_enabled_later_is_no_silent_difference(flux: Case, monke
         pipe.transformer.disable_cache()
         p.restore()
     assert torch.equal(picture_of(pipe, call), own)
-
-
-ADAPTERS: dict[str, Callable[[Any], Any]] = {
-    "add_adapter": lambda pipe: pipe.transformer.add_adapter(object()),
-    "load_lora_adapter": lambda pipe: pipe.transformer.load_lora_adapter({"proj_out.lora_A.weight": torch.ones(2, 16)}),
-    "load_lora_weights": lambda pipe: pipe.load_lora_weights({"transformer.proj_out.lora_A.weight": torch.ones(2, 16)}),
-    "set_adapters": lambda pipe: pipe.set_adapters(["one"]),
-    "fuse_lora": lambda pipe: pipe.fuse_lora(),
-    "text_encoder.add_adapter": lambda pipe: pipe.text_encoder.add_adapter(object()),
-}
-
-
-@NO_PEFT
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_without_peft_the_library_says_so_and_nothing_changes(built: Case, replans: list[str], name: str) -> None:
-    pipe, call, own, p = built
-    with pytest.raises((ValueError, ImportError), match=r"(?i)peft"):
-        ADAPTERS[name](pipe)
-    assert torch.equal(picture_of(pipe, call), own)
-    assert p.report().peak_bytes == p.peak_bytes
-    assert replans == []
 
 
 def test_processors_that_are_exchanged_are_followed(built: Case, replans: list[str]) -> None:

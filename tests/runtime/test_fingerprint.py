@@ -82,3 +82,40 @@ def test_containers_that_hold_themselves() -> None:
     assert fingerprint.changed() is None
     module.table["a"].append(2)
     assert "an attribute of the module" in str(fingerprint.changed())
+
+
+def test_changes_of_a_part_are_told_from_others() -> None:
+    module = _Model().eval()
+    fingerprint = Fingerprint(module)
+    module.counter.scale = 5.0
+    assert fingerprint.changed() == fingerprint.changed("counter") == "an attribute of counter changed"
+    assert fingerprint.changed("mlp") is None
+    assert fingerprint.only_settings()
+    module.mlp.up.weight = nn.Parameter(torch.zeros(16, 8))
+    assert not fingerprint.only_settings()
+    assert fingerprint.only_settings("counter")
+
+
+def test_objects_are_no_settings() -> None:
+    module = _Model().eval()
+    fingerprint = Fingerprint(module)
+    module.act = torch.tanh
+    assert not fingerprint.only_settings()
+
+
+def test_what_is_ignored_may_change() -> None:
+    module = _Model().eval()
+    fingerprint = Fingerprint(module)
+    module.table["b"] = [2]
+    fingerprint.ignore([("", "table")])
+    assert fingerprint.changed() is None
+    module.counter.scale = 5.0
+    assert fingerprint.changed() == "an attribute of counter changed"
+
+
+def test_a_shared_part_counts_where_it_is_called() -> None:
+    module = nn.ModuleDict({"one": nn.Linear(2, 2), "two": nn.Sequential()})
+    module["two"].append(module["one"])
+    fingerprint = Fingerprint(module.eval())
+    module["one"].in_features = 3
+    assert fingerprint.changed("two") == "an attribute of one changed"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 
 from runtime.errors import InputError
-from runtime.signature import CallSignature, bind_call
+from runtime.signature import CallSignature, bind_call, sees_spelling
 
 
 def signature(*args: Any, **kwargs: Any) -> CallSignature:
@@ -73,3 +74,59 @@ def test_one_spelling_of_a_call() -> None:
     assert bind_call(f, (1,), {"c": 3}) == ((1,), {"c": 3})
     with pytest.raises(InputError, match=r"f\(a: .* missing a required argument: 'a'; pass inputs="):
         bind_call(f, (), {})
+
+
+def _asking(function: Any) -> Any:
+    """A decorator that looks for an argument by name."""
+
+    @functools.wraps(function)
+    def ask(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs), kwargs.get("b")
+
+    return ask
+
+
+def _passing(function: Any) -> Any:
+    """One that knows its parameters."""
+
+    @functools.wraps(function)
+    def passing(a: Any, b: Any = 1) -> Any:
+        return function(a, b)
+
+    return passing
+
+
+class _Named:
+    @_asking
+    def asked(self, a: Any, b: Any = 1, *, c: Any = 2) -> Any:
+        return a
+
+    @_passing
+    def passed(self, b: Any = 1) -> Any:
+        return b
+
+    @torch.no_grad()
+    def torchs(self, a: Any, b: Any = 1) -> Any:
+        return a
+
+    @torch.no_grad()
+    @_asking
+    def both(self, a: Any, b: Any = 1) -> Any:
+        return a
+
+
+def test_a_decorator_gets_what_the_caller_gave_it() -> None:
+    """It may look for an argument by name: made positional, that would be another call."""
+    own = _Named()
+    for function in (own.asked, functools.partial(_Named.asked, own), own.both):
+        assert sees_spelling(function)
+        for call in (((1, 2), {}), ((1,), {"b": 2}), ((), {"a": 1, "b": 2})):
+            assert bind_call(function, *call) == call
+            again = bind_call(function, *call)
+            assert function(*again[0], **again[1]) == function(*call[0], **call[1])
+        assert list(bind_call(function, (), {"b": 2, "a": 1})[1]) == ["a", "b"]
+        with pytest.raises(InputError, match="missing a required argument: 'a'"):
+            bind_call(function, (), {"b": 2})
+    for function in (own.passed, own.torchs):
+        assert not sees_spelling(function)
+        assert bind_call(function, (), {"a": 1, "b": 2} if function == own.torchs else {"b": 2})[1] == {}
