@@ -8,7 +8,7 @@ remains is computed for every tile from exactly the parts that the rules ask for
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -49,6 +49,7 @@ class Calls:
         self._keys: dict[object, int] = {}
         self._arguments: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self._maps: dict[tuple[fx.Node, int], tuple[int | None, ...] | Untileable] = {}
+        self._tiled: dict[tuple[int, tuple[Part | None, ...]], Tiled | Untileable] = {}
 
     def call(self, node: fx.Node) -> TileCall:
         if node not in self._calls:
@@ -101,6 +102,23 @@ class Calls:
             middle = output.shape[dim] // 2
             parts.append(Part(dim, middle, middle + 1))
         return tuple(None if need is None else need.dim for need in tile(call, *parts).needs)
+
+    def tile(self, node: fx.Node, parts: tuple[Part | None, ...]) -> Tiled:
+        """How these parts of the result come from parts of the arguments; equal calls are asked once.
+
+        Raises:
+            Untileable: the rule declines.
+        """
+        key = self.number(node), parts
+        if key not in self._tiled:
+            try:
+                self._tiled[key] = tile(self.call(node), *parts)
+            except Untileable as error:
+                self._tiled[key] = error
+        found = self._tiled[key]
+        if isinstance(found, Untileable):
+            raise found
+        return found
 
     def merges(self, node: fx.Node, dim: int) -> tuple[int | None, ...]:
         """As `dims`, for a result that is merged from parts along `dim` of the first argument."""
@@ -169,10 +187,14 @@ class Region:
         sizes = [int(node.meta["val"].shape[self.dims[node]]) for node in self.results]
         return sizes + [self.calls.call(node).tensors[0].shape[dim] for node, dim in self.merged.items()]
 
+    def step(self, count: int, grain: int) -> int:
+        """Elements of the smallest dimension in each of at most `count` tiles, which begin at multiples of `grain`."""
+        units = -(-self.extent // grain)
+        return -(-units // min(count, units)) * grain
+
     def cuts(self, size: int, count: int, grain: int) -> list[int]:
         """Where a dimension of `size` elements is cut: of one size but for the last, in step with the smallest one."""
-        units = -(-self.extent // grain)
-        step = -(-units // min(count, units)) * grain
+        step = self.step(count, grain)
         ends = [*range(0, self.extent, step), self.extent]
         if size % self.extent == 0:
             return [end * (size // self.extent) for end in ends]
@@ -234,7 +256,7 @@ class Region:
                 steps[node] = None  # it computes nothing
                 want(node.args[0], parts[node][0], node.args[1])  # type: ignore[arg-type]
             else:
-                steps[node] = tiled = tile(self.calls.call(node), *parts[node])
+                steps[node] = tiled = self.calls.tile(node, tuple(parts[node]))
                 for argument, need in zip(self.calls.arguments(node), tiled.needs, strict=True):
                     want(argument, need)
         return TileNeeds(parts, steps, written)
@@ -252,169 +274,10 @@ class TileNeeds:
     written: Mapping[fx.Node, Part]
 
 
-def find_region(stretch: Sequence[fx.Node], seed: fx.Node, dim: int, calls: Calls, hosted: Collection[fx.Node] = ()) -> Region:
-    """The region of a stretch of operators in program order, cut along dimension `dim` of `seed`, which comes from before it.
-
-    `hosted` values live on the host and are never read whole.
-
-    Raises:
-        Untileable: nothing in the stretch can be cut so.
-    """
-    for node in stretch:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
-            raise Untileable(f"{node.name} writes to its argument")
-    inside = set(stretch)
-    if seed in inside:
-        raise Untileable(f"{seed.name} does not come from before the region")
-    forced: set[fx.Node] = set()
-    outer, pulled = {seed: dim}, dict[fx.Node, int]()
-    while True:
-        spread = _Spread(stretch, outer, calls, forced, hosted, pulled)
-        more = spread.demanded - forced
-        wanted = {n: d for n, d in spread.outer.items() if n in inside and n not in spread.dims and n not in forced | more}
-        if not more and wanted.keys() <= pulled.keys():
-            break
-        pulled |= wanted
-        forced |= _with_ancestors(more, inside)
-        outer |= {node: spread.dims[node] for node in forced if node in spread.dims}  # where others of their readers cut them
-    tiled = {n for n in stretch if n in spread.dims}
-    merged = {n: d for n, d in spread.merged.items() if any(a in tiled for a in calls.arguments(n))}
-    nodes = tuple(n for n in stretch if n in tiled)
-    results = tuple(n for n in nodes if isinstance(n.meta["val"], torch.Tensor) and any(u not in inside for u in n.users))
-    if any(not isinstance(n.meta["val"], torch.Tensor) and any(u not in inside for u in n.users) for n in nodes):
-        raise Untileable("the region ends between an operator and the members of its result")
-    if not results and not merged:
-        raise Untileable("nothing can be cut along this dimension")
-    _refuse_two_names(results)
-    whole = tuple(n for n in stretch if n not in tiled and n not in merged)
-    if any(n in hosted for node in whole for n in node.all_input_nodes):
-        raise Untileable("something reads a value that lives on the host as a whole")
-    ordered = tuple(n for n in stretch if n in tiled or n in merged)
-    return Region(calls, nodes, spread.dims, merged, whole, results, ordered)
-
-
-class _Spread:
-    """One pass over the stretch: dimensions by value, and the values that something reads whole."""
-
-    def __init__(
-        self,
-        stretch: Sequence[fx.Node],
-        outer: Mapping[fx.Node, int],
-        calls: Calls,
-        forced: set[fx.Node],
-        hosted: Collection[fx.Node],
-        pulled: Mapping[fx.Node, int],
-    ) -> None:
-        self.dims: dict[fx.Node, int] = {}
-        self.merged: dict[fx.Node, int] = {}
-        self.demanded: set[fx.Node] = set()
-        self._calls, self._hosted, self._pulled, self._inside = calls, hosted, pulled, set(stretch)
-        # Dimensions of values from before the loop: where a reader of only such values is cut, follows from them.
-        self.outer = dict(outer)
-        for node in stretch:
-            if node in forced or not self._cut(node):
-                self.demanded |= {n for n in node.all_input_nodes if n in self.dims or n in self.merged}
-
-    def _cut(self, node: fx.Node) -> bool:
-        """Gives the node a dimension; False where it has to run whole."""
-        if node.target is operator.getitem:
-            source = node.args[0]
-            for known in (self.dims, self.outer):
-                if source in known:
-                    known[node] = known[source]  # type: ignore[index]
-            return source in self.dims
-        if not isinstance(node.target, torch._ops.OpOverload) or any(n in self.merged for n in node.all_input_nodes):
-            return False
-        arguments = self._calls.arguments(node)
-        inner = [n for n in arguments if n in self.dims]
-        if not inner and not any(n in self.outer for n in arguments):
-            return self._pull(node, arguments)
-        best: tuple[int, int] | None = None
-        for dim in range(max((t.dim() for t in tensors_of(node)), default=0)):
-            whole = self._whole(node, arguments, dim)
-            if whole is not None and (best is None or whole < best[0]):
-                best = whole, dim
-        if not inner and is_view(node) and not any(n in self._hosted for n in arguments):
-            if best is not None:  # it costs nothing, and is cut where it is read
-                self.outer[node] = best[1]
-            return False
-        if best is None:
-            return self._merge(node, arguments)
-        self.dims[node] = best[1]
-        for argument, cut in zip(arguments, self._calls.dims(node, best[1]), strict=True):
-            if cut is None and argument in self.dims:
-                self.demanded.add(argument)
-            elif cut is not None and argument not in self.dims:
-                self.outer.setdefault(argument, cut)
-        return True
-
-    def _pull(self, node: fx.Node, arguments: Sequence[fx.Node]) -> bool:
-        """Whether what reads the result in parts has it computed so, from parts of what nothing else has cut."""
-        if node not in self._pulled or (is_view(node) and not any(n in self._inside for n in arguments)):
-            return False
-        try:
-            cuts = self._calls.dims(node, self._pulled[node])
-        except Untileable:
-            return False
-        if all(cut is None for cut in cuts):
-            return False
-        self.dims[node] = self._pulled[node]
-        self.outer |= {n: cut for n, cut in zip(arguments, cuts, strict=True) if cut is not None}
-        return True
-
-    def _whole(self, node: fx.Node, arguments: Sequence[fx.Node], dim: int) -> int | None:
-        """How many inner values a cut along `dim` reads whole; None where it does not fit how they are cut."""
-        try:
-            cuts = self._calls.dims(node, dim)
-        except Untileable:
-            return None
-        known = [(self.dims.get(a, self.outer.get(a)), cut, a in self.dims) for a, cut in zip(arguments, cuts, strict=True)]
-        if any(inner and cut is not None and cut != had for had, cut, inner in known):
-            return None
-        if not any(cut is not None and cut == had for had, cut, _ in known):
-            return None
-        return sum(1 for had, cut, inner in known if inner and cut is None)
-
-    def _merge(self, node: fx.Node, arguments: Sequence[fx.Node]) -> bool:
-        """Whether the result can be merged from parts of its first argument."""
-        if not arguments or arguments[0] not in self.dims:
-            return False
-        dim = self.dims[arguments[0]]
-        try:
-            cuts = self._calls.merges(node, dim)
-        except Untileable:
-            return False
-        if any(a in self.dims and cut != self.dims[a] for a, cut in zip(arguments, cuts, strict=True)):
-            return False
-        self.merged[node] = dim
-        return True
-
-
-def _with_ancestors(nodes: Iterable[fx.Node], inside: set[fx.Node]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
-    queue = list(nodes)
-    while queue:
-        node = queue.pop()
-        if node in found or node not in inside:
-            continue
-        found.add(node)
-        queue.extend(node.all_input_nodes)
-    return found
-
-
 def is_view(node: fx.Node) -> bool:
     """Whether the result is in storage that was there before."""
     before = {storage_id(t) for n in node.all_input_nodes for t in tensors_of(n)}
     return all(storage_id(t) in before for t in tensors_of(node))
-
-
-def _refuse_two_names(results: Sequence[fx.Node]) -> None:
-    """Results have each a memory of their own, so what is written to one of them later would not be in the others."""
-    names: dict[int, fx.Node] = {}
-    for node in results:
-        other = names.setdefault(storage_id(node.meta["val"]), node)
-        if other is not node and (writer := writer_of(node)) is not None:
-            raise Untileable(f"{writer.name} writes to {other.name}, of which {node.name} is another name")
 
 
 def _members(node: fx.Node) -> int:

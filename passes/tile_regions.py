@@ -20,10 +20,11 @@ from torch import fx
 
 from passes.buffers import empty_strided
 from passes.fakes import FaithfulFakes
+from passes.find_region import find_region
 from passes.loop import Loop
 from passes.program import Program, tensors_of
 from passes.refresh_values import carry_on, value_of
-from passes.regions import Calls, Region, Tile, TileNeeds, find_region
+from passes.regions import Calls, Region, Tile, TileNeeds
 from passes.tile_body import Buffers, bands_of, make_runs, note_tile
 from passes.tile_rules import Reduced, Untileable, reduce_parts
 from passes.tile_rules.base import Part

@@ -20,10 +20,11 @@ import torch
 from torch import fx
 
 from passes.buffers import empty_strided
+from passes.find_region import find_region
 from passes.known_calls import run_on_fakes
 from passes.program import Program, tensors_of
 from passes.refresh_values import carry_on, value_of
-from passes.regions import Calls, Region, Tile, TileNeeds, find_region
+from passes.regions import Calls, Region, Tile, TileNeeds
 from passes.tile_body import Buffers, note_tile
 from passes.tile_regions import dense_strides, stretch_of
 from passes.tile_rules import Untileable

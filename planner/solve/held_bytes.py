@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from torch import fx
 
+from passes.find_region import find_region
 from passes.program import storage_id, tensors_of
-from passes.regions import Tile, find_region
+from passes.regions import Tile
 from passes.tile_regions import stretch_of
 from passes.write_in_place import in_place_overload
 from planner.solve.tile_cost import TileCosts

@@ -17,6 +17,7 @@ from passes.base import Pass, run_passes
 from passes.big_weights import readers_of, sliceable
 from passes.cast_weights import CastWeights
 from passes.channels_last import ChannelsLast
+from passes.find_region import find_region
 from passes.functionalise import Functionalise
 from passes.fuse_attention import FuseAttention
 from passes.gather_writes import GatherWrites
@@ -24,7 +25,7 @@ from passes.host_lookup import HostLookup
 from passes.move_up import MoveUp, movable
 from passes.program import Program
 from passes.recompute import Recompute, recomputable
-from passes.regions import Region, Tile, find_region
+from passes.regions import Region, Tile
 from passes.slice_weights import SliceWeights, WeightSlices, slices_of
 from passes.split_norms import SplitNorms, splittable_norms
 from passes.tile_regions import TileRegions, stretch_of
@@ -357,8 +358,7 @@ class Levels:
             if not base.has_larger:
                 return self._search(parts)
             if parts not in self._over:
-                costs = TileCosts(base.problem, over=True, windows=bool(parts.moved), calls=base.calls)
-                self._over[parts] = TileSearch(costs, self.freedom.constraint)
+                self._over[parts] = TileSearch(base.with_larger(windows=bool(parts.moved)), self.freedom.constraint)
             return self._over[parts]
         if parts not in self._searches:
             program = tile_program(self.program, parts)

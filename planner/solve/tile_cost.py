@@ -6,24 +6,24 @@ Only a choice is made by these numbers; what is chosen is rewritten, analysed an
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
 
 import numpy as np
 import torch
 from torch import fx
 
+from passes.find_region import find_region
 from passes.program import storage_id, tensors_of
-from passes.regions import Calls, Region, TileNeeds, find_region
+from passes.regions import Calls, Region, TileNeeds
 from passes.tile_rules import Part, Untileable
 from passes.tile_rules.base import Tiled
 from passes.write_over import Places, fits_over, places_over
 from planner.solve.attention_tiles import attention_tile_bytes
 from planner.solve.problem import Problem
 from planner.solve.stretches import Stretches
+from planner.solve.tile_bytes import dense_bytes, last_readers, part_bytes, partial_bytes, share_of
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 _CONVOLUTIONS = {
@@ -77,6 +77,14 @@ class TileCosts:
     held: np.ndarray | None = None
     _regions: dict[object, Region | None] = field(default_factory=dict)
     _inner: dict[object, Inner | None] = field(default_factory=dict)
+
+    def with_larger(self, windows: bool) -> TileCosts:
+        """The same with results over larger values, also through windows; what is known of regions and tiles is shared."""
+        made = copy(self)
+        made.over, made.windows, made._inner = True, windows, {}
+        for name in ("_places", "_result_bytes", "_holding"):
+            made.__dict__.pop(name, None)
+        return made
 
     def with_held(self, held: np.ndarray) -> TileCosts:
         """The same with other bytes held; what is known of regions is shared."""
@@ -204,33 +212,36 @@ class TileCosts:
         region = self.region(start, stop, seed, dim)
         if region is None:
             return None
-        key = self._key(start, stop, seed, dim), count
+        grain = grain or _grain(region.extent, count)
+        key = self._key(start, stop, seed, dim), region.step(count, grain), grain  # as it is for all counts that come to it
         if key not in self._inner:
             try:
-                self._inner[key] = self._measure(region, count, grain or _grain(region.extent, count))
+                self._inner[key] = self._measure(region, count, grain)
             except Untileable:
                 self._inner[key] = None
         inner = self._inner[key]
         if inner is None:
             return None
-        before, weights = int(self.live_before[start]), self._weights(start, stop)
         whole, workspace = self._whole(region)
         results = inner.result_bytes - self._in_held(region, start)
-        return Estimate(inner, weights + before + whole + max(results + inner.tile_bytes, workspace))
+        return Estimate(inner, self.around_bytes(start, stop) + whole + max(results + inner.tile_bytes, workspace))
+
+    def around_bytes(self, start: int, stop: int) -> int:
+        """What is live in however many tiles: what comes from before, and the weights."""
+        return int(self.live_before[start]) + self._weights(start, stop)
 
     def least_bytes(self, start: int, stop: int, seed: fx.Node, dim: int) -> int:
-        """What is live at least, in however many tiles."""
+        """What is live at least, in however many tiles; results included."""
         region = self.region(start, stop, seed, dim)
         assert region is not None
         whole, workspace = self._whole(region)
-        results = self._results(region) - self._in_held(region, start)
-        return self._weights(start, stop) + int(self.live_before[start]) + whole + max(results, workspace)
+        return self.around_bytes(start, stop) + whole + max(self._results(region) - self._in_held(region, start), workspace)
 
     def _results(self, region: Region) -> int:
         """Bytes of the memory that results take: none on the host, none where they are written over something else."""
         if region not in self._result_bytes:
             free = {*self.written_over(region).over, *self.hosted}
-            self._result_bytes[region] = sum(_dense_bytes(node) for node in region.results if node not in free)
+            self._result_bytes[region] = sum(dense_bytes(node) for node in region.results if node not in free)
         return self._result_bytes[region]
 
     def _in_held(self, region: Region, start: int) -> int:
@@ -238,7 +249,7 @@ class TileCosts:
         held = int(self.held[start]) if self.held is not None else 0
         free = {*self.written_over(region).over, *self.hosted}
         fits = (
-            nbytes for node in region.results if node not in free and _NEARLY * held < (nbytes := _dense_bytes(node)) <= held
+            nbytes for node in region.results if node not in free and _NEARLY * held < (nbytes := dense_bytes(node)) <= held
         )
         return next(fits, 0)
 
@@ -262,8 +273,8 @@ class TileCosts:
             result = next(node for node, over in places.over.items() if over.value is value)
             size = int(value.meta["val"].shape[window.dim])
             part = Part(window.dim, 0, min(tile.written[result].size + window.halo, size))
-            found[value] = _part_bytes(value, part)
-            kept += _part_bytes(value, Part(window.dim, 0, window.kept))
+            found[value] = part_bytes(value, part)
+            kept += part_bytes(value, Part(window.dim, 0, window.kept))
         return found, kept
 
     @cached_property
@@ -286,15 +297,16 @@ class TileCosts:
         whole = sum(nbytes for node in region.whole for nbytes in self.born(node))
         return whole, max((self._workspace(node) for node in region.whole), default=0)
 
-    def holds(self, start: int, stop: int, seed: fx.Node, dim: int, count: int) -> bool:
+    def holds(self, start: int, stop: int, seed: fx.Node, dim: int, count: int, grain: int) -> bool:
         """Whether every tile can be computed, not only the usual one; where not, no estimate is given from now on."""
-        region, key = self.region(start, stop, seed, dim), (self._key(start, stop, seed, dim), count)
-        inner = self._inner[key]
+        region = self.region(start, stop, seed, dim)
         assert region is not None
+        key = self._key(start, stop, seed, dim), region.step(count, grain), grain
+        inner = self._inner[key]
         assert inner is not None
         if key not in self._holding:
             try:
-                region.tiles(count, inner.grain)
+                region.tiles(count, grain)
                 self._holding.add(key)
             except Untileable:
                 self._inner[key] = None
@@ -362,17 +374,17 @@ class TileCosts:
         image, need = region.calls.arguments(node)[0], step.needs[0]
         if need is None or need.dim == 0 or ([need] == tile.parts.get(image) and "upsample" not in str(image.target)):
             return workspace
-        return workspace + _part_bytes(image, need)
+        return workspace + part_bytes(image, need)
 
     def _measure(self, region: Region, count: int, grain: int) -> Inner:
         """The tile from the middle, replayed: what it makes, until its last reader has run."""
         tile, number = region.usual_tile(count, grain)
-        ratios = {node: _ratio(node, tile) for node in region.nodes}
+        ratios = {node: share_of(node, tile) for node in region.nodes}
         windows, kept = self._windows(region, tile)
         live = most = sum(windows.values())
         added = 0.0
         launch = self.problem.machine.launch_seconds
-        readers, order = _readers(region), set(region.ordered)
+        readers, order = last_readers(region), set(region.ordered)
         held: dict[int, int] = {}
         for i, node in enumerate(region.ordered):
             share = ratios.get(node, 1 / number)
@@ -381,7 +393,7 @@ class TileCosts:
                 if node in ratios:
                     held[storage] = int(nbytes * share)
                     live += held[storage]
-            most = max(most, live + workspace + (_partial_bytes(node) if node in region.merged else 0))
+            most = max(most, live + workspace + (partial_bytes(node) if node in region.merged else 0))
             for storage in [s for s in held if readers.get(s, -1) <= i]:
                 live -= held.pop(storage)
             live -= sum(nbytes for value, nbytes in windows.items() if max(u for u in value.users if u in order) is node)
@@ -389,14 +401,14 @@ class TileCosts:
             if seconds:
                 added += launch * number + max(0.0, seconds - launch) * share * number - seconds
         results = self._results(region) + kept
-        results += sum(number * _partial_bytes(node) for node in region.merged)  # kept until all tiles have run
+        results += sum(number * partial_bytes(node) for node in region.merged)  # kept until all tiles have run
         traffic = self.problem.machine.memory_bandwidth
-        added += sum(2 * _dense_bytes(node) / traffic + number * launch for node in region.results)
+        added += sum(2 * dense_bytes(node) / traffic + number * launch for node in region.results)
         added += sum(2 * number * (nbytes / traffic + launch) for nbytes in windows.values())
         if self.hosting is None:
             return Inner(number, grain, most, results, added)
-        coming = [_part_bytes(node, part) for node, part in (self._bands(region, tile) or {}).items()]
-        leaving = [_part_bytes(node, tile.written[node]) for node in region.results if node in self.hosted]
+        coming = [part_bytes(node, part) for node, part in (self._bands(region, tile) or {}).items()]
+        leaving = [part_bytes(node, tile.written[node]) for node in region.results if node in self.hosted]
         machine = self.problem.machine
         added += sum(2 * n / traffic + launch for n in coming) * number
         whole = sum(float(self.problem.seconds[self.position[node]]) for node in region.ordered)
@@ -409,42 +421,3 @@ def _grain(extent: int, count: int) -> int:
     """Tiles begin at round places, where that does not make them much larger: fewer bodies, whole rows of what is upsampled."""
     size = -(-extent // count)
     return next(grain for grain in (16, 8, 4, 2, 1) if size >= 4 * grain or grain == 1)
-
-
-def _ratio(node: fx.Node, tile: TileNeeds) -> float:
-    """The share of a node's result that the tile computes."""
-    parts = tile.parts.get(node)
-    if parts is None:
-        return 0.0
-    whole = sum(t.numel() for t in tensors_of(node))
-    mine = sum(
-        t.numel() // t.shape[part.dim] * part.size for t, part in zip(tensors_of(node), parts, strict=True) if part is not None
-    )
-    return mine / max(whole, 1)
-
-
-def _readers(region: Region) -> Mapping[int, int]:
-    """By storage made in the region: the position of its last reader there."""
-    last: dict[int, int] = {}
-    order = {node: i for i, node in enumerate(region.ordered)}
-    for i, node in enumerate(region.ordered):
-        for tensor in tensors_of(node):
-            uses = [order[user] for user in node.users if user in order]
-            mine = max(uses, default=i)
-            last[storage_id(tensor)] = max(last.get(storage_id(tensor), -1), mine)
-    return last
-
-
-def _part_bytes(node: fx.Node, part: Part) -> int:
-    tensor = node.meta["val"]
-    return int(tensor.numel() // max(tensor.shape[part.dim], 1) * part.size * tensor.dtype.itemsize)
-
-
-def _partial_bytes(node: fx.Node) -> int:
-    """Of one tile's share in a result that is merged; sums of half precision are kept in fp32."""
-    tensor = node.meta["val"]
-    return int(tensor.numel() * (max(tensor.dtype.itemsize, 4) if tensor.dtype.is_floating_point else tensor.dtype.itemsize))
-
-
-def _dense_bytes(node: fx.Node) -> int:
-    return sum(prod(t.shape) * t.dtype.itemsize for t in tensors_of(node))

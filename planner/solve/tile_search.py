@@ -104,7 +104,7 @@ class TileSearch:
 
     def _hold(self, chosen: Sequence[_Choice]) -> bool:
         """Whether every tile can be computed; where not, the choice is not made again."""
-        hold = all(self.costs.holds(c.start, c.stop, c.seed, c.tile.dim, c.tile.count) for c in chosen)
+        hold = all(self.costs.holds(c.start, c.stop, c.seed, c.tile.dim, c.tile.count, c.tile.grain) for c in chosen)
         if not hold:
             self._covered.clear()
         return hold
@@ -181,6 +181,8 @@ class TileSearch:
             for i in range(j - 1, max(-1, j - 1 - _MOST_CUTS), -1):
                 if places[j] - places[i] > _LONGEST or self._blocked(places[i], places[j]):
                     break
+                if best[i][0] >= found[0]:
+                    continue  # a region only adds to that
                 if not any(self._excess(k, cap_bytes) for k in range(places[i], places[j])):
                     continue
                 choice = self._choose(places[i], places[j], cap_bytes)
@@ -231,14 +233,28 @@ class TileSearch:
 
     def _blocked(self, start: int, stop: int) -> bool:
         """Whether the stretch holds a norm's statistics together with what reads them, or what must not be tiled."""
-        nodes = self.costs.nodes[start:stop]
-        if not all(constraint.allowed for constraint in self.constraints[start:stop]):
+        if self._forbidden[stop] != self._forbidden[start]:
             return True
-        made = {node for node in nodes if str(node.target).startswith("vramplan.group_statistics")}
-        return bool(made) and any(n in made for node in nodes for n in node.all_input_nodes)
+        made, read = self._statistics
+        return any(at < stop for at in read[bisect_left(made, start) : bisect_left(made, stop)])
+
+    @cached_property
+    def _forbidden(self) -> np.ndarray:
+        """How many operators before the i-th one must not be tiled; int64[n + 1]."""
+        return np.cumsum([0, *(not constraint.allowed for constraint in self.constraints)])
+
+    @cached_property
+    def _statistics(self) -> tuple[list[int], list[int]]:
+        """The positions of norms' statistics, rising, and of what reads each of them first."""
+        at, nodes = self.costs.position, self.costs.nodes
+        made = [node for node in nodes if str(node.target).startswith("vramplan.group_statistics")]
+        read = {at[node]: min((at[user] for user in node.users if user in at), default=len(nodes)) for node in made}
+        return list(read), list(read.values())
 
     def _choose(self, start: int, stop: int, cap_bytes: int) -> _Choice | None:
         """The fewest tiles along the first dimension that keep the stretch under the cap; None where none do."""
+        if self.costs.around_bytes(start, stop) > cap_bytes:
+            return None
         seen: list[object] = []
         dims = {constraint.dim for constraint in self.constraints[start:stop] if constraint.dim is not None}
         for seed, dim in self.costs.seeds(start, stop):

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from passes.find_region import find_region
 from passes.program import Program
-from passes.regions import Calls, Region, find_region
+from passes.regions import Calls, Region
 from passes.tile_rules import Part, Untileable
 from tests.passes.programs import Function, canonical
 
