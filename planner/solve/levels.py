@@ -13,28 +13,22 @@ from functools import cached_property
 import numpy as np
 from torch import fx
 
-from passes.base import Pass, run_passes
+from passes.base import run_passes
 from passes.big_weights import readers_of, sliceable
-from passes.cast_weights import CastWeights
-from passes.channels_last import ChannelsLast
 from passes.find_region import find_region
-from passes.functionalise import Functionalise
-from passes.fuse_attention import FuseAttention
-from passes.gather_writes import GatherWrites
-from passes.host_lookup import HostLookup
-from passes.move_up import MoveUp, movable
+from passes.move_up import movable
 from passes.program import Program
-from passes.recompute import Recompute, recomputable
+from passes.recompute import recomputable
 from passes.regions import Region, Tile
-from passes.slice_weights import SliceWeights, WeightSlices, slices_of
-from passes.split_norms import SplitNorms, splittable_norms
-from passes.tile_regions import TileRegions, stretch_of
-from passes.unroll_slices import UnrollSlices
+from passes.slice_weights import WeightSlices, slices_of
+from passes.split_norms import splittable_norms
+from passes.tile_regions import stretch_of
 from passes.write_in_place import in_place_overload
 from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.decisions import Tiling
 from planner.solve.held_bytes import held_beyond
 from planner.solve.problem import Problem
+from planner.solve.rewriting import Rewriting, tile_passes
 from planner.solve.tile_cost import Hosting, TileCosts
 from planner.solve.tile_search import TileSearch
 
@@ -77,46 +71,14 @@ class Freedom:
 NONE = Freedom()
 
 
-def tile_program(program: Program, tiling: Tiling) -> Program:
-    """The canonical program as a tiling says.
-
-    Raises:
-        PlanFileError: it names what the program does not have. Untileable: a region that cannot be cut so.
-    """
-    passes: tuple[Pass, ...] = (
-        FuseAttention(tiling.attention),  # first, as the next: others name what they leave
-        ChannelsLast(tiling.channels_last),  # others cut and replace what regions are named by
-        *(_unrolling(tiling) if tiling.unrolled else ()),  # what follows is done in each slice
-        HostLookup(tiling.lookups),
-        SliceWeights(tiling.slices),
-        CastWeights(tiling.casts),
-    )
-    return run_passes(program, (*passes, *_tile_passes(tiling)) if tiling.norms or tiling.tiles else passes)
-
-
-def _unrolling(tiling: Tiling) -> tuple[Pass, ...]:
-    return GatherWrites(), Functionalise(), UnrollSlices(tiling.unrolled)  # the first two as below
-
-
-def _tile_passes(tiling: Tiling) -> tuple[Pass, ...]:
-    return (
-        GatherWrites(),  # first, as the next: a tile must not write into what is not its own
-        Functionalise(),
-        SplitNorms(tiling.norms),  # regions begin and end at the halves
-        Recompute(tiling.recomputed),
-        MoveUp(tiling.moved),
-        TileRegions(tiling.tiles, tiling.hosted, tiling.over),
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class Levels:
-    """The levels of one canonical program. `base`: the problem of its first rewriting, which all levels go on from.
+    """The levels of a canonical program's `rewriting`. `base`: the problem of the first, which all levels go on from.
 
     `build` analyses a rewritten program.
     """
 
-    program: Program
+    rewriting: Rewriting
     base: Problem
     build: Callable[[Program, Tiling], Problem]
     freedom: Freedom
@@ -193,7 +155,7 @@ class Levels:
     @cached_property
     def _whole(self) -> Program:
         """The program whose tables are looked up, nothing sliced and nothing cast."""
-        return tile_program(self.program, replace(self.looked_up, casts=()))
+        return self.rewriting.of(replace(self.looked_up, casts=()))
 
     @property
     def _costs(self) -> TileCosts:
@@ -361,9 +323,9 @@ class Levels:
                 self._over[parts] = TileSearch(base.with_larger(windows=bool(parts.moved)), self.freedom.constraint)
             return self._over[parts]
         if parts not in self._searches:
-            program = tile_program(self.program, parts)
+            program = self.rewriting.of(parts)
             whole = replace(parts, norms=splittable_norms(program))
-            program = run_passes(program, _tile_passes(whole))
+            program = run_passes(program, tile_passes(whole))
             same = parts == self.base.tiling and _same_operators(program, self.base.program)
             problem = self.base if same else self.build(program, whole)
             self._searches[parts] = TileSearch(TileCosts(problem), self.freedom.constraint)

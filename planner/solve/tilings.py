@@ -20,8 +20,9 @@ from planner.solve.casting import NO_CASTS, Casting
 from planner.solve.decide import Schedule, Solver
 from planner.solve.decisions import UNTILED, Tiling
 from planner.solve.homes import HostMemory
-from planner.solve.levels import NONE, Freedom, Levels, tile_program
+from planner.solve.levels import NONE, Freedom, Levels
 from planner.solve.problem import Problem
+from planner.solve.rewriting import Rewriting
 from planner.solve.search import NEAR
 from planner.solve.unrolling import Slicing, slicing_of
 from runtime.errors import InfeasibleBudget
@@ -50,7 +51,7 @@ class Branch:
     `of` gives the solver of a tiling, `build` analyses a rewritten program.
     """
 
-    program: Program
+    rewriting: Rewriting
     start: Problem
     of: Callable[[Tiling], Solver]
     build: Callable[[Program, Tiling], Problem] | None
@@ -139,7 +140,7 @@ class Branch:
         """None where nothing may be tiled."""
         if self.build is None or not self.freedom.tiles:
             return None
-        return Levels(self.program, self.start, self.build, self.freedom)
+        return Levels(self.rewriting, self.start, self.build, self.freedom)
 
 
 @dataclass(frozen=True, eq=False)
@@ -301,7 +302,7 @@ class Tilings:
         named = Tiling(attention=start.attention, channels_last=start.channels_last)
         if named not in self._slicings:
             allowed = self.build is not None and self.freedom.tiles
-            program = tile_program(self.base.problem.program, named) if allowed else None
+            program = self._rewriting.of(named) if allowed else None
             self._slicings[named] = slicing_of(program, self.freedom.constraint) if program is not None else None
         return self._slicings[named]
 
@@ -312,12 +313,11 @@ class Tilings:
     def branch(self, start: Tiling) -> Branch:
         """The tilings that go on from a rewriting."""
         if start not in self._branches:
-            program = self.base.problem.program
             problem = self.base.problem
             if start:
                 assert self.build is not None
-                problem = self.build(tile_program(program, start), start)
-            self._branches[start] = Branch(program, problem, self.of, self.build, self.freedom)
+                problem = self.build(self._rewriting.of(start), start)
+            self._branches[start] = Branch(self._rewriting, problem, self.of, self.build, self.freedom)
         return self._branches[start]
 
     @cached_property
@@ -363,19 +363,23 @@ class Tilings:
         """The solver of a given tiling.
 
         Raises:
-            PlanFileError, Untileable: as `tile_program`.
+            PlanFileError, Untileable: as `Rewriting.of`.
         """
         if self.build is None:
             assert not tiling
             return self.base
         if tiling not in self._solvers:
             program = self.base.problem.program
-            tiled = tile_program(program, tiling) if tiling else program
+            tiled = self._rewriting.of(tiling)
             final = self.in_place(tiled, tiling.apart)
             changed = final is not program
             made = Solver(self.build(final, tiling), self.base.repeats, self.base.pool) if changed else self.base
             self._solvers[tiling] = made
         return self._solvers[tiling]
+
+    @cached_property
+    def _rewriting(self) -> Rewriting:
+        return Rewriting(self.base.problem.program)
 
     @cached_property
     def _solvers(self) -> dict[Tiling, Solver]:

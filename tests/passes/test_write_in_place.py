@@ -25,7 +25,7 @@ from planner.capture import capture
 from planner.families import family_of
 from planner.pipeline import emit_program
 from planner.solve.decisions import UNTILED, Decisions
-from planner.solve.levels import tile_program
+from planner.solve.rewriting import Rewriting
 from runtime.errors import PlanFileError
 from tests.passes.programs import canonical, run, text
 from tests.passes.test_functionalise import interpret, same, sharing
@@ -391,7 +391,7 @@ def test_tiles_write_in_place_as_well(name: str) -> None:
     tilings = p._tilings
     tiling = p.replan(p.minimum_bytes).decisions.tiling
     assert tilings.build is not None
-    plain = tilings.build(tile_program(p.program, tiling), tiling)
+    plain = tilings.build(Rewriting(p.program).of(tiling), tiling)
     final = tilings.of(tiling).problem
     assert any("_part_place" in node.name for body in bodies(final.program) for node in body.nodes)
     results = []

@@ -68,6 +68,7 @@ def operations(one: Path, two: Path) -> dict[str, Callable[[Any], Any]]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
