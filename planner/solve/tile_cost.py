@@ -226,6 +226,10 @@ class TileCosts:
         results = inner.result_bytes - self._in_held(region, start)
         return Estimate(inner, self.around_bytes(start, stop) + whole + max(results + inner.tile_bytes, workspace))
 
+    def held_before(self, start: int) -> int:
+        """Bytes that are held beyond those of values before an operator."""
+        return int(self.held[start]) if self.held is not None else 0
+
     def around_bytes(self, start: int, stop: int) -> int:
         """What is live in however many tiles: what comes from before, and the weights."""
         return int(self.live_before[start]) + self._weights(start, stop)
@@ -246,7 +250,7 @@ class TileCosts:
 
     def _in_held(self, region: Region, start: int) -> int:
         """Bytes of a result that is just as large as what is held beyond values: it is written there."""
-        held = int(self.held[start]) if self.held is not None else 0
+        held = self.held_before(start)
         free = {*self.written_over(region).over, *self.hosted}
         fits = (
             nbytes for node in region.results if node not in free and _NEARLY * held < (nbytes := dense_bytes(node)) <= held

@@ -107,6 +107,7 @@ class TileSearch:
         hold = all(self.costs.holds(c.start, c.stop, c.seed, c.tile.dim, c.tile.count, c.tile.grain) for c in chosen)
         if not hold:
             self._covered.clear()
+            self._chosen.clear()
         return hold
 
     def _covers(self, cap_bytes: int) -> Iterator[tuple[list[_Choice], list[int]]]:
@@ -252,9 +253,30 @@ class TileSearch:
         return list(read), list(read.values())
 
     def _choose(self, start: int, stop: int, cap_bytes: int) -> _Choice | None:
-        """The fewest tiles along the first dimension that keep the stretch under the cap; None where none do."""
-        if self.costs.around_bytes(start, stop) > cap_bytes:
+        """The fewest tiles along the first dimension that keep the stretch under the cap; None where none do.
+
+        Looked for once for all that are equal, with as much around them.
+        """
+        around, stretches = self.costs.around_bytes(start, stop), self.costs.stretches
+        if around > cap_bytes:
             return None
+        limits = tuple(self.constraints[start:stop]) if self._limited else ()
+        key = cap_bytes, stretches.number(start, stop), around, self.costs.held_before(start), limits
+        if key not in self._chosen:
+            found = self._search(start, stop, cap_bytes)
+            self._chosen[key] = None if found is None else (found, stretches.place(found.seed, start, stop))
+        known = self._chosen[key]
+        if known is None:
+            return None
+        choice, place = known
+        return choice.moved(start - choice.start, stretches.node(place, start, stop), self.costs.nodes)
+
+    @cached_property
+    def _chosen(self) -> dict[object, tuple[_Choice, tuple[bool, int]] | None]:
+        """What was found, with its seed by place."""
+        return {}
+
+    def _search(self, start: int, stop: int, cap_bytes: int) -> _Choice | None:
         seen: list[object] = []
         dims = {constraint.dim for constraint in self.constraints[start:stop] if constraint.dim is not None}
         for seed, dim in self.costs.seeds(start, stop):
