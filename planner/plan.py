@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -353,6 +354,9 @@ class Plan(PlanFacts):
         if weights is None and self._options.folder is not None:
             weights = self._options.folder.require_weights()
         lookup = open_weights(weights, self._target) if weights is not None else None
+        if self.device == "cpu" or self.budget.host_bytes is not None:  # RAM is what there is a budget of
+            self._tilings.forget()
+            gc.collect()  # graphs are cycles
         with torch.inference_mode(False):
             module = self._build(lookup, concurrent)
         self._lookup = lookup if isinstance(lookup, Checkpoint) else None

@@ -381,6 +381,11 @@ class Tilings:
     def _rewriting(self) -> Rewriting:
         return Rewriting(self.base.problem.program)
 
+    def forget(self) -> None:
+        """Lets go of programs that were looked at on the way to a decision; they are made again where they are asked for."""
+        for name in ("_extremes", "_slicings", "_branches", "_rewriting", "_solvers"):
+            vars(self).pop(name, None)
+
     @cached_property
     def _solvers(self) -> dict[Tiling, Solver]:
         return {}

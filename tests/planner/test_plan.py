@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -104,3 +105,21 @@ def test_code_is_what_runs() -> None:
     assert torch.equal(built(x()), made.restore()(x()))
     assert "rt.prefetch(0)" in made.code
     assert "del " in made.code
+
+
+@pytest.mark.parametrize("device", ["cpu", "accounting"])
+def test_building_where_ram_is_the_budget_lets_go_of_what_was_looked_at(device: str) -> None:
+    """What was tried and not chosen is memory that the budget does not know; decisions and facts are as before."""
+    module, args, kwargs = ZOO["bert"]()
+    p = plan(module, "1GB", inputs=args, kwargs=kwargs, device=device)
+    p = p.replan((p.minimum_bytes + p.unplanned_bytes) // 2)
+    facts, decided = str(p), p.decisions
+    kept = p.solver, p.tilings.base, p.tilings.minimum
+    looked_at = [weakref.ref(solver.problem) for solver in p.tilings._solvers.values() if solver not in kept]
+    assert looked_at
+    p.build()
+    assert all((problem() is None) == (device == "cpu") for problem in looked_at)
+    p.restore()
+    assert (str(p), p.decisions) == (facts, decided)
+    again = p.replan(p.budget_bytes)
+    assert (again.decisions, again.minimum_bytes) == (decided, p.minimum_bytes)
