@@ -50,6 +50,9 @@ from runtime.report import Report
 from runtime.runner import Runner
 from runtime.signature import CallSignature, Signature, bind_call
 
+# Of programs that were let go: from so many on it is worth a collection, since graphs are cycles.
+_MANY_OPERATORS = 5_000
+
 
 class Plan(PlanFacts):
     """The plan of one module's method for one budget. Made by `plan()`, `Plan.load` or `replan`; immutable but for `build`.
@@ -354,9 +357,9 @@ class Plan(PlanFacts):
         if weights is None and self._options.folder is not None:
             weights = self._options.folder.require_weights()
         lookup = open_weights(weights, self._target) if weights is not None else None
-        if self.device == "cpu" or self.budget.host_bytes is not None:  # RAM is what there is a budget of
-            self._tilings.forget()
-            gc.collect()  # graphs are cycles
+        ram = self.device == "cpu" or self.budget.host_bytes is not None  # is what there is a budget of
+        if ram and self._tilings.forget() > _MANY_OPERATORS:
+            gc.collect()
         with torch.inference_mode(False):
             module = self._build(lookup, concurrent)
         self._lookup = lookup if isinstance(lookup, Checkpoint) else None

@@ -381,10 +381,15 @@ class Tilings:
     def _rewriting(self) -> Rewriting:
         return Rewriting(self.base.problem.program)
 
-    def forget(self) -> None:
-        """Lets go of programs that were looked at on the way to a decision; they are made again where they are asked for."""
+    def forget(self) -> int:
+        """Lets go of programs that were looked at on the way to a decision; they are made again where they are asked for.
+
+        Gives how many operators these have.
+        """
+        operators = sum(len(solver.problem.names) for solver in self._solvers.values())
         for name in ("_extremes", "_slicings", "_branches", "_rewriting", "_solvers"):
             vars(self).pop(name, None)
+        return operators
 
     @cached_property
     def _solvers(self) -> dict[Tiling, Solver]:
