@@ -357,9 +357,6 @@ class Plan(PlanFacts):
         if weights is None and self._options.folder is not None:
             weights = self._options.folder.require_weights()
         lookup = open_weights(weights, self._target) if weights is not None else None
-        ram = self.device == "cpu" or self.budget.host_bytes is not None  # is what there is a budget of
-        if ram and self._tilings.forget() > _MANY_OPERATORS:
-            gc.collect()
         with torch.inference_mode(False):
             module = self._build(lookup, concurrent)
         self._lookup = lookup if isinstance(lookup, Checkpoint) else None
@@ -368,6 +365,9 @@ class Plan(PlanFacts):
         return module
 
     def _build(self, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PlannedModule:
+        ram = self.device == "cpu" or self.budget.host_bytes is not None  # is what there is a budget of
+        if ram and self._tilings.forget() > _MANY_OPERATORS:
+            gc.collect()
         call = bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs)
         signature: Signature = CallSignature.of(*call)[0]
         if self.program.origin is not None:
