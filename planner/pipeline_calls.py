@@ -105,8 +105,8 @@ class Captures:
         except InvalidCall:
             raise
         except CaptureError as error:
-            if self._settings(path):
-                where, name = next(iter(self._settings(path)))
+            if settings := self._settings(path):
+                where, name = next(iter(settings))
                 raise PlannerError(
                     f"{path}.{method} cannot be captured whole ({error}), and its own Python cannot run around parts of it "
                     f"while the pipeline sets {name!r} of {where}: set it before the call"

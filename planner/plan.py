@@ -365,8 +365,8 @@ class Plan(PlanFacts):
         return module
 
     def _build(self, lookup: Lookup | None, concurrent: Literal["wait", "raise"]) -> PlannedModule:
-        ram = self.device == "cpu" or self.budget.host_bytes is not None  # is what there is a budget of
-        if ram and self._tilings.forget() > _MANY_OPERATORS:
+        in_ram = self.device == "cpu" or self.budget.host_bytes is not None  # where what is kept counts
+        if in_ram and self._tilings.forget() > _MANY_OPERATORS:
             gc.collect()
         call = bind_call(getattr(self._target, self._options.method), self._options.args, self._options.kwargs)
         signature: Signature = CallSignature.of(*call)[0]

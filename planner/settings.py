@@ -39,7 +39,7 @@ class Settings:
         return {key: copy.deepcopy(new[key]) for key in sorted(new) if containers_of(new[key]) is not None}
 
     def exchanged(self) -> list[Key]:
-        """Those that are other objects now, and were none that can be copied."""
+        """Those that are other objects now, where they were no plain data."""
         if self._fingerprint.changed() is None:
             return []
         held = self._held()

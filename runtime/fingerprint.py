@@ -56,10 +56,10 @@ class Fingerprint:
 
     def ignore(self, keys: Iterable[Key]) -> None:
         """From now on these attributes may change: whoever runs programs looks at them."""
+        values = dict(zip((path for path, _ in self._modules), self._values, strict=True))
         for path, name in keys:
             self._leftovers.setdefault(path, set()).add(name)
-            index = next(i for i, (own, _) in enumerate(self._modules) if own == path)
-            self._values[index].pop(name, None)
+            values.get(path, {}).pop(name, None)
 
     def _indices(self, within: str) -> Sequence[int]:
         """Which modules are in the one at a path; some may be elsewhere too, and have their names from there."""

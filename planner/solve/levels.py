@@ -28,7 +28,7 @@ from planner.solve.constraints import FREE, TileConstraint
 from planner.solve.decisions import Tiling
 from planner.solve.held_bytes import held_beyond
 from planner.solve.problem import Problem
-from planner.solve.rewriting import Rewriting, tile_passes
+from planner.solve.rewriting import Rewriting, tile_passes, without_regions
 from planner.solve.tile_cost import Hosting, TileCosts
 from planner.solve.tile_search import TileSearch
 
@@ -130,7 +130,7 @@ class Levels:
         key = index, bool(like.moved)
         if key not in self._between:
             low, high, found = self._cap(index), self._cap(index - 1), None
-            parts = _without_regions(like)
+            parts = without_regions(like)
             search = self._search(parts, over=bool(like.over or like.moved))
             for _ in range(_BISECTIONS):
                 middle = (low + high) // 2
@@ -274,7 +274,7 @@ class Levels:
 
     def _moved(self, cap: int, parts: Tiling) -> Tiling:
         """With the operators moved up that end what is there at an operator above the cap."""
-        parts = _without_regions(parts)
+        parts = without_regions(parts)
         search = self._search(parts, over=True)
         places = movable(search.costs.problem.program) if search.costs.over else {}
         order = {node.name: i for node, i in search.costs.position.items()}
@@ -348,11 +348,6 @@ def _means(tiling: Tiling) -> tuple[bool, ...]:
 def _same_operators(one: Program, other: Program) -> bool:
     """Whether the passes left everything as it was."""
     return [(n.name, n.target) for n in one.ops()] == [(n.name, n.target) for n in other.ops()]
-
-
-def _without_regions(tiling: Tiling) -> Tiling:
-    """What a search for regions begins with."""
-    return replace(tiling, norms=(), tiles=(), hosted=(), over=(), apart=())
 
 
 def _with_regions(parts: Tiling, costs: TileCosts, tiles: tuple[Tile, ...]) -> Tiling:

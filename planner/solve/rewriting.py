@@ -38,7 +38,7 @@ class Rewriting:
         Raises:
             PlanFileError: it names what the program does not have. Untileable: a region that cannot be cut so.
         """
-        program = self._begun(_without_regions(tiling))
+        program = self._begun(replace(without_regions(tiling), recomputed=(), moved=()))
         return run_passes(program, tile_passes(tiling)) if tiling.norms or tiling.tiles else program
 
     def _begun(self, tiling: Tiling) -> Program:
@@ -73,8 +73,9 @@ def tile_passes(tiling: Tiling) -> tuple[Pass, ...]:
     )
 
 
-def _without_regions(tiling: Tiling) -> Tiling:
-    return replace(tiling, norms=(), tiles=(), hosted=(), over=(), apart=(), recomputed=(), moved=())
+def without_regions(tiling: Tiling) -> Tiling:
+    """What a search for regions begins with."""
+    return replace(tiling, norms=(), tiles=(), hosted=(), over=(), apart=())
 
 
 def _before_weights(tiling: Tiling) -> tuple[Pass, ...]:

@@ -133,10 +133,9 @@ def test_a_callback_that_weighs_adapters_anew(tmp_path: Path) -> None:
     whole, weighed = picture_of(other, call), picture_of(other, call, callback_on_step_end=weigh)
     assert not torch.equal(whole, weighed)
     assert p.runner is not None
-    for count in (1, 1):
-        before = len(p.parts)
+    for _ in range(2):
         assert torch.equal(picture_of(pipe, call, callback_on_step_end=weigh), weighed)
-        assert len(p.runner._members) == before + count
+        assert len(p.runner._members) == len(p.parts) + 1
         assert p.report().peak_bytes <= p.budget_bytes
         assert torch.equal(picture_of(pipe, call), whole)
 
