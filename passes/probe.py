@@ -27,6 +27,11 @@ from runtime.errors import UnknownSize
 aten = torch.ops.aten
 # Take memory and leave it as it is.
 _UNWRITTEN = {aten.new_empty.default, aten.new_empty_strided.default, aten.empty_like.default}
+# Statistics of their first argument, then (another kernel) what these are for.
+_READ_TWICE = {
+    aten.group_norm.default, aten.native_group_norm.default, aten.instance_norm.default,
+    torch.ops.vramplan.group_statistics.default,
+}  # fmt: skip
 _READS_ROWS = {aten.embedding.default, aten.index_select.default, aten.gather.default, aten.index.Tensor}
 
 
@@ -185,7 +190,10 @@ def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 
 def _moved(target: Any, args: Any, kwargs: Any, outputs: tuple[TensorSpec, ...], fresh: tuple[int, ...]) -> int:
-    """Bytes read and written: nothing for a view or unwritten memory, else arguments and results (rows only for look-ups)."""
+    """Bytes read and written: nothing for a view or unwritten memory, else arguments and results (rows only for look-ups).
+
+    What an operator reads in two kernels counts twice.
+    """
     written = sum(o.nbytes for o in outputs)
     if not fresh and not target._schema.is_mutable:
         return 0
@@ -193,7 +201,8 @@ def _moved(target: Any, args: Any, kwargs: Any, outputs: tuple[TensorSpec, ...],
         return 0
     if target in _READS_ROWS:
         return 2 * written
-    return written + sum(s.nbytes for s in dict.fromkeys(_specs((args, kwargs))))
+    again = args[0].nbytes if target in _READ_TWICE else 0
+    return written + again + sum(s.nbytes for s in dict.fromkeys(_specs((args, kwargs))))
 
 
 def _specs(tree: Any) -> list[TensorSpec]:

@@ -71,12 +71,14 @@ RULES: dict[tuple[str, str], WorkspaceRule] = {}
 _Rule = Callable[[OpCall], int]
 
 
-def declare(device: str, *operators: str, source: str, confirmed: bool = False) -> Callable[[_Rule], _Rule]:
-    """Registers the decorated function as the rule of `operators` (names without the `aten.` in front) on `device`."""
+def declare(
+    device: str, *operators: str, source: str, confirmed: bool = False, namespace: str = "aten"
+) -> Callable[[_Rule], _Rule]:
+    """Registers the decorated function as the rule of `operators` (names without the namespace in front) on `device`."""
 
     def register(rule: _Rule) -> _Rule:
         for name in operators:
-            key = device, f"aten.{name}"
+            key = device, f"{namespace}.{name}"
             assert key not in RULES, f"two rules for {key}"
             RULES[key] = WorkspaceRule(key[1], device, rule, source, confirmed)
         return rule
@@ -142,6 +144,21 @@ def _native_group_norm(call: OpCall) -> int:
         raise UnknownSize(f"{call.target}: group is {groups!r}, not a number")
     affine = arg(call, 1, "weight") is not None or arg(call, 2, "bias") is not None
     return _group_norm_fused(tensor_arg(call, 0, "input"), groups, affine)
+
+
+@declare("cuda", "group_statistics.default", namespace="vramplan", source="ATen/cuda/Reduce.cuh, cuda/ReduceMomentKernel.cu")
+def _group_statistics(call: OpCall) -> int:
+    """Mean, variance, deviations and count per group in fp32, and what blocks of one reduction leave to each other.
+
+    A block of 512 threads reduces 131,072 elements or more of one group, or there are no more blocks than the device holds
+    at once, here taken to be 2,048; each leaves 16 B, and a counter of 4 B.
+    """
+    x, groups = tensor_arg(call, 0, "x"), arg(call, 1, "groups")
+    if not isinstance(groups, int):
+        raise UnknownSize(f"{call.target}: groups is {groups!r}, not a number")
+    rows = x.shape[0] * groups
+    statistics, blocks = rows * accumulate_bytes(x.dtype), rows + 2048 + x.numel // 131_072
+    return rounded_sum(statistics, statistics, statistics, statistics, 16 * blocks, 4 * blocks)
 
 
 def _norm_rows(call: OpCall) -> int:

@@ -194,6 +194,14 @@ def test_a_view_moves_nothing_and_a_lookup_only_its_rows() -> None:
     assert (lookup.output_bytes, lookup.moved_bytes) == ((64,), 128)
 
 
+def test_norms_of_groups_read_their_input_twice() -> None:
+    """Statistics first; where these are an operator of their own, the norm after it reads once."""
+    x, size = torch.ones(2, 8, 4, 4), 2 * 8 * 4 * 4 * 4
+    statistics = torch.ops.vramplan.group_statistics.default
+    assert Prober("accounting").cost(node_of(aten.group_norm.default, x, 4)).moved_bytes == 3 * size
+    assert Prober("accounting").cost(node_of(statistics, x, 4)).moved_bytes == 2 * size + 2 * 4 * 3 * 4
+
+
 def test_in_place_makes_nothing_and_moves_what_it_reads_and_writes() -> None:
     cost = Prober("accounting").cost(node_of(aten.mul_.Tensor, torch.ones(10), 2.0))
     assert (cost.output_bytes, cost.workspace_bytes, cost.moved_bytes) == ((), 0, 80)

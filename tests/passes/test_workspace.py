@@ -73,6 +73,17 @@ def test_group_norm() -> None:
     assert cuda(group_norm, large, 64, WEIGHT) == 2 * 8 * 1024 * 64 + 2 * 8 * 1024 * 512
 
 
+def test_statistics_of_groups_take_no_copy_of_the_input() -> None:
+    """Four buffers of numbers of groups, 16 B and a counter of each block; whatever the layout."""
+    statistics = torch.ops.vramplan.group_statistics.default
+    blocks = 2 * 32 + 2048 + 2 * 320 * 64 * 64 // 131_072
+    expected = 4 * rounded(4 * 2 * 32) + rounded(16 * blocks) + rounded(4 * blocks)
+    for x in (spec(2, 320, 64, 64, dtype=F16), nhwc(2, 320, 64, 64, dtype=F16), spec(2, 320, 64, 64)):
+        assert cuda(statistics, x, 32) == expected
+    with pytest.raises(UnknownSize, match="groups is 's0'"):
+        cuda(statistics, spec(1, 4, 2, 2), "s0")
+
+
 def test_native_group_norm_returns_its_statistics() -> None:
     x = spec(2, 320, 64, 64, dtype=F16)
     native = torch.ops.aten.native_group_norm.default

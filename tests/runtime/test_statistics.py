@@ -6,13 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from runtime import ops  # noqa: F401  # makes the operators
+from runtime.statistics import _by_deviations, _by_variance
 from tests.passes.tile_rules.drawing import LAYOUTS, laid_out
 from tests.passes.tile_rules.harness import cuts_of
 
@@ -104,6 +105,24 @@ def test_merged_is_whole(data: st.DataObject, mean: float) -> None:
         apart = float(wide.amax() - wide.amin())
         rounding = 2 * wide.shape[2] * 6e-8 * mean * (apart + 6e-8 * mean)
         torch.testing.assert_close(found[..., 2].double(), squares, rtol=2e-6, atol=rounding + 1e-6)
+
+
+@given(problems(), st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+def test_both_formulas_are_one(
+    problem: tuple[torch.Tensor, int, torch.Tensor | None, torch.Tensor | None], dtype: torch.dtype
+) -> None:
+    """What CUDA takes and what a CPU takes: the choice is of speed and memory alone."""
+    x, groups = problem[0].to(dtype), problem[1]
+    wide = torch.promote_types(dtype, torch.float32)
+    assume(wide == dtype or x.shape[0] * groups > 1)  # PyTorch on a CPU has no variance of all of a half tensor in fp32
+    grouped = x.unflatten(1, (groups, x.shape[1] // groups))
+    exact = grouped.double().flatten(2)
+    rtol = 1e-12 if dtype == torch.float64 else 4e-6
+    for formula in (_by_deviations, _by_variance):
+        mean, squares = formula(grouped, wide)
+        assert (mean.dtype, squares.dtype) == (wide, wide)
+        torch.testing.assert_close(mean.double(), exact.mean(2), rtol=rtol, atol=rtol)
+        torch.testing.assert_close(squares.double(), exact.var(2, correction=0) * exact.shape[2], rtol=rtol, atol=rtol)
 
 
 def test_parts_without_elements_do_not_count() -> None:
