@@ -16,7 +16,8 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from passes.cast_weights import is_dense
-from passes.fakes import FaithfulFakes, suggested_format
+from passes.fakes import suggested_format
+from passes.known_calls import run_on_fakes
 from passes.mark_state import written_nodes
 from passes.program import Program, Weight, geometry, storage_id, tensors_of
 from passes.refresh_values import value_of
@@ -345,8 +346,7 @@ def _run(node: fx.Node, values: Mapping[fx.Node, torch.Tensor]) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values.get(n, n.meta["val"]))
     function: Any = node.target
     try:
-        with node.meta["val"].fake_mode, FaithfulFakes(), torch.no_grad():
-            return function(*args, **kwargs)
+        return run_on_fakes(function, args, kwargs, node.meta["val"].fake_mode)
     except (TypeError, RuntimeError):
         return None
 

@@ -25,7 +25,7 @@ from torch import fx
 from passes.attention_patterns import SOFTMAXES, Add, Attention, Factor, Fill, Finder, Scale, fits
 from passes.attention_products import Operand
 from passes.drop_noops import is_effectful
-from passes.fakes import FaithfulFakes
+from passes.known_calls import run_on_fakes
 from passes.program import Program, storage_id, tensors_of
 from passes.refresh_values import carry_on
 from passes.value_bounds import bounds
@@ -229,8 +229,7 @@ class _Builder:
         node = self._graph.create_node("call_function", target, args, kwargs, name=f"{self._name}_{name}")
         node.meta = {key: last.meta[key] for key in ("nn_module_stack", "stack_trace") if key in last.meta}
         fakes, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with last.meta["val"].fake_mode, FaithfulFakes(), torch.no_grad():
-            node.meta["val"] = target(*fakes, **named)
+        node.meta["val"] = run_on_fakes(target, fakes, named, last.meta["val"].fake_mode)
         return node
 
     def _erase(self, chain: tuple[fx.Node, ...]) -> None:

@@ -16,7 +16,7 @@ from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from passes.big_weights import Reader, readers_of, sliceable, why_not_sliced
-from passes.fakes import FaithfulFakes
+from passes.known_calls import run_on_fakes
 from passes.program import Program, Weight, is_symbolic
 from passes.refresh_values import carry_on
 from runtime.errors import PlanFileError
@@ -178,13 +178,11 @@ class _Unrolled:
         node.meta = {key: value for key, value in self.node.meta.items() if key != "val"}
         values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         mode = next(v.fake_mode for v in self._fakes())
-        with mode, torch.no_grad():
-            if self._symbolic:
-                with enable_python_dispatcher():
-                    node.meta["val"] = target(*values, **named)
-            else:
-                with FaithfulFakes():
-                    node.meta["val"] = target(*values, **named)
+        if self._symbolic:
+            with mode, torch.no_grad(), enable_python_dispatcher():
+                node.meta["val"] = target(*values, **named)
+        else:
+            node.meta["val"] = run_on_fakes(target, values, named, mode)
         return node
 
     def _fakes(self) -> Iterator[Any]:

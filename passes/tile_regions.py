@@ -19,8 +19,8 @@ import torch
 from torch import fx
 
 from passes.buffers import empty_strided
-from passes.fakes import FaithfulFakes
 from passes.find_region import find_region
+from passes.known_calls import run_on_fakes
 from passes.loop import Loop
 from passes.program import Program, tensors_of
 from passes.refresh_values import carry_on, value_of
@@ -265,8 +265,7 @@ def _merge(graph: fx.Graph, region: Region, node: fx.Node, dim: int, stack: fx.N
     def run(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         made = graph.create_node("call_function", target, args, kwargs, name=f"{node.name}_merged")
         fakes, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with stack.meta["val"].fake_mode, FaithfulFakes(), torch.no_grad():
-            made.meta["val"] = target(*fakes, **named)
+        made.meta["val"] = run_on_fakes(target, fakes, named, stack.meta["val"].fake_mode)
         return made
 
     return reduced.merge(run, stack)
