@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections import Counter
 from typing import Any, Self
 
 import torch
@@ -21,7 +22,9 @@ _thread = threading.local()  # `traces`: whether one of ours is active
 class AllocationTrace:
     """Within it, the allocations of this thread: `peak_bytes` and `end_bytes`, of what was allocated since it was entered.
 
-    Memory that was there before and is freed within it does not count: a trace never says less than what its own code held.
+    Memory that was there before and is freed within it does not count. The allocator reports its death where an earlier trace
+    saw something at the same address; it is known by its size, which nothing that was allocated here has: `events` are without
+    it.
     """
 
     def __init__(self) -> None:
@@ -50,8 +53,11 @@ class AllocationTrace:
         _autograd._enable_record_function(True)
         if self._collects:
             gc.enable()
-        for thread in _autograd._disable_profiler_legacy():
-            self.events += [nbytes for event in thread if (nbytes := _bytes_of(event))]
+        there: Counter[int] = Counter()
+        for nbytes in (_bytes_of(event) for thread in _autograd._disable_profiler_legacy() for event in thread):
+            if nbytes > 0 or there[-nbytes]:
+                there[abs(nbytes)] += 1 if nbytes > 0 else -1
+                self.events.append(nbytes)
         live = 0
         for nbytes in self.events:
             live += nbytes

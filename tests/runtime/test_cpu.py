@@ -252,6 +252,22 @@ def test_a_trace_counts_what_its_code_allocates() -> None:
     assert kept.numel() == 500
 
 
+def test_what_was_there_before_does_not_count_where_an_earlier_trace_saw_its_address() -> None:
+    """PyTorch keeps the sizes of what was allocated under a profiler by address, also when it is freed without one."""
+    with AllocationTrace():
+        earlier = torch.empty(10_000_000)  # large enough to be mapped, mostly where the one before was
+    address = earlier.data_ptr()
+    del earlier
+    before = torch.empty(10_000_000)
+    if before.data_ptr() != address:
+        pytest.skip("the system has given another address")
+    with AllocationTrace() as trace:
+        own = torch.ones(500)
+        del before
+    assert (trace.peak_bytes, trace.end_bytes) == (2000, 2000)
+    assert own.numel() == 500
+
+
 def on_meta() -> nn.Module:
     return Mlp().to("meta").eval()
 
