@@ -249,6 +249,8 @@ class Levels:
     def _kept(self, cap: int, parts: Tiling, search: TileSearch) -> tuple[float, Tiling] | None:
         """What a search finds for a cap: the seconds of the arithmetic by estimate, and the tiling."""
         first = search
+        if cap <= self._failed.get(first, -1):
+            return None
         search = self._learned.get(first, first)
         found, rounds = search.tiles(cap), 1
         while found is not None:
@@ -258,11 +260,17 @@ class Levels:
                 self._learned[first] = search
                 return search.costs.problem.compute_seconds + found.added_seconds, tiling
             search, found, rounds = again, again.tiles(cap), rounds + 1
+        self._failed[first] = cap
         return None
 
     @cached_property
     def _learned(self) -> dict[TileSearch, TileSearch]:
         """By search the one that knows what tilings for larger caps hold beyond their values."""
+        return {}
+
+    @cached_property
+    def _failed(self) -> dict[TileSearch, int]:
+        """The largest cap that each search did not keep; it is not asked for smaller ones."""
         return {}
 
     def _with_held(self, tiling: Tiling, search: TileSearch) -> TileSearch:
@@ -278,15 +286,17 @@ class Levels:
         search = self._search(parts, over=True)
         places = movable(search.costs.problem.program) if search.costs.over else {}
         order = {node.name: i for node, i in search.costs.position.items()}
-        left = search.left(cap) if places else []
-        wanted = tuple(name for name, place in places.items() if any(order[place] <= i <= order[name] for i in left))
+        spans = {name: range(order[place], order[name] + 1) for name, place in places.items()}
+        left = search.left(cap, {i for span in spans.values() for i in span}) if places else []
+        wanted = tuple(name for name, span in spans.items() if any(i in span for i in left))
         return replace(parts, moved=wanted)
 
     def _recomputed(self, cap: int, parts: Tiling, search: TileSearch) -> Tiling:
         """With the norms whose input can be computed again, and that a search leaves above the cap together with it."""
-        norms = recomputable(search.costs.problem.program)
-        left = {search.costs.nodes[i].name for i in search.left(cap)} if norms else set()
-        return replace(parts, recomputed=tuple(name for name in norms if name in left))
+        positions = {node.name: i for node, i in search.costs.position.items()}
+        norms = {positions[name]: name for name in recomputable(search.costs.problem.program)}
+        left = search.left(cap, norms) if norms else []
+        return replace(parts, recomputed=tuple(norms[i] for i in left))
 
     def _hostings(self, cap: int, parts: Tiling) -> Iterator[TileSearch]:
         """Searches with values on the host, the largest alone first."""

@@ -8,7 +8,7 @@ that add the fewest seconds.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -95,12 +95,12 @@ class TileSearch:
                 added = sum(choice.estimate.inner.added_seconds for choice in chosen)
                 return Found(tuple(choice.tile for choice in chosen), added)
 
-    def left(self, cap_bytes: int) -> list[int]:
-        """The operators that stay above the cap whatever is tiled, by position."""
+    def left(self, cap_bytes: int, among: Collection[int] | None = None) -> list[int]:
+        """The operators, of those at some positions, that stay above the cap whatever is tiled, by position."""
         while True:
-            covers = list(self._covers(cap_bytes))
+            covers = list(self._covers(cap_bytes, among))
             if self._hold([choice for found, _ in covers for choice in found]):
-                return [i for _, left in covers for i in left]
+                return [i for _, left in covers for i in left if among is None or i in among]
 
     def _hold(self, chosen: Sequence[_Choice]) -> bool:
         """Whether every tile can be computed; where not, the choice is not made again."""
@@ -110,11 +110,16 @@ class TileSearch:
             self._chosen.clear()
         return hold
 
-    def _covers(self, cap_bytes: int) -> Iterator[tuple[list[_Choice], list[int]]]:
-        """Regions for every run of operators above the cap, and those of them that none of these brings below it."""
+    def _covers(self, cap_bytes: int, among: Collection[int] | None = None) -> Iterator[tuple[list[_Choice], list[int]]]:
+        """Regions for every run of operators above the cap, and those of them that none of these brings below it.
+
+        `among`: only for runs in which one of these positions is.
+        """
         free = 0
         needed = (self.costs.total > cap_bytes) | self.costs.touching
         for first, last in self._hot(cap_bytes):
+            if among is not None and not any(first <= i <= last for i in among):
+                continue
             found: list[_Choice] = []
             if last >= free:
                 begin, end = self._within(first, last, max(first - _MARGIN, free), min(last + 1 + _MARGIN, len(needed)))
