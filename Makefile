@@ -17,9 +17,10 @@ export TOKENIZERS_PARALLELISM := false
 demo: $(STAMP)
 	$(PY) examples/quickstart.py
 
-# One thread per worker: several workers with a thread pool each slow each other down.
+# One thread per worker: several workers with a thread pool each slow each other down. Each begins with a part of its own, so
+# that what tests of one file share is made in one of them.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal
 
 # All cases of the device that is here, with all threads: make bench BENCH="--cases t5-disk --rounds 5", see --help.
 bench: $(STAMP)
