@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 
 GOLDENS = Path(__file__).parent / "goldens"
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]  # capturing a module takes longer than drawing one
-settings.register_profile("ci", max_examples=40, deadline=None, derandomize=True, suppress_health_check=_SLOW)
+settings.register_profile("ci", max_examples=60, deadline=None, derandomize=True, suppress_health_check=_SLOW)
 settings.register_profile("dev", max_examples=20, deadline=None, suppress_health_check=_SLOW)
 settings.register_profile("deep", max_examples=1000, deadline=None, suppress_health_check=_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
