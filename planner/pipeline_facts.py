@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
+from planner.asked import Asked
 from planner.bounds import Bound, PipelineBound, physical_bound
-from planner.budget import Budget
 from planner.dry_run_calls import DryRun
-from planner.machine import Machine
-from planner.options import Options
 from planner.pipeline_problem import PipelineProblem
 from planner.pipeline_run import PipelineRun
 from planner.plan import Plan
@@ -22,7 +20,7 @@ from planner.solve.simulate import StepTime
 from runtime.pipeline_programs import Stay
 
 
-class PipelineFacts:
+class PipelineFacts(Asked):
     """See `PipelinePlan`."""
 
     run: DryRun
@@ -31,7 +29,6 @@ class PipelineFacts:
     early: tuple[Early, ...]
     spills: bool
     _pipe: Any
-    _options: Options
     _problem: PipelineProblem
     _shares: Mapping[str, MemberShare]
     _calls: PipelineRun
@@ -43,27 +40,6 @@ class PipelineFacts:
     def target(self) -> Any:
         """The pipeline."""
         return self._pipe
-
-    @property
-    def options(self) -> Options:
-        """All that was declared; its `kwargs` are the call."""
-        return self._options
-
-    @property
-    def budget(self) -> Budget:
-        return self._options.budget
-
-    @property
-    def budget_bytes(self) -> int:
-        return self._options.budget.device_bytes
-
-    @property
-    def machine(self) -> Machine:
-        return self._options.machine
-
-    @property
-    def device(self) -> str:
-        return self._options.device
 
     @property
     def title(self) -> str:

@@ -9,12 +9,11 @@ from torch import nn
 
 from passes.dims import dim_symbol
 from passes.program import Program
+from planner.asked import Asked
 from planner.bounds import Bound, physical_bound
-from planner.budget import Budget
 from planner.dynamic_plan import check_sizes
 from planner.gap import Gap
 from planner.host_budget import given_homes, host_memory, refuse_full_disk, refuse_full_disk_on_cpu
-from planner.machine import Machine
 from planner.options import Options
 from planner.pipeline import emit_program, placements_of
 from planner.prepare import infeasible
@@ -32,7 +31,7 @@ from runtime.layout import Layout
 from runtime.timeline import Timeline
 
 
-class PlanFacts:
+class PlanFacts(Asked):
     """What was asked, decided and found. Bytes are on the device, seconds those of one call."""
 
     def __init__(self, target: nn.Module, options: Options, tilings: Tilings, decisions: Decisions | None = None) -> None:
@@ -70,10 +69,6 @@ class PlanFacts:
         return self._target
 
     @property
-    def budget(self) -> Budget:
-        return self._options.budget
-
-    @property
     def host(self) -> HostMemory | None:
         """What was declared of the host's memory; None where it has no budget."""
         return self._host
@@ -82,19 +77,6 @@ class PlanFacts:
     def homes(self) -> HostPlan | None:
         """What of the weights is in the host's memory, and what is read from disk; None where that has no budget."""
         return self._schedule.host
-
-    @property
-    def options(self) -> Options:
-        """All that was declared."""
-        return self._options
-
-    @property
-    def machine(self) -> Machine:
-        return self._options.machine
-
-    @property
-    def device(self) -> str:
-        return self._options.device
 
     @property
     def problem(self) -> Problem:
@@ -124,10 +106,6 @@ class PlanFacts:
         return self.emitted.layout
 
     # What was found.
-
-    @property
-    def budget_bytes(self) -> int:
-        return self.budget.device_bytes
 
     @property
     def peak_bytes(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -22,9 +23,8 @@ _thread = threading.local()  # `traces`: whether one of ours is active
 class AllocationTrace:
     """Within it, the allocations of this thread: `peak_bytes` and `end_bytes`, of what was allocated since it was entered.
 
-    Memory that was there before and is freed within it does not count. The allocator reports its death where an earlier trace
-    saw something at the same address; it is known by its size, which nothing that was allocated here has: `events` are without
-    it.
+    Memory that was there before and is freed within it does not count, unless it is as large as something that is here: the
+    allocator reports its death where an earlier trace saw something at the same address, and says no more than its size.
     """
 
     def __init__(self) -> None:
@@ -53,16 +53,22 @@ class AllocationTrace:
         _autograd._enable_record_function(True)
         if self._collects:
             gc.enable()
-        there: Counter[int] = Counter()
-        for nbytes in (_bytes_of(event) for thread in _autograd._disable_profiler_legacy() for event in thread):
-            if nbytes > 0 or there[-nbytes]:
-                there[abs(nbytes)] += 1 if nbytes > 0 else -1
-                self.events.append(nbytes)
+        self.events = of_its_own(_bytes_of(event) for thread in _autograd._disable_profiler_legacy() for event in thread)
         live = 0
         for nbytes in self.events:
             live += nbytes
             self.peak_bytes = max(self.peak_bytes, live)
         self.end_bytes = live
+
+
+def of_its_own(events: Iterable[int]) -> list[int]:
+    """Allocations (positive, in bytes) and deaths (negative) in order, without deaths of a size that nothing here has."""
+    there, own = Counter[int](), list[int]()
+    for nbytes in events:
+        if nbytes > 0 or there[-nbytes]:
+            there[abs(nbytes)] += 1 if nbytes > 0 else -1
+            own.append(nbytes)
+    return own
 
 
 _NOTE = "vramplan bytes "
